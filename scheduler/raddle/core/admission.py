@@ -1,0 +1,179 @@
+"""Does a job fit this machine at all? A clear refusal names the field and the numbers.
+
+In goes a spec, out comes the model's shape or a `PermanentError`; whether there is room *now* is
+the queue's question, not asked here.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from raddle.core.cluster import Cluster
+from raddle.model.errors import PermanentError, Reason
+from raddle.model.job import JobSpec, ModelSpec, RoleSpec
+from raddle.model.kinds import RecoveryKind, RoleKind
+from raddle.model.llm import ModelShape, parse_config
+
+ROLES_MAX = 16
+RANKS_MAX = 16_384
+SLOTS_MAX = 1_024
+INSTANCES_MAX = 1_024
+KV_BLOCK_TOKENS_MAX = 4_096
+# Buffers of dispatch and combine: about 645 MB a die (CloudMatrix384, section 4.2.1).
+ENGINE_BUFFER_BYTES = 645_000_000
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
+_DRIVERS = ("reference", "simulated")
+_COUNTS_MAX = {
+    "instances": INSTANCES_MAX,
+    "ranks": RANKS_MAX,
+    "tp": 1,
+    "slots_per_rank": SLOTS_MAX,
+    "shared_expert_ranks": RANKS_MAX,
+    "spares": RANKS_MAX,
+    "max_sequences_per_rank": 1_000_000,
+    "dram_bytes": 1 << 50,
+}
+
+
+def model_shape(model: ModelSpec) -> ModelShape:
+    """The shape of a job's model; parsed once a config."""
+    return _parsed(model.config)
+
+
+@lru_cache(maxsize=256)
+def _parsed(config: str) -> ModelShape:
+    return parse_config(config)
+
+
+def check_spec(spec: JobSpec, cluster: Cluster) -> ModelShape:
+    """Refuse a spec that can never run on this cluster.
+
+    Raises:
+        PermanentError: INVALID_NAME, INVALID_ARGUMENT, LIMIT_EXCEEDED or DOES_NOT_FIT.
+    """
+    check_name("namespace", spec.namespace)
+    check_name("name", spec.name)
+    check_name("queue", spec.queue)
+    if not spec.model.config:
+        raise _invalid("model.config", "is missing: give the model's config.json")
+    shape = model_shape(spec.model)
+    shape.expert_bytes(spec.model.weight_dtype)
+    shape.kv_bytes_per_token(spec.model.kv_dtype)
+    if not 1 <= spec.model.kv_block_tokens <= KV_BLOCK_TOKENS_MAX:
+        raise _invalid("model.kv_block_tokens", f"must be between 1 and {KV_BLOCK_TOKENS_MAX}")
+    _check_recovery(spec)
+    _check_roles(spec)
+    for index, role in enumerate(spec.roles):
+        _check_role(f"roles[{index}]", spec, role, shape)
+        _check_fit(f"roles[{index}]", spec, role, shape, cluster)
+    return shape
+
+
+def check_name(path: str, value: str) -> None:
+    """Names become parts of keys and of host names: a DNS label, nothing else."""
+    if not _LABEL.match(value):
+        raise PermanentError(
+            Reason.INVALID_NAME,
+            f"{path} {value[:80]!r} must be 1 to 63 lower-case letters, digits and dashes,"
+            " beginning and ending with a letter or digit.",
+            field=path,
+        )
+
+
+def _invalid(path: str, message: str) -> PermanentError:
+    return PermanentError(Reason.INVALID_ARGUMENT, f"{path} {message}.", field=path)
+
+
+def _unfit(path: str, message: str) -> PermanentError:
+    return PermanentError(Reason.DOES_NOT_FIT, f"{path} {message}.", field=path)
+
+
+def _check_recovery(spec: JobSpec) -> None:
+    known = {str(kind) for kind in RecoveryKind}
+    for option in spec.recovery.allowed_options:
+        if option not in known:
+            raise _invalid(
+                "recovery.allowed_options",
+                f"{option[:40]!r} is unknown; known are {', '.join(sorted(known))}",
+            )
+    if spec.recovery.max_pause < 0:
+        raise _invalid("recovery.max_pause", "must not be negative")
+
+
+def _check_roles(spec: JobSpec) -> None:
+    if not 1 <= len(spec.roles) <= ROLES_MAX:
+        raise _invalid("roles", f"must be 1 to {ROLES_MAX} roles, not {len(spec.roles)}")
+    names = [role.name for role in spec.roles]
+    for index, name in enumerate(names):
+        check_name(f"roles[{index}].name", name)
+        if name in names[:index]:
+            raise _invalid(f"roles[{index}].name", f"{name!r} is used twice")
+    if all(role.kind is RoleKind.CACHE for role in spec.roles):
+        raise _invalid("roles", "need at least one prefill or decode role")
+
+
+def _check_role(path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape) -> None:
+    for name, most in _COUNTS_MAX.items():
+        value = getattr(role, name)
+        least = 1 if name in ("instances", "ranks", "tp") else 0
+        if not least <= value <= most:
+            raise _invalid(f"{path}.{name}", f"is {value}; it must be between {least} and {most}")
+    if role.engine.driver not in _DRIVERS:
+        raise _invalid(
+            f"{path}.engine.driver",
+            f"{role.engine.driver[:40]!r} is unknown; known are {', '.join(_DRIVERS)}",
+        )
+    if role.kind is RoleKind.CACHE:
+        if role.dram_bytes <= 0:
+            raise _invalid(f"{path}.dram_bytes", "must be above 0 for a cache role")
+        if role.slots_per_rank or role.spares:
+            raise _invalid(path, "is a cache role: it has no slots_per_rank and no spares")
+        return
+    if shape.experts == 0 and role.slots_per_rank > 0:
+        raise _invalid(
+            f"{path}.slots_per_rank",
+            f"asks for expert parallelism, but model {spec.model.name!r} has no experts",
+        )
+    if shape.experts == 0:
+        return
+    slots = (role.ranks - role.shared_expert_ranks) * role.slots_per_rank
+    if role.shared_expert_ranks >= role.ranks or slots < shape.experts:
+        ranks = role.ranks - role.shared_expert_ranks
+        raise _unfit(
+            f"{path}.slots_per_rank",
+            f"is too small: {ranks} ranks x {role.slots_per_rank} slots ="
+            f" {slots} slots cannot hold {shape.experts} experts",
+        )
+
+
+def _check_fit(
+    path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape, cluster: Cluster
+) -> None:
+    machines = list(cluster.supernodes.values())
+    if not machines:
+        raise _unfit(path, "has no machine: apply a supernode first (`raddle supernode apply`)")
+    if role.kind is RoleKind.CACHE:
+        hosts = max(machine.nodes for machine in machines)
+        memory = max(machine.host_memory_bytes for machine in machines)
+        if role.ranks > hosts:
+            raise _unfit(f"{path}.ranks", f"is {role.ranks}; the largest machine has {hosts} hosts")
+        if role.dram_bytes > memory:
+            raise _unfit(f"{path}.dram_bytes", f"is more than a host's {memory} bytes")
+        return
+    dies = max(machine.dies for machine in machines)
+    if role.ranks + role.spares > dies:
+        raise _unfit(
+            f"{path}.ranks",
+            f"needs {role.ranks + role.spares} dies in one supernode; the largest has {dies}",
+        )
+    dtype = spec.model.weight_dtype
+    experts = role.slots_per_rank * shape.moe_layers * shape.expert_bytes(dtype)
+    needed = experts + shape.other_bytes(dtype) + ENGINE_BUFFER_BYTES
+    memory = max(machine.die_memory_bytes for machine in machines)
+    if needed > memory:
+        raise _unfit(
+            f"{path}.slots_per_rank",
+            f"needs {needed / 1e9:.1f} GB a die ({experts / 1e9:.1f} GB of experts); a die has"
+            f" {memory / 1e9:.1f} GB: use more ranks or fewer slots",
+        )

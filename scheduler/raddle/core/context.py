@@ -1,0 +1,323 @@
+"""What every part of the machine works on: the state, the dies, the nodes, and the time.
+
+Also the few sentences that several parts write: events of the history, changes of jobs, and the
+assignments of a job to its nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from raddle.core.cluster import Cluster
+from raddle.core.nodes import NodeTracker
+from raddle.core.state import State
+from raddle.model import keys
+from raddle.model.health import AgentHealth, AgentRegistration, Hold, RankStatus
+from raddle.model.incident import Event
+from raddle.model.job import (
+    Assignment,
+    AssignmentStage,
+    InstancePlacement,
+    Job,
+    JobAssignment,
+    JobExpertMaps,
+    JobState,
+    Placement,
+    RankAssignment,
+    RankPlacement,
+    RoleSpec,
+)
+from raddle.model.kinds import NodeState, SeatState
+from raddle.model.routes import Routes, RouteState
+from raddle.model.types import ExpertMove, Member, RankKey, SequenceRestore, Why
+
+
+@dataclass(slots=True)
+class Context:
+    """One machine's insides. `now` is set at the door and nowhere else."""
+
+    state: State
+    cluster: Cluster
+    nodes: NodeTracker
+    now: float
+    #: Jobs whose ranks, nodes or records changed since they were last advanced.
+    touched: dict[str, None] = field(default_factory=dict)
+    #: When this leader's term began; entries before it were timed by another clock.
+    term_start_s: float = 0.0
+    #: Something became free or waits anew: the queue is worth a look.
+    queue_dirty: bool = True
+    #: A maintenance may have made progress.
+    drains_dirty: bool = False
+    #: Subjects being drained and their maintenance.
+    draining: dict[str, str] = field(default_factory=dict)
+    #: Holds by subject.
+    holds: dict[str, Hold] = field(default_factory=dict)
+    #: Incarnations that peers lost and that do not answer.
+    dead_incarnations: dict[str, None] = field(default_factory=dict)
+    #: (job uid, incarnation, epoch) that were probed.
+    asked: dict[tuple[str, str, int], None] = field(default_factory=dict)
+    #: How often an answering rank was reconnected, by incarnation.
+    reconnects: dict[str, int] = field(default_factory=dict)
+    #: Jobs that start a new epoch with the same members, and the rank that caused it.
+    to_reconnect: dict[str, str] = field(default_factory=dict)
+
+    def rebuild_cluster(self) -> None:
+        """Build the dies anew from the supernodes, placements, holds and nodes."""
+        state = self.state
+        self.cluster = Cluster(state.supernodes())
+        for value in state.records.values():
+            if isinstance(value, Placement):
+                occupy(self, value)
+            elif isinstance(value, Hold):
+                self.set_hold(value)
+            elif isinstance(value, AgentRegistration) and self.cluster.has_node(value.node):
+                ready = self.nodes.node(value.node).state is NodeState.READY
+                self.cluster.set_node(
+                    value.node,
+                    ready=ready,
+                    drivers=value.drivers,
+                    host_memory_bytes=value.host_memory_bytes,
+                )
+            elif isinstance(value, AgentHealth):
+                self.cluster.set_faults(value.node, value.active_faults)
+        self.queue_dirty = True
+
+    def set_hold(self, hold: Hold) -> None:
+        self.holds[hold.subject] = hold
+        self.cluster.set_hold(hold.subject, held=True)
+
+    def lift_hold(self, subject: str) -> None:
+        """Lift one hold; dies that another hold covers stay held."""
+        self.holds.pop(subject, None)
+        self.cluster.set_hold(subject, held=False)
+        for other in self.holds:
+            self.cluster.set_hold(other, held=True)
+
+    def is_draining(self, position: str) -> bool:
+        return any(self.is_under(position, subject) for subject in self.draining)
+
+    @staticmethod
+    def is_under(position: str, subject: str) -> bool:
+        """Is the position the subject, or part of it?"""
+        return position == subject or position.startswith(f"{subject}/")
+
+    def take_reconnects(self) -> list[tuple[str, str]]:
+        found, self.to_reconnect = list(self.to_reconnect.items()), {}
+        return found
+
+    def reseat(self, old: Placement, new: Placement) -> None:
+        """Free the dies that the new placement leaves and take those that it adds."""
+        release(self, old)
+        occupy(self, new)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One rank of one job with where it sits."""
+
+    key: RankKey
+    role: RoleSpec
+    placement: RankPlacement
+
+
+def role_of(job: Job, name: str) -> RoleSpec:
+    return next(role for role in job.spec.roles if role.name == name)
+
+
+def seats(job: Job, placement: Placement) -> Iterator[Seat]:
+    """All seats in order of role, instance and rank."""
+    for instance in placement.instances:
+        role = role_of(job, instance.role)
+        for rank in instance.ranks:
+            key = RankKey(role=instance.role, instance=instance.instance, rank=rank.rank)
+            yield Seat(key, role, rank)
+
+
+def active_seats(job: Job, placement: Placement) -> list[Seat]:
+    return [s for s in seats(job, placement) if s.placement.state is SeatState.ACTIVE]
+
+
+def status_of(context: Context, job: Job, seat: Seat) -> RankStatus | None:
+    """What its agent says of the process in this seat; None if it speaks of another process."""
+    status = context.state.rank_status(job.uid, seat.placement.node, seat.key)
+    if status is None or status.start_count != seat.placement.start_count:
+        return None
+    return status
+
+
+def note(context: Context, kind: str, subject: str, message: str, **more: object) -> None:
+    """Append one line of history."""
+    event = Event(time=context.now, kind=kind, subject=subject, message=message)
+    context.state.record(replace(event, **more))  # type: ignore[arg-type]
+
+
+def put_job(context: Context, job: Job) -> None:
+    context.state.put(keys.job(job.uid), job)
+
+
+def set_why(context: Context, job: Job, why: Why) -> Job:
+    if job.why != why:
+        job = replace(job, why=why)
+        put_job(context, job)
+    return job
+
+
+def members(context: Context, job: Job, placement: Placement) -> tuple[Member, ...]:
+    """The active ranks with the addresses that their agents reported for these processes."""
+    found = []
+    for seat in active_seats(job, placement):
+        status = status_of(context, job, seat)
+        found.append(
+            Member(
+                rank=seat.key,
+                kind=seat.role.kind,
+                die=seat.placement.die,
+                node=seat.placement.node,
+                engine_address=status.engine_address if status else "",
+                data_address=status.data_address if status else "",
+                incarnation=status.incarnation if status else "",
+            )
+        )
+    return tuple(found)
+
+
+def put_routes(
+    context: Context,
+    job: Job,
+    placement: Placement,
+    state: RouteState,
+    restores: tuple[SequenceRestore, ...] | None = None,
+) -> None:
+    """Publish who serves the job at its epoch. `restores` None keeps those of this epoch."""
+    old = context.state.routes(job.uid)
+    if restores is None:
+        restores = old.restores if old is not None and old.epoch == job.epoch else ()
+    context.state.put(
+        keys.routes(job.uid),
+        Routes(
+            job_uid=job.uid,
+            namespace=job.spec.namespace,
+            name=job.spec.name,
+            epoch=job.epoch,
+            state=state,
+            model=job.spec.model.name,
+            kv_block_tokens=job.spec.model.kv_block_tokens,
+            members=members(context, job, placement),
+            restores=restores,
+        ),
+    )
+
+
+def put_assignments(
+    context: Context,
+    job: Job,
+    placement: Placement,
+    stage: AssignmentStage,
+    *,
+    incident_id: str = "",
+    moves: Callable[[RankKey], tuple[ExpertMove, ...]] = lambda _: (),
+    restores: tuple[SequenceRestore, ...] = (),
+) -> None:
+    """Tell every node what its ranks of this job have to reach, merged with its other jobs."""
+    by_node: dict[str, list[Seat]] = {}
+    for seat in active_seats(job, placement):
+        by_node.setdefault(seat.placement.node, []).append(seat)
+    for node in _nodes_with(context, job.uid, placement):
+        if node not in by_node:
+            _replace_job(context, node, job.uid, None)
+            continue
+        ranks = tuple(
+            RankAssignment(
+                rank=seat.key,
+                kind=seat.role.kind,
+                die=seat.placement.die,
+                moves=moves(seat.key),
+                restores=tuple(r for r in restores if r.target == seat.key),
+                start_count=seat.placement.start_count,
+            )
+            for seat in by_node[node]
+        )
+        here = {seat.role.name: seat.role for seat in by_node[node]}
+        item = JobAssignment(
+            job_uid=job.uid,
+            namespace=job.spec.namespace,
+            name=job.spec.name,
+            epoch=job.epoch,
+            stage=stage,
+            model=job.spec.model,
+            roles=tuple(here.values()),
+            ranks=ranks,
+            incident_id=incident_id,
+        )
+        _replace_job(context, node, job.uid, item)
+    context.state.stages[job.uid] = (job.epoch, stage)
+
+
+def promote_assignments(context: Context, job: Job, placement: Placement) -> None:
+    """The same ranks, moves and restores, one stage further (LIVE)."""
+    for node in _nodes_with(context, job.uid, placement):
+        for item in context.state.assignment(node).jobs:
+            if item.job_uid == job.uid:
+                live = replace(item, epoch=job.epoch, stage=AssignmentStage.LIVE)
+                _replace_job(context, node, job.uid, live)
+    context.state.stages[job.uid] = (job.epoch, AssignmentStage.LIVE)
+
+
+def clear_assignments(context: Context, job_uid: str, placement: Placement) -> None:
+    """No node has ranks of this job any more: agents end them."""
+    for node in _nodes_with(context, job_uid, placement):
+        _replace_job(context, node, job_uid, None)
+    context.state.stages.pop(job_uid, None)
+
+
+def _nodes_with(context: Context, job_uid: str, placement: Placement) -> list[str]:
+    """Nodes of the placement and nodes that still have an assignment of the job, in order."""
+    found = {rank.node: None for part in placement.instances for rank in part.ranks if rank.node}
+    for node in context.state.nodes_assigned(job_uid):
+        found[node] = None
+    return sorted(found)
+
+
+def _replace_job(context: Context, node: str, job_uid: str, item: JobAssignment | None) -> None:
+    old = context.state.assignment(node)
+    jobs = [other for other in old.jobs if other.job_uid != job_uid]
+    if item is not None:
+        jobs.append(item)
+        jobs.sort(key=lambda other: other.job_uid)
+    context.state.put(keys.assignment(node), Assignment(node=node, jobs=tuple(jobs)))
+
+
+def put_expert_maps(context: Context, maps: JobExpertMaps) -> None:
+    """Write the maps of an epoch; those of epochs before the last one are gone."""
+    context.state.put(keys.expert_maps(maps.job_uid, maps.epoch), maps)
+    for epoch in range(max(1, maps.epoch - 3), maps.epoch - 1):
+        context.state.delete(keys.expert_maps(maps.job_uid, epoch))
+
+
+def occupy(context: Context, placement: Placement) -> None:
+    """Mark the dies of all seats that may run or wait for work as the job's."""
+    for instance in placement.instances:
+        for rank in instance.ranks:
+            if rank.die and rank.state in (SeatState.ACTIVE, SeatState.SPARE):
+                context.cluster.occupy([rank.die], placement.job_uid)
+
+
+def release(context: Context, placement: Placement) -> None:
+    """Free all dies of the placement."""
+    dies = [
+        rank.die
+        for instance in placement.instances
+        for rank in instance.ranks
+        if rank.die and rank.state in (SeatState.ACTIVE, SeatState.SPARE)
+    ]
+    context.cluster.release(dies)
+    context.queue_dirty = True
+
+
+def is_ended(job: Job) -> bool:
+    return job.state in (JobState.CANCELLED, JobState.FAILED)
+
+
+def instance_of(placement: Placement, role: str, instance: int) -> InstancePlacement:
+    return next(p for p in placement.instances if (p.role, p.instance) == (role, instance))

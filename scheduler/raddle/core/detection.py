@@ -1,0 +1,96 @@
+"""From signs to losses: which active ranks of a job cannot go on, and why we say so.
+
+In go the records of agents, the node states and the probes of suspected ranks; out come `Loss`
+values and probes. Level-triggered: a loss is seen again at each look until a plan deals with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raddle.core.context import Context, Seat, active_seats, status_of
+from raddle.core.instructions import ProbeRank
+from raddle.model.health import RankStage
+from raddle.model.job import Job, Placement
+from raddle.model.kinds import FaultKind, NodeState
+from raddle.model.types import RankKey
+
+# A suspected rank that answers is reconnected this often before its peers are believed.
+RECONNECTS_MAX = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One active rank that cannot go on."""
+
+    job_uid: str
+    key: RankKey
+    kind: FaultKind
+    #: Position of the die, or of the node for a rank without a die.
+    position: str
+    code: str
+    message: str
+
+
+def losses_of(context: Context, job: Job, placement: Placement) -> list[Loss]:
+    """Active ranks of the job that are lost, in order."""
+    found = []
+    for seat in active_seats(job, placement):
+        cause = _cause(context, job, seat)
+        if cause is not None:
+            kind, code, message = cause
+            position = seat.placement.die or seat.placement.node
+            found.append(Loss(job.uid, seat.key, kind, position, code, message))
+    return found
+
+
+def _cause(context: Context, job: Job, seat: Seat) -> tuple[FaultKind, str, str] | None:
+    node = context.nodes.node(seat.placement.node)
+    if node.state is NodeState.LOST:
+        return FaultKind.NODE_LOST, node.why.reason, f"node {node.name}: {node.why.message}"
+    fault = context.cluster.fault_of(seat.placement.die) if seat.placement.die else None
+    if fault is not None:
+        return FaultKind.DIE_FAULT, fault, f"{seat.placement.die} reports {fault}"
+    status = status_of(context, job, seat)
+    if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
+        what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
+        text = f"rank process ended: {what} {status.message}".strip()
+        return FaultKind.RANK_EXITED, status.stage, text
+    if status is not None and status.incarnation in context.dead_incarnations:
+        return FaultKind.PEER_REPORTS, "NO_ANSWER", "peers lost it and it does not answer"
+    if context.is_draining(seat.placement.die or seat.placement.node):
+        return FaultKind.DRAIN, "DRAIN", f"{seat.placement.die or seat.placement.node} is drained"
+    return None
+
+
+def probes_for(context: Context, job: Job, placement: Placement) -> list[ProbeRank]:
+    """Ask the ranks that peers suspect at the newest epoch, each once an epoch."""
+    by_incarnation = {}
+    for seat in active_seats(job, placement):
+        status = status_of(context, job, seat)
+        if status is not None and status.stage not in (RankStage.EXITED, RankStage.FAILED):
+            by_incarnation[status.incarnation] = (seat, status)
+    probes = []
+    for _, acks in sorted(context.state.acks.get(job.uid, {}).items()):
+        for accuser in acks.ranks:
+            for suspicion in accuser.suspicions:
+                target = by_incarnation.get(suspicion.incarnation)
+                asked = (job.uid, suspicion.incarnation, job.epoch)
+                if target is None or suspicion.epoch != job.epoch or asked in context.asked:
+                    continue
+                context.asked[asked] = None
+                seat, status = target
+                context.nodes.accused(seat.placement.node)
+                probes.append(ProbeRank(job.uid, suspicion.incarnation, status.engine_address))
+    return probes
+
+
+def rank_probed(context: Context, job: Job, incarnation: str, *, answered: bool) -> None:
+    """A suspected rank answered or did not; one that answers too often is believed lost."""
+    times = context.reconnects.get(incarnation, 0) + 1
+    if answered and times <= RECONNECTS_MAX:
+        context.reconnects[incarnation] = times
+        context.to_reconnect[job.uid] = incarnation
+    else:
+        context.dead_incarnations[incarnation] = None
+    context.touched[job.uid] = None

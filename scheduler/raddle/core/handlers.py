@@ -1,0 +1,353 @@
+"""What users ask, one function a request: check against the state, stage writes, give the answer.
+
+Raises `RaddleError` to refuse; then nothing was staged. The answers are the values of the API's
+responses (a Job, a Hold, a Maintenance, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import singledispatch
+from typing import Any
+
+from raddle.core import lifecycle
+from raddle.core.admission import check_spec
+from raddle.core.context import Context, is_ended, note, put_job, role_of
+from raddle.core.placement.gang import PlacedJob, place_job
+from raddle.core.requests import (
+    ApplySuperNode,
+    CancelJob,
+    CancelMaintenance,
+    Cordon,
+    CreateMaintenance,
+    DeleteJob,
+    InjectFault,
+    ScaleJob,
+    SubmitJob,
+    Uncordon,
+    UpdateJob,
+)
+from raddle.model import keys
+from raddle.model.errors import ConflictError, PermanentError, Reason
+from raddle.model.health import ActiveFault, Hold, Injections
+from raddle.model.incident import Maintenance, MaintenanceState
+from raddle.model.job import Job, JobSpec, JobState, NameRecord, Placement
+from raddle.model.kinds import HoldKind
+from raddle.model.topology import SuperNode
+from raddle.model.types import Why
+
+JOBS_MAX = 20_000
+HOLDS_MAX = 10_000
+_MUTABLE = {
+    "priority",
+    "queue",
+    "recovery",
+    "recovery.allowed_options",
+    "recovery.max_pause",
+    "recovery.allow_masking",
+}
+
+
+@singledispatch
+def answer(request: Any, context: Context, identity: str) -> Any:
+    """Carry out one request and return its answer."""
+    raise TypeError(f"no handler for {type(request).__name__} from {identity} at {context.now}")
+
+
+@answer.register
+def submit_job(request: SubmitJob, context: Context, identity: str) -> tuple[Job, Placement | None]:
+    """Accept a job; the same idempotency key gives the same job."""
+    state, spec = context.state, request.spec
+    known = state.idempotency.get((identity, request.idempotency_key))
+    if request.idempotency_key and known is not None:
+        return _same_job(state.require_job(known), request), state.placement(known)
+    check_spec(spec, context.cluster)
+    name_key = keys.name(spec.namespace, spec.name)
+    if name_key in state.records:
+        raise PermanentError(
+            Reason.ALREADY_EXISTS,
+            f"Job {spec.namespace}/{spec.name} exists ({state.records[name_key].job_uid}):"
+            " choose another name, or cancel and delete it first.",
+        )
+    if len(state.job_uids) >= JOBS_MAX:
+        raise PermanentError(
+            Reason.LIMIT_EXCEEDED, f"{JOBS_MAX} jobs are stored: delete ended ones first."
+        )
+    job = Job(
+        uid=request.job_uid,
+        spec=spec,
+        generation=1,
+        state=JobState.PENDING,
+        why=Why(reason="ACCEPTED", message="accepted, waits to be placed"),
+        created_by=identity,
+        managed_by=request.managed_by,
+        idempotency_key=request.idempotency_key,
+        spec_digest=request.spec_digest,
+        create_time=context.now,
+    )
+    if request.dry_run:
+        return _dry_run(context, job)
+    put_job(context, job)
+    state.put(name_key, NameRecord(job_uid=job.uid))
+    note(context, "JOB_ACCEPTED", job.uid, f"{spec.namespace}/{spec.name}", identity=identity)
+    state.stimulus(job.uid)
+    context.queue_dirty = True
+    return job, None
+
+
+def _same_job(job: Job, request: SubmitJob) -> Job:
+    if job.spec_digest != request.spec_digest:
+        raise PermanentError(
+            Reason.IDEMPOTENCY_KEY_REUSED,
+            f"Idempotency key {request.idempotency_key!r} belongs to job {job.uid} with another"
+            " spec: use a new key for a new job.",
+            job_uid=job.uid,
+        )
+    return job
+
+
+def _dry_run(context: Context, job: Job) -> tuple[Job, Placement | None]:
+    placed = place_job(job.spec, context.cluster)
+    if isinstance(placed, PlacedJob):
+        placement = placed.placement(job.uid, 0)
+        return replace(job, uid="", why=placement.why), placement
+    return replace(job, uid="", why=placed), None
+
+
+def _require_writable(job: Job, managed_by: str, expected_generation: int) -> None:
+    if job.managed_by and managed_by != job.managed_by:
+        raise PermanentError(
+            Reason.MANAGED_BY_OTHER,
+            f"Job {job.uid} is managed by {job.managed_by}: change it there.",
+            managed_by=job.managed_by,
+        )
+    if expected_generation and expected_generation != job.generation:
+        raise ConflictError(
+            Reason.STALE_GENERATION,
+            f"Job {job.uid} is at generation {job.generation}, not {expected_generation}:"
+            " read it again and repeat.",
+            generation=str(job.generation),
+        )
+    if is_ended(job) or job.state is JobState.STOPPING:
+        raise PermanentError(Reason.NOT_FOUND, f"Job {job.uid} has ended ({job.state}).")
+
+
+@answer.register
+def update_job(request: UpdateJob, context: Context, identity: str) -> Job:
+    """Change the mutable fields that the mask names."""
+    job = context.state.require_job(request.job_uid)
+    _require_writable(job, request.managed_by, request.expected_generation)
+    for path in request.update_mask:
+        if path not in _MUTABLE:
+            raise PermanentError(
+                Reason.IMMUTABLE_FIELD,
+                f"{path} can't be changed; mutable are: {', '.join(sorted(_MUTABLE))}.",
+                field=path,
+            )
+    spec = job.spec
+    for path in request.update_mask:
+        spec = _with_path(spec, request.spec, path)
+    check_spec(spec, context.cluster)
+    if spec == job.spec:
+        return job
+    job = replace(job, spec=spec, generation=job.generation + 1)
+    if job.state is not JobState.PENDING:
+        # What can change takes effect at the next decision: nothing has to move.
+        job = replace(job, observed_generation=job.generation)
+    put_job(context, job)
+    note(context, "JOB_UPDATED", job.uid, ", ".join(request.update_mask), identity=identity)
+    context.queue_dirty = True
+    return job
+
+
+def _with_path(spec: JobSpec, source: JobSpec, path: str) -> JobSpec:
+    first, _, rest = path.partition(".")
+    if not rest:
+        return replace(spec, **{first: getattr(source, first)})
+    inner = replace(getattr(spec, first), **{rest: getattr(getattr(source, first), rest)})
+    return replace(spec, **{first: inner})
+
+
+@answer.register
+def scale_job(request: ScaleJob, context: Context, identity: str) -> Job:
+    """Change a role's size: the job is placed anew at its next epoch with the new size."""
+    job = context.state.require_job(request.job_uid)
+    _require_writable(job, job.managed_by, request.expected_generation)
+    if (request.instances > 0) == (request.ranks > 0):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, "Say either instances or ranks, as a number above 0."
+        )
+    if request.role not in [role.name for role in job.spec.roles]:
+        raise PermanentError(Reason.NOT_FOUND, f"Job {job.uid} has no role {request.role!r}.")
+    old = role_of(job, request.role)
+    new = replace(
+        old, instances=request.instances or old.instances, ranks=request.ranks or old.ranks
+    )
+    if new == old:
+        return job
+    roles = tuple(new if role.name == new.name else role for role in job.spec.roles)
+    spec = replace(job.spec, roles=roles)
+    check_spec(spec, context.cluster)
+    job = replace(job, spec=spec, generation=job.generation + 1)
+    put_job(context, job)
+    size = f"{new.instances} instances of {new.ranks} ranks"
+    note(context, "JOB_SCALED", job.uid, f"{new.name}: {size}", identity=identity)
+    if job.state is not JobState.PENDING:
+        why = Why(reason="SCALED", message=f"role {new.name} now has {size}: placed anew")
+        job = lifecycle.requeue(context, job, why)
+    context.queue_dirty = True
+    return job
+
+
+@answer.register
+def cancel_job(request: CancelJob, context: Context, identity: str) -> Job:
+    job = context.state.require_job(request.job_uid)
+    if is_ended(job) or job.state is JobState.STOPPING:
+        return job
+    return lifecycle.stop(context, job, Why(reason="CANCELLED", message=f"cancelled by {identity}"))
+
+
+@answer.register
+def delete_job(request: DeleteJob, context: Context, identity: str) -> None:
+    job = context.state.require_job(request.job_uid)
+    if not is_ended(job):
+        raise PermanentError(
+            Reason.STALE_REVISION, f"Job {job.uid} is {job.state}: cancel it before deleting it."
+        )
+    context.state.delete(keys.job(job.uid))
+    context.state.delete(keys.name(job.spec.namespace, job.spec.name))
+    note(context, "JOB_DELETED", job.uid, f"{job.spec.name}", identity=identity)
+
+
+@answer.register
+def apply_supernode(
+    request: ApplySuperNode, context: Context, identity: str
+) -> tuple[SuperNode, bool]:
+    """Add a supernode; the same description again changes nothing."""
+    new = request.supernode
+    old = context.state.records.get(keys.supernode(new.name))
+    if old == new:
+        return new, False
+    if old is not None and any(
+        context.state.placement(job.uid) is not None for job in context.state.jobs()
+    ):
+        raise PermanentError(
+            Reason.IMMUTABLE_FIELD,
+            f"Supernode {new.name} has jobs: cancel them before changing its description.",
+        )
+    context.state.put(keys.supernode(new.name), new)
+    context.rebuild_cluster()
+    note(context, "SUPERNODE_APPLIED", new.name, new.machine, identity=identity)
+    return new, True
+
+
+@answer.register
+def cordon(request: Cordon, context: Context, identity: str) -> Hold:
+    """Forbid new work on a part of the machine."""
+    return put_hold(context, request.subject, HoldKind.CORDON, request.message, identity)
+
+
+def put_hold(context: Context, subject: str, kind: HoldKind, message: str, identity: str) -> Hold:
+    context.cluster.require_subject(subject)
+    key = keys.hold(subject)
+    old = context.state.records.get(key)
+    if old is not None and old.kind is kind:
+        found: Hold = old
+        return found
+    if len(context.holds) >= HOLDS_MAX:
+        raise PermanentError(Reason.LIMIT_EXCEEDED, f"{HOLDS_MAX} holds exist: lift some first.")
+    hold = Hold(
+        subject=subject,
+        kind=kind,
+        reason=kind,
+        message=message or f"{kind.lower()} by {identity}",
+        created_by=identity,
+        create_time=context.now,
+    )
+    context.state.put(key, hold)
+    context.set_hold(hold)
+    note(context, f"HOLD_{kind}", subject, hold.message, identity=identity)
+    return hold
+
+
+@answer.register
+def uncordon(request: Uncordon, context: Context, identity: str) -> None:
+    hold = context.state.records.get(keys.hold(request.subject))
+    if hold is None:
+        raise PermanentError(
+            Reason.NOT_FOUND, f"{request.subject} has no hold; `raddle dies` shows all holds."
+        )
+    if hold.kind is HoldKind.DRAIN:
+        raise PermanentError(
+            Reason.MANAGED_BY_OTHER, f"{request.subject} is being drained: cancel the maintenance."
+        )
+    lift_hold(context, request.subject)
+    note(context, "HOLD_LIFTED", request.subject, "takes work again", identity=identity)
+
+
+def lift_hold(context: Context, subject: str) -> None:
+    context.state.delete(keys.hold(subject))
+    context.lift_hold(subject)
+    context.queue_dirty = True
+
+
+@answer.register
+def create_maintenance(request: CreateMaintenance, context: Context, identity: str) -> Maintenance:
+    """Begin a drain: no new work, and what runs moves away under a plan."""
+    context.cluster.require_subject(request.subject)
+    for other in context.state.maintenances():
+        if other.subject == request.subject and other.state is MaintenanceState.DRAINING:
+            return other
+    record = Maintenance(
+        id=request.maintenance_id,
+        subject=request.subject,
+        state=MaintenanceState.DRAINING,
+        why=Why(reason="DRAINING", message=request.message or "ranks move away"),
+        deadline=context.now + request.timeout_s,
+        created_by=identity,
+        create_time=context.now,
+    )
+    if request.dry_run:
+        return record
+    context.state.put(keys.maintenance(record.id), record)
+    put_hold(context, request.subject, HoldKind.DRAIN, record.why.message, identity)
+    context.drains_dirty = True
+    return record
+
+
+@answer.register
+def cancel_maintenance(request: CancelMaintenance, context: Context, identity: str) -> Maintenance:
+    key = keys.maintenance(request.maintenance_id)
+    record: Maintenance | None = context.state.records.get(key)
+    if record is None:
+        raise PermanentError(Reason.NOT_FOUND, f"There is no maintenance {request.maintenance_id}.")
+    if record.state is MaintenanceState.CANCELLED:
+        return record
+    why = Why(reason="CANCELLED", message=f"cancelled by {identity}")
+    record = replace(record, state=MaintenanceState.CANCELLED, why=why)
+    context.state.put(key, record)
+    lift_hold(context, record.subject)
+    return record
+
+
+@answer.register
+def inject_fault(request: InjectFault, context: Context, identity: str) -> Why:
+    """Set or clear a fault code on a simulated device; its agent reports it like a real one."""
+    node = context.cluster.node_of_subject(request.subject)
+    key = keys.injections(node)
+    old = context.state.records.get(key) or Injections(node=node)
+    same = [f for f in old.faults if (f.subject, f.code) == (request.subject, request.code)]
+    kept = tuple(f for f in old.faults if f not in same)
+    if request.clear:
+        faults = kept
+    else:
+        level = context.cluster.level_of_subject(request.subject)
+        fault = ActiveFault(
+            code=request.code, subject_kind=level, subject=request.subject, level=request.level
+        )
+        faults = (*kept, fault)
+    context.state.put(key, Injections(node=node, faults=faults))
+    verb = "cleared" if request.clear else "set"
+    message = f"{request.code} {verb} on {request.subject}"
+    note(context, "FAULT_INJECTED", request.subject, message, identity=identity)
+    return Why(reason="FAULT_INJECTED", message=message)

@@ -1,0 +1,266 @@
+"""Life of a job without faults: wait, be placed, start, be ready, stop.
+
+Each step is level-triggered: `advance` looks at what the assignments ask for and at what agents
+acknowledged, and takes the next step if everything for it is there. So a new leader continues
+from wherever the last one stopped, with no memory but the records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from raddle.core import timeline
+from raddle.core.admission import model_shape
+from raddle.core.context import (
+    Context,
+    active_seats,
+    clear_assignments,
+    note,
+    occupy,
+    promote_assignments,
+    put_assignments,
+    put_expert_maps,
+    put_job,
+    put_routes,
+    release,
+    set_why,
+    status_of,
+)
+from raddle.core.experts.maps import to_expert_map
+from raddle.core.experts.place import initial_map
+from raddle.core.placement.gang import PlacedJob, place_job
+from raddle.core.state import WRITES_A_COMMIT_MAX
+from raddle.model import keys
+from raddle.model.health import RankStage, RankStatus
+from raddle.model.job import (
+    AssignmentStage,
+    InstanceExpertMap,
+    Job,
+    JobExpertMaps,
+    JobState,
+    Placement,
+)
+from raddle.model.kinds import NodeState, RoleKind, SeatState
+from raddle.model.routes import RouteState
+from raddle.model.types import Why
+
+# A job that waited this long is not overtaken any more by smaller or less important ones.
+RESERVE_AFTER_S = 60.0
+_RUNNING = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
+_FENCED_OR_LATER = (RankStage.FENCED, RankStage.REPAIRED, RankStage.LIVE)
+_STARTED_OR_LATER = (RankStage.STARTED, *_FENCED_OR_LATER)
+_REPAIRED_OR_LATER = (RankStage.REPAIRED, RankStage.LIVE)
+
+
+def schedule(context: Context) -> bool:
+    """Place waiting jobs by priority, then age. True if the commit is full and more may fit."""
+    waiting = [job for job in context.state.jobs() if job.state is JobState.PENDING]
+    waiting.sort(key=lambda job: (-job.spec.priority, job.create_time, job.uid))
+    for job in waiting:
+        if context.state.staged and context.state.staged + _writes_of(job) > WRITES_A_COMMIT_MAX:
+            return True
+        placed = place_job(job.spec, context.cluster)
+        if isinstance(placed, PlacedJob):
+            start(context, job, placed)
+            continue
+        set_why(context, job, placed)
+        if context.now - job.create_time > RESERVE_AFTER_S:
+            break
+    return False
+
+
+def _writes_of(job: Job) -> int:
+    ranks = sum(role.instances * (role.ranks + role.spares) for role in job.spec.roles)
+    return 8 + min(ranks, 48)
+
+
+def start(context: Context, job: Job, placed: PlacedJob) -> None:
+    """Commit a placement at the next epoch and have the ranks started."""
+    epoch = job.epoch + 1
+    placement = _with_starts(placed.placement(job.uid, epoch), epoch)
+    job = replace(
+        job,
+        epoch=epoch,
+        observed_generation=job.generation,
+        state=JobState.STARTING,
+        why=Why(reason="PLACED", message=placement.why.message),
+    )
+    put_job(context, job)
+    context.state.put(keys.placement(job.uid), placement)
+    occupy(context, placement)
+    put_expert_maps(context, _initial_maps(context, job, placement))
+    put_routes(context, job, placement, RouteState.STARTING, restores=())
+    put_assignments(context, job, placement, AssignmentStage.START)
+    note(context, "JOB_PLACED", job.uid, placement.why.message, epoch=epoch)
+    context.state.stimulus(job.uid)
+
+
+def _with_starts(placement: Placement, epoch: int) -> Placement:
+    instances = tuple(
+        replace(
+            part,
+            ranks=tuple(
+                replace(rank, start_count=epoch) if rank.state is SeatState.ACTIVE else rank
+                for rank in part.ranks
+            ),
+        )
+        for part in placement.instances
+    )
+    return replace(placement, instances=instances)
+
+
+def _initial_maps(context: Context, job: Job, placement: Placement) -> JobExpertMaps:
+    shape = model_shape(job.spec.model)
+    roles = {role.name: role for role in job.spec.roles}
+    maps = []
+    for part in placement.instances:
+        role = roles[part.role]
+        if role.kind is RoleKind.CACHE or role.slots_per_rank == 0:
+            continue
+        dies = [r.die for r in part.ranks if r.state is SeatState.ACTIVE]
+        table = initial_map(
+            shape.moe_layers,
+            shape.experts,
+            role.slots_per_rank,
+            context.cluster.domains(dies),
+            shared_expert_ranks=role.shared_expert_ranks,
+        )
+        expert_map = to_expert_map(table, role.slots_per_rank, shape.experts)
+        maps.append(
+            InstanceExpertMap(role=part.role, instance=part.instance, expert_map=expert_map)
+        )
+    return JobExpertMaps(job_uid=job.uid, epoch=job.epoch, instances=tuple(maps))
+
+
+def advance(context: Context, job: Job) -> None:
+    """Take the next step of a job if all its ranks are there."""
+    if job.state is JobState.STOPPING:
+        finish_stopping(context, job)
+        return
+    placement = context.state.placement(job.uid)
+    if job.state not in _RUNNING or placement is None:
+        return
+    statuses = [status_of(context, job, seat) for seat in active_seats(job, placement)]
+    _, stage = context.state.stages.get(job.uid, (0, AssignmentStage.UNSPECIFIED))
+    if stage is AssignmentStage.START:
+        if all(_has_started(job, status) for status in statuses):
+            _prepare(context, job, placement)
+    elif stage is AssignmentStage.PREPARE:
+        if all(_reached(job, status, _FENCED_OR_LATER) for status in statuses):
+            timeline.fenced(context, job)
+        if all(_reached(job, status, _REPAIRED_OR_LATER) for status in statuses):
+            _publish(context, job, placement)
+    elif (
+        stage is AssignmentStage.LIVE
+        and job.state is not JobState.READY
+        and all(_reached(job, status, (RankStage.LIVE,)) for status in statuses)
+    ):
+        _ready(context, job)
+
+
+def _reached(job: Job, status: RankStatus | None, stages: tuple[RankStage, ...]) -> bool:
+    return status is not None and status.epoch == job.epoch and status.stage in stages
+
+
+def _has_started(job: Job, status: RankStatus | None) -> bool:
+    """A new process is up, or a running one is fenced at this epoch."""
+    return _reached(job, status, _STARTED_OR_LATER)
+
+
+def _prepare(context: Context, job: Job, placement: Placement) -> None:
+    state = RouteState.STARTING if job.live_epoch == 0 else RouteState.FENCED
+    put_routes(context, job, placement, state)
+    moves, restores, incident_id = timeline.journal_of(context, job)
+    put_assignments(
+        context,
+        job,
+        placement,
+        AssignmentStage.PREPARE,
+        incident_id=incident_id,
+        moves=moves,
+        restores=restores,
+    )
+    timeline.started(context, job)
+
+
+def _publish(context: Context, job: Job, placement: Placement) -> None:
+    """The epoch is live: routers may send, ranks may answer."""
+    job = replace(job, live_epoch=job.epoch)
+    put_job(context, job)
+    put_routes(context, job, placement, RouteState.LIVE)
+    promote_assignments(context, job, placement)
+    timeline.repaired(context, job)
+    context.state.stimulus(job.uid)
+
+
+def _ready(context: Context, job: Job) -> None:
+    recovered = job.state is JobState.RECOVERING
+    message = f"all ranks acknowledged epoch {job.epoch}"
+    job = replace(
+        job,
+        state=JobState.READY,
+        why=Why(reason="READY", message=message),
+        ready_time=job.ready_time or context.now,
+    )
+    put_job(context, job)
+    kind = "EPOCH_PUBLISHED" if recovered else "JOB_READY"
+    note(context, kind, job.uid, message, epoch=job.epoch)
+    timeline.published(context, job)
+
+
+def stop(context: Context, job: Job, why: Why) -> Job:
+    """End the ranks of a job; its dies stay its own until agents said that they ended."""
+    placement = context.state.placement(job.uid)
+    if placement is None:
+        return _ended(context, job, why)
+    job = replace(job, state=JobState.STOPPING, why=why)
+    put_job(context, job)
+    put_routes(context, job, placement, RouteState.ENDED, restores=())
+    clear_assignments(context, job.uid, placement)
+    timeline.abandoned(context, job)
+    finish_stopping(context, job)
+    return context.state.require_job(job.uid)
+
+
+def finish_stopping(context: Context, job: Job) -> None:
+    """The job ended once no node that still speaks has a rank of it."""
+    placement = context.state.placement(job.uid)
+    if placement is None or not _all_ranks_ended(context, job.uid):
+        return
+    release(context, placement)
+    context.state.delete(keys.placement(job.uid))
+    context.state.delete(keys.routes(job.uid))
+    for epoch in range(max(1, job.epoch - 3), job.epoch + 1):
+        context.state.delete(keys.expert_maps(job.uid, epoch))
+    _ended(context, job, job.why)
+
+
+def _all_ranks_ended(context: Context, job_uid: str) -> bool:
+    for node, acks in context.state.acks.get(job_uid, {}).items():
+        if context.nodes.node(node).state is NodeState.LOST:
+            continue
+        if any(status.stage not in (RankStage.EXITED, RankStage.FAILED) for status in acks.ranks):
+            return False
+    return True
+
+
+def _ended(context: Context, job: Job, why: Why) -> Job:
+    job = replace(job, state=JobState.CANCELLED, why=why, end_time=context.now)
+    put_job(context, job)
+    note(context, "JOB_ENDED", job.uid, why.message, epoch=job.epoch)
+    return job
+
+
+def requeue(context: Context, job: Job, why: Why) -> Job:
+    """Nothing feasible is left in place: give all dies back and wait for a whole new placement."""
+    placement = context.state.placement(job.uid)
+    if placement is not None:
+        put_routes(context, job, placement, RouteState.FENCED, restores=())
+        clear_assignments(context, job.uid, placement)
+        release(context, placement)
+        context.state.delete(keys.placement(job.uid))
+    job = replace(job, state=JobState.PENDING, why=why, restarts=job.restarts + 1)
+    put_job(context, job)
+    note(context, "JOB_REQUEUED", job.uid, why.message, epoch=job.epoch)
+    context.queue_dirty = True
+    return job

@@ -1,0 +1,381 @@
+"""The one door of the decision core: events in, instructions out.
+
+The shell reads all events that are pending and calls `handle` once; the machine takes them in,
+decides once, and returns what is to be done, in order. It knows no clock, no wire and no store:
+`now` is an argument, records come decoded, and a failed commit means a new machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import singledispatchmethod
+from typing import Any
+
+from raddle.core import detection, lifecycle, recover, timeline
+from raddle.core.cluster import Cluster
+from raddle.core.context import Context, active_seats, status_of
+from raddle.core.detection import Loss
+from raddle.core.events import (
+    AgentStreamBroken,
+    AgentStreamOpened,
+    Committed,
+    Event,
+    FrontDoorLost,
+    NodeProbed,
+    RankProbed,
+    RecordChanged,
+    RequestReceived,
+    SequencesReported,
+    StatsReported,
+    StoreLeaderChanged,
+    Woken,
+)
+from raddle.core.handlers import answer, lift_hold
+from raddle.core.instructions import Instruction, ProbeNode, ProbeRank, Reply, WakeAt
+from raddle.core.invariants import check
+from raddle.core.nodes import NodeTracker
+from raddle.core.state import State
+from raddle.model import keys
+from raddle.model.errors import RaddleError
+from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, FaultLedger
+from raddle.model.incident import Maintenance, MaintenanceState
+from raddle.model.kinds import NodeState
+from raddle.model.types import Why
+
+_LEDGER_MAX = 1_024
+_SEQUENCES_A_DOOR_MAX = 100_000
+
+
+class Machine:
+    """Decisions of one leader's term over decoded records (`raddle.model` values by key)."""
+
+    def __init__(self, records: Mapping[str, Any], *, now: float) -> None:
+        state = State(records)
+        supernodes = state.supernodes()
+        storm_nodes_max = max((s.nodes_per_rack for s in supernodes), default=1)
+        nodes = NodeTracker(storm_nodes_max, now=now)
+        self.context = Context(
+            state=state, cluster=Cluster(supernodes), nodes=nodes, now=now, term_start_s=now
+        )
+        self._first_loss_s: float | None = None
+        self._wake_s: float | None = None
+        self._begin_term()
+
+    def _begin_term(self) -> None:
+        """Rebuild what is derived: dies, nodes, holds; look at every job once."""
+        context = self.context
+        context.rebuild_cluster()
+        for key, value in context.state.records.items():
+            if isinstance(value, AgentRegistration):
+                has_lease = context.state.health(value.node) is not None
+                context.nodes.registered(value.node, has_lease=has_lease, now=context.now)
+                self._sync_node(value.node)
+            elif isinstance(value, AgentHealth):
+                context.cluster.set_faults(value.node, value.active_faults)
+            elif key.startswith(keys.JOBS):
+                context.touched[value.uid] = None
+        context.drains_dirty = True
+
+    # --- the door ------------------------------------------------------------------------------
+
+    def handle(self, events: Sequence[Event], *, now: float) -> list[Instruction]:
+        """Take in all events, decide once, and say what is to be done, in order."""
+        context = self.context
+        context.now = now
+        out: list[Instruction] = []
+        for event in events:
+            self._take(event)
+        out += self._decide()
+        out += context.state.flush()
+        out += self._probes()
+        wake = self._next_wake()
+        if wake is not None:
+            out.append(WakeAt(wake))
+        return out
+
+    def validate(self) -> None:
+        """Assert the invariants that hold between any two events."""
+        check(self.context)
+
+    # --- taking in -----------------------------------------------------------------------------
+
+    @singledispatchmethod
+    def _take(self, event: Any) -> None:
+        raise TypeError(f"no machine takes {event!r}")
+
+    @_take.register
+    def _(self, event: RecordChanged) -> None:
+        node = keys.node_of_agent_key(event.key)
+        old = self.context.state.records.get(event.key)
+        self.context.state.observe(event.key, event.value)
+        if event.key.endswith("/health"):
+            self._health_changed(node, old, event.value)
+        elif isinstance(event.value, AgentRegistration):
+            self._registered(event.value)
+        else:
+            acks = event.value or old
+            if isinstance(acks, AgentAcks):
+                self.context.touched[acks.job_uid] = None
+
+    @_take.register
+    def _(self, event: RequestReceived) -> None:
+        try:
+            value = answer(event.request, self.context, event.identity)
+        except RaddleError as error:
+            self.context.state.reply(Reply(event.request_id, error=error))
+            return
+        self.context.state.reply(Reply(event.request_id, value=value))
+
+    @_take.register
+    def _(self, event: AgentStreamOpened) -> None:
+        self.context.nodes.stream_opened(event.node)
+
+    @_take.register
+    def _(self, event: AgentStreamBroken) -> None:
+        self.context.nodes.stream_broken(event.node, now=self.context.now)
+
+    @_take.register
+    def _(self, event: NodeProbed) -> None:
+        self.context.nodes.probed(event.node, answered=event.answered, now=self.context.now)
+
+    @_take.register
+    def _(self, event: RankProbed) -> None:
+        job = self.context.state.job(event.job_uid)
+        if job is not None:
+            detection.rank_probed(self.context, job, event.incarnation, answered=event.answered)
+
+    @_take.register
+    def _(self, event: StatsReported) -> None:
+        pool = self.context.state.pool(event.job_uid)
+        for report in event.reports:
+            for change in report.kv_events:
+                pool.apply(report.rank, report.incarnation, change)
+
+    @_take.register
+    def _(self, event: SequencesReported) -> None:
+        doors = self.context.state.sequences.setdefault(event.job_uid, {})
+        if event.snapshot:
+            doors[event.front_door_id] = {}
+        door = doors.setdefault(event.front_door_id, {})
+        for name in event.removed:
+            door.pop(name, None)
+        for sequence in event.updated:
+            if len(door) < _SEQUENCES_A_DOOR_MAX or sequence.sequence_id in door:
+                door[sequence.sequence_id] = sequence
+
+    @_take.register
+    def _(self, event: FrontDoorLost) -> None:
+        for doors in self.context.state.sequences.values():
+            doors.pop(event.front_door_id, None)
+
+    @_take.register
+    def _(self, _event: StoreLeaderChanged) -> None:
+        self.context.nodes.store_leader_changed(now=self.context.now)
+
+    @_take.register
+    def _(self, event: Committed) -> None:
+        for name in event.stimulus:
+            timeline.committed(self.context, name)
+
+    @_take.register
+    def _(self, _event: Woken) -> None:
+        self._wake_s = None
+
+    def _registered(self, value: AgentRegistration) -> None:
+        context = self.context
+        if value.node not in context.nodes.nodes:
+            has_lease = context.state.health(value.node) is not None
+            context.nodes.registered(value.node, has_lease=has_lease, now=context.now)
+        self._sync_node(value.node)
+
+    def _health_changed(self, node: str, old: Any, value: Any) -> None:
+        context = self.context
+        if value is None:
+            context.nodes.lease_ended(node, now=context.now)
+            return
+        context.nodes.lease_seen(node)
+        self._fold_occurrences(value)
+        if old is None or old.active_faults != value.active_faults:
+            context.cluster.set_faults(node, value.active_faults)
+            context.queue_dirty = True
+            self._touch_jobs_on(node)
+
+    def _fold_occurrences(self, health: AgentHealth) -> None:
+        """Keep what frequency rules count, beyond the agent's own window and lease."""
+        state = self.context.state
+        key = keys.fault_ledger(health.node)
+        ledger = state.records.get(key) or FaultLedger(node=health.node)
+        same_boot = ledger.boot_id == health.boot_id
+        last = ledger.last_sequence if same_boot else 0
+        new = tuple(o for o in health.occurrences if o.sequence > last)
+        if not new:
+            return
+        occurrences = (*ledger.occurrences, *new)[-_LEDGER_MAX:]
+        folded = FaultLedger(
+            node=health.node,
+            boot_id=health.boot_id,
+            last_sequence=new[-1].sequence,
+            occurrences=occurrences,
+        )
+        state.put(key, folded)
+
+    # --- deciding ------------------------------------------------------------------------------
+
+    def _decide(self) -> list[Instruction]:
+        context = self.context
+        for node in context.nodes.take_changed():
+            self._sync_node(node)
+            self._touch_jobs_on(node)
+        if context.drains_dirty:
+            self._look_at_drains()
+        out: list[Instruction] = list(self._recover_and_advance())
+        if context.queue_dirty:
+            context.queue_dirty = lifecycle.schedule(context)
+        return out
+
+    def _recover_and_advance(self) -> list[ProbeRank]:
+        context = self.context
+        probes: list[ProbeRank] = []
+        losses: list[Loss] = []
+        touched, context.touched = list(context.touched), {}
+        for job_uid in touched:
+            job = context.state.job(job_uid)
+            if job is None:
+                continue
+            placement = context.state.placement(job_uid)
+            if placement is not None and job.state in recover.RECOVERABLE:
+                lost = detection.losses_of(context, job, placement)
+                losses += lost
+                if lost:
+                    # Looked at again when the plan is made, and until then at every call.
+                    context.touched[job_uid] = None
+                    continue
+                probes += detection.probes_for(context, job, placement)
+            lifecycle.advance(context, job)
+        self._plan(losses)
+        for job_uid, incarnation in context.take_reconnects():
+            job = context.state.job(job_uid)
+            if job is not None and job_uid not in context.touched:
+                recover.reconnect(context, job, incarnation)
+        return probes
+
+    def _plan(self, losses: list[Loss]) -> None:
+        """Gather for a moment, then decide everything that is lost at once."""
+        context = self.context
+        if not losses:
+            self._first_loss_s = None
+            return
+        if self._first_loss_s is None:
+            self._first_loss_s = context.now
+        if context.now < self._first_loss_s + recover.GATHER_S:
+            return
+        recover.recover(context, losses, self._first_loss_s)
+        self._first_loss_s = None
+        for loss in losses:
+            context.touched.pop(loss.job_uid, None)
+        context.drains_dirty = bool(context.draining)
+
+    def _look_at_drains(self) -> None:
+        context = self.context
+        context.drains_dirty = False
+        context.draining = {
+            m.subject: m.id
+            for m in context.state.maintenances()
+            if m.state is MaintenanceState.DRAINING
+        }
+        for record in context.state.maintenances():
+            if record.state is MaintenanceState.DRAINING:
+                self._advance_drain(record)
+
+    def _advance_drain(self, record: Maintenance) -> None:
+        context = self.context
+        here = 0
+        for job in context.state.jobs():
+            placement = context.state.placement(job.uid)
+            if placement is None:
+                continue
+            positions = [s.placement.die or s.placement.node for s in active_seats(job, placement)]
+            count = sum(1 for p in positions if context.is_under(p, record.subject))
+            if count:
+                context.touched[job.uid] = None
+            here += count
+        total = max(record.ranks_total, here)
+        new = replace(record, ranks_total=total, ranks_moved=total - here)
+        if here == 0:
+            why = Why(reason="DRAINED", message=f"{total} ranks moved away; nothing runs here")
+            new = replace(new, state=MaintenanceState.DRAINED, why=why)
+            context.draining.pop(record.subject, None)
+        elif context.now >= record.deadline > 0:
+            why = Why(reason="EXPIRED", message=f"{here} of {total} ranks are still here")
+            new = replace(new, state=MaintenanceState.EXPIRED, why=why)
+            context.draining.pop(record.subject, None)
+            lift_hold(context, record.subject)
+        context.state.put(keys.maintenance(record.id), new)
+
+    # --- nodes and dies ------------------------------------------------------------------------
+
+    def _sync_node(self, name: str) -> None:
+        context = self.context
+        registration = context.state.registration(name)
+        if registration is None or not context.cluster.has_node(name):
+            return
+        context.cluster.set_node(
+            name,
+            ready=context.nodes.node(name).state is NodeState.READY,
+            drivers=registration.drivers,
+            host_memory_bytes=registration.host_memory_bytes,
+        )
+        context.queue_dirty = True
+
+    def _touch_jobs_on(self, node: str) -> None:
+        for item in self.context.state.assignment(node).jobs:
+            self.context.touched[item.job_uid] = None
+        for job_uid, by_node in self.context.state.acks.items():
+            if node in by_node:
+                self.context.touched[job_uid] = None
+
+    def _probes(self) -> list[ProbeNode]:
+        found = []
+        for node in self.context.nodes.take_probes():
+            ranks = []
+            for item in self.context.state.assignment(node).jobs:
+                ranks += self._rank_addresses(item.job_uid, node)
+            found.append(ProbeNode(node, tuple(ranks)))
+        return found
+
+    def _rank_addresses(self, job_uid: str, node: str) -> list[tuple[str, str]]:
+        context = self.context
+        job, placement = context.state.job(job_uid), context.state.placement(job_uid)
+        if job is None or placement is None:
+            return []
+        found = []
+        for seat in active_seats(job, placement):
+            status = status_of(context, job, seat) if seat.placement.node == node else None
+            if status is not None and status.engine_address:
+                found.append((status.engine_address, status.incarnation))
+        return found
+
+    def _next_wake(self) -> float | None:
+        """The earliest time at which something is due without an event; None if unchanged."""
+        context = self.context
+        due = [self._first_loss_s + recover.GATHER_S] if self._first_loss_s is not None else []
+        nodes_due = context.nodes.wake(now=context.now)
+        if nodes_due is not None:
+            due.append(nodes_due)
+        if context.queue_dirty:
+            due.append(context.now)
+        due += [
+            m.deadline
+            for m in context.state.maintenances()
+            if m.state is MaintenanceState.DRAINING and m.deadline > 0
+        ]
+        if any(m <= context.now for m in due if m) and context.draining:
+            context.drains_dirty = True
+        if not due:
+            return None
+        wake = min(due)
+        if self._wake_s is not None and self._wake_s <= wake:
+            return None
+        self._wake_s = wake
+        return wake

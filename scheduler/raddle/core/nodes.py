@@ -1,0 +1,182 @@
+"""What the leader believes of each node: ready, suspect, unknown or lost, and when it may say lost.
+
+In go signs of life and silence (leases, stats streams, probes, peers' words); out come node states
+and probes. "I cannot see it" and "it is dead" are two states: a node is lost only when its agent
+is silent and none of its ranks answers the leader's own call. If more nodes than a rack falls
+silent in one window, or within one lease time of a leader change, the storm brake holds: they are
+unknown until a second witness (a peer rank) speaks against them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from raddle.model.kinds import NodeState
+from raddle.model.types import Why
+
+LEASE_TTL_S = 4.0
+# Two lease times: all leases that one event lets lapse end within it.
+STORM_WINDOW_S = 2 * LEASE_TTL_S
+
+
+@dataclass(slots=True)
+class Node:
+    """One node as the leader sees it."""
+
+    name: str
+    state: NodeState = NodeState.ABSENT
+    why: Why = field(default_factory=Why)
+    has_lease: bool = False
+    has_stream: bool = False
+    silent_since_s: float = 0.0
+    probing: bool = False
+    accused: bool = False
+
+
+class NodeTracker:
+    """Node states of one leader's term."""
+
+    def __init__(self, storm_nodes_max: int, *, now: float) -> None:
+        #: The largest single failure domain, in nodes.
+        self.storm_nodes_max = storm_nodes_max
+        self.nodes: dict[str, Node] = {}
+        # Leases that lapse within one TTL of a leader change prove nothing.
+        self.grace_until_s = now + LEASE_TTL_S
+        #: Nodes whose state changed since the last `take_changed`.
+        self._changed: dict[str, None] = {}
+        #: Nodes that need a probe.
+        self._to_probe: dict[str, None] = {}
+
+    def node(self, name: str) -> Node:
+        if name not in self.nodes:
+            self.nodes[name] = Node(name)
+        return self.nodes[name]
+
+    def store_leader_changed(self, *, now: float) -> None:
+        self.grace_until_s = max(self.grace_until_s, now + LEASE_TTL_S)
+
+    def registered(self, name: str, *, has_lease: bool, now: float) -> None:
+        """A node known from its registration at the start of a term."""
+        node = self.node(name)
+        node.has_lease = has_lease
+        if has_lease:
+            self._set(node, NodeState.READY, "READY", "agent reports under its lease")
+        else:
+            self._fall_silent(node, "LEASE_ABSENT", "no lease at the start of the term", now)
+
+    def lease_seen(self, name: str) -> None:
+        node = self.node(name)
+        node.has_lease = True
+        node.accused = False
+        if node.state is not NodeState.READY and (node.has_stream or not node.probing):
+            self._set(node, NodeState.READY, "READY", "agent reports under its lease")
+
+    def stream_opened(self, name: str) -> None:
+        node = self.node(name)
+        node.has_stream = True
+        if node.has_lease:
+            self._set(node, NodeState.READY, "READY", "agent streams to the leader")
+
+    def lease_ended(self, name: str, *, now: float) -> None:
+        node = self.node(name)
+        node.has_lease = False
+        self._fall_silent(node, "LEASE_ENDED", "the agent's lease ended", now)
+
+    def stream_broken(self, name: str, *, now: float) -> None:
+        node = self.node(name)
+        node.has_stream = False
+        self._fall_silent(node, "STREAM_BROKEN", "the agent's stream broke", now)
+
+    def accused(self, name: str) -> None:
+        """A peer rank lost its connections to this node's ranks: a second witness."""
+        node = self.node(name)
+        if node.state is NodeState.UNKNOWN:
+            node.accused = True
+            self._to_probe[name] = None
+        elif node.state is NodeState.SUSPECT:
+            node.accused = True
+
+    def probed(self, name: str, *, answered: bool, now: float) -> None:
+        node = self.node(name)
+        node.probing = False
+        if node.state not in (NodeState.SUSPECT, NodeState.UNKNOWN):
+            return
+        if node.has_lease and node.has_stream:
+            self._set(node, NodeState.READY, "READY", "agent is back")
+        elif answered:
+            self._set(
+                node,
+                NodeState.SUSPECT,
+                "RANKS_ANSWER",
+                "the agent is silent but its ranks answer: no new work, nothing moves",
+            )
+        elif self._storm(now) and not node.accused:
+            self._set(
+                node,
+                NodeState.UNKNOWN,
+                "STORM_BRAKE",
+                f"more than {self.storm_nodes_max} nodes fell silent together or the leader just"
+                " changed: nothing moves until a second witness speaks",
+            )
+        else:
+            self._set(
+                node,
+                NodeState.LOST,
+                "NODE_LOST",
+                f"{node.why.message or 'silent'}, and none of its ranks answers",
+            )
+
+    def _storm(self, now: float) -> bool:
+        if now < self.grace_until_s:
+            return True
+        silent = sum(
+            1
+            for node in self.nodes.values()
+            if node.state in (NodeState.SUSPECT, NodeState.UNKNOWN, NodeState.LOST)
+            and now - node.silent_since_s <= STORM_WINDOW_S
+        )
+        return silent > self.storm_nodes_max
+
+    def wake(self, *, now: float) -> float | None:
+        """Ask unknown nodes again when the grace ended; the time to look again, or None."""
+        unknown = [n for n in self.nodes.values() if n.state is NodeState.UNKNOWN and not n.probing]
+        if not unknown:
+            return None
+        due = max(self.grace_until_s, max(n.silent_since_s for n in unknown) + STORM_WINDOW_S)
+        if now < due:
+            return due
+        for node in unknown:
+            if not self._lasting_storm(now):
+                self._to_probe[node.name] = None
+        return None if self._to_probe else now + STORM_WINDOW_S
+
+    def _lasting_storm(self, now: float) -> bool:
+        """More unknown nodes than one failure domain explains, whenever they fell silent."""
+        unknown = sum(1 for n in self.nodes.values() if n.state is NodeState.UNKNOWN)
+        return now < self.grace_until_s or unknown > self.storm_nodes_max
+
+    def take_changed(self) -> list[str]:
+        changed, self._changed = list(self._changed), {}
+        return changed
+
+    def take_probes(self) -> list[str]:
+        """Nodes to probe now; each is marked as being probed."""
+        silent = (NodeState.SUSPECT, NodeState.UNKNOWN)
+        found = [self.nodes[name] for name in self._to_probe]
+        names = [node.name for node in found if node.state in silent and not node.probing]
+        self._to_probe = {}
+        for name in names:
+            self.nodes[name].probing = True
+        return names
+
+    def _fall_silent(self, node: Node, reason: str, message: str, now: float) -> None:
+        if node.state in (NodeState.READY, NodeState.ABSENT):
+            node.silent_since_s = now
+            self._set(node, NodeState.SUSPECT, reason, message)
+        if node.state is not NodeState.LOST:
+            self._to_probe[node.name] = None
+
+    def _set(self, node: Node, state: NodeState, reason: str, message: str) -> None:
+        if node.state is not state:
+            self._changed[node.name] = None
+        node.state, node.why = state, Why(reason=reason, message=message)

@@ -1,0 +1,362 @@
+"""From losses to a plan: one incident, one new epoch for each job that it touches.
+
+In go losses that were gathered for a moment; out come the journal entry, the placement, the maps
+and the assignments of the next epoch, staged as one commit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from raddle.core import lifecycle, timeline
+from raddle.core.context import (
+    Context,
+    active_seats,
+    instance_of,
+    note,
+    put_assignments,
+    put_expert_maps,
+    put_job,
+    put_routes,
+    role_of,
+)
+from raddle.core.detection import Loss
+from raddle.core.kvcache.restore import Survivor, plan_restores
+from raddle.core.recovery.planner import InstanceDecision, plan_instance
+from raddle.core.recovery.request import recovery_request
+from raddle.model import keys
+from raddle.model.incident import (
+    Incident,
+    IncidentFault,
+    IncidentPhase,
+    InstancePlan,
+    JobPlan,
+    TimelineEntry,
+)
+from raddle.model.job import (
+    AssignmentStage,
+    InstanceExpertMap,
+    Job,
+    JobExpertMaps,
+    JobState,
+    Placement,
+    RankPlacement,
+    RoleSpec,
+)
+from raddle.model.kinds import FaultKind, RecoveryKind, RoleKind
+from raddle.model.routes import RouteState
+from raddle.model.types import ExpertMove, RankKey, SequenceRestore, Why
+
+# What arrives this shortly after the first sign belongs to the same decision.
+GATHER_S = 0.005
+# States in which a lost rank is a loss.
+RECOVERABLE = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
+PLANS_AN_INCIDENT_MAX = 64
+FAULTS_AN_INCIDENT_MAX = 1_000
+
+
+@dataclass(slots=True)
+class Draft:
+    """The next epoch of one job while its instances are being decided."""
+
+    job: Job
+    placement: Placement
+    maps: dict[tuple[str, int], InstanceExpertMap]
+    plans: list[InstancePlan] = field(default_factory=list)
+    moves: dict[RankKey, tuple[ExpertMove, ...]] = field(default_factory=dict)
+    starts: bool = False
+    released: list[str] = field(default_factory=list)
+
+
+def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
+    """Decide what becomes of every job that lost ranks, under one incident."""
+    by_job: dict[str, list[Loss]] = {}
+    for loss in losses:
+        by_job.setdefault(loss.job_uid, []).append(loss)
+    incident = _incident(context, by_job, losses, first_seen_s)
+    for job_uid, lost in by_job.items():
+        plan = _recover_job(context, context.state.require_job(job_uid), lost, incident.id)
+        incident = replace(incident, plans=(*incident.plans, plan)[-PLANS_AN_INCIDENT_MAX:])
+    incident = replace(incident, why=_summary(incident))
+    context.state.put(keys.incident(incident.id), incident)
+    context.state.stimulus(incident.id)
+    note(
+        context,
+        "INCIDENT_DECIDED",
+        incident.subject,
+        incident.why.message,
+        incident_id=incident.id,
+        epoch=max(plan.epoch for plan in incident.plans),
+    )
+
+
+def reconnect(context: Context, job: Job, incarnation: str) -> None:
+    """Peers lost a rank that answers: the same members start a new epoch together."""
+    loss = Loss(
+        job.uid,
+        RankKey(),
+        FaultKind.PEER_REPORTS,
+        incarnation,
+        "CONNECTION_BROKEN",
+        f"peers lost {incarnation}, but it answers",
+    )
+    recover(context, [loss], context.now)
+
+
+def _incident(
+    context: Context, by_job: dict[str, list[Loss]], losses: list[Loss], first_seen_s: float
+) -> Incident:
+    """The open incident of one of these jobs, or a new one, with the new faults."""
+    faults = tuple(
+        IncidentFault(
+            kind=loss.kind,
+            subject=loss.position,
+            code=loss.code,
+            message=loss.message,
+            job_uid=loss.job_uid,
+            rank=loss.key,
+        )
+        for loss in losses
+    )
+    decide = TimelineEntry(
+        phase=IncidentPhase.DECIDE, start_time=context.now, message="candidates are compared"
+    )
+    for open_one in context.state.open_incidents():
+        if any(plan.job_uid in by_job for plan in open_one.plans):
+            joined = (*open_one.faults, *faults)[-FAULTS_AN_INCIDENT_MAX:]
+            entries = timeline.ended(context, open_one.timeline)
+            return replace(
+                open_one,
+                faults=joined,
+                phase=IncidentPhase.DECIDE,
+                timeline=(*entries, decide),
+            )
+    kind, subject = _subject(losses)
+    detect = TimelineEntry(
+        phase=IncidentPhase.DETECT,
+        start_time=first_seen_s,
+        duration=max(context.now - first_seen_s, 1e-6),
+        message=losses[0].message,
+    )
+    return Incident(
+        id=context.state.new_incident_id(),
+        subject_kind=kind,
+        subject=subject,
+        phase=IncidentPhase.DECIDE,
+        faults=faults,
+        timeline=(detect, decide),
+        create_time=first_seen_s,
+    )
+
+
+def _subject(losses: list[Loss]) -> tuple[str, str]:
+    """The smallest failure domain that explains all losses."""
+    node_lost = any(loss.kind is FaultKind.NODE_LOST for loss in losses)
+    parts = [loss.position.split("/") for loss in losses]
+    common: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    depth = min(len(common), 2) if node_lost else len(common)
+    kinds = ["ranks", "supernode", "node", "npu", "die"]
+    if depth == 0:
+        return "ranks", f"{len(losses)} ranks"
+    return kinds[min(depth, 4)], "/".join(common[:depth])
+
+
+def _summary(incident: Incident) -> Why:
+    parts = [
+        f"{plan.role}/{plan.instance}: {plan.option}"
+        for job_plan in incident.plans
+        for plan in job_plan.instances
+    ]
+    first = incident.faults[0]
+    return Why(reason=first.kind, message=f"{first.message}; {', '.join(parts)}")
+
+
+def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: str) -> JobPlan:
+    placement = context.state.placement(job.uid)
+    assert placement is not None, job.uid
+    epoch = _next_epoch(context, job)
+    live = job.live_epoch > 0
+    state = JobState.RECOVERING if live else JobState.STARTING
+    job = replace(job, epoch=epoch, state=state)
+    maps = context.state.expert_maps(job.uid, placement.epoch)
+    draft = Draft(
+        job,
+        replace(placement, epoch=epoch),
+        {(m.role, m.instance): m for m in (maps.instances if maps else ())},
+    )
+    lost_by_instance: dict[tuple[str, int], list[Loss]] = {}
+    for loss in losses:
+        if loss.key.role:
+            lost_by_instance.setdefault((loss.key.role, loss.key.instance), []).append(loss)
+    for (role, instance), lost in lost_by_instance.items():
+        if not _decide_instance(context, draft, role, instance, lost):
+            return _start_over(context, draft, lost)
+    if not lost_by_instance:
+        draft.plans.append(_reconnect_plan(losses))
+    _commit(context, draft, losses, incident_id)
+    return JobPlan(job_uid=job.uid, epoch=epoch, instances=tuple(draft.plans))
+
+
+def _next_epoch(context: Context, job: Job) -> int:
+    """Above everything that the store or any live agent knows of this job."""
+    known = [
+        status.epoch
+        for acks in context.state.acks.get(job.uid, {}).values()
+        for status in acks.ranks
+    ]
+    return max([job.epoch, *known]) + 1
+
+
+def _decide_instance(
+    context: Context, draft: Draft, role_name: str, instance: int, lost: list[Loss]
+) -> bool:
+    """Plan one instance into the draft; False if nothing is feasible in place."""
+    role = role_of(draft.job, role_name)
+    part = instance_of(draft.placement, role_name, instance)
+    request = recovery_request(
+        draft.job,
+        role,
+        part,
+        draft.maps.get((role_name, instance)),
+        {loss.key.rank: loss.kind for loss in lost},
+        context.cluster,
+        demand=_demand(context, draft.job, role, instance),
+    )
+    decision = plan_instance(request)
+    if decision.option is None:
+        draft.plans.append(_instance_plan(role_name, instance, decision, lost))
+        return False
+    seats = _with_start_counts(decision, draft.job.epoch)
+    draft.starts = draft.starts or bool(decision.starts)
+    draft.placement = replace(
+        draft.placement,
+        instances=tuple(
+            replace(p, ranks=seats) if (p.role, p.instance) == (role_name, instance) else p
+            for p in draft.placement.instances
+        ),
+    )
+    if decision.expert_map is not None:
+        draft.maps[role_name, instance] = InstanceExpertMap(
+            role=role_name, instance=instance, expert_map=decision.expert_map
+        )
+    for rank, moves in decision.moves.items():
+        draft.moves[RankKey(role=role_name, instance=instance, rank=rank)] = moves
+    draft.plans.append(_instance_plan(role_name, instance, decision, lost))
+    return True
+
+
+def _demand(context: Context, job: Job, role: RoleSpec, instance: int) -> float:
+    """Running sequences as a share of what the whole instance may run; 0 where nobody says."""
+    if role.kind is not RoleKind.DECODE or role.max_sequences_per_rank == 0:
+        return 0.0
+    running = sum(
+        1
+        for sequence in context.state.all_sequences(job.uid)
+        if (sequence.rank.role, sequence.rank.instance) == (role.name, instance)
+    )
+    return min(1.0, running / (role.ranks * role.max_sequences_per_rank))
+
+
+def _with_start_counts(decision: InstanceDecision, epoch: int) -> tuple[RankPlacement, ...]:
+    return tuple(
+        replace(seat, start_count=epoch) if seat.rank in decision.starts else seat
+        for seat in decision.seats
+    )
+
+
+def _instance_plan(
+    role: str, instance: int, decision: InstanceDecision, lost: list[Loss]
+) -> InstancePlan:
+    return InstancePlan(
+        role=role,
+        instance=instance,
+        option=decision.option or RecoveryKind.RESTART,
+        lost_ranks=tuple(loss.key.rank for loss in lost),
+        considered=decision.considered,
+        experts_moved=sum(len(moves) for moves in decision.moves.values()),
+        why=decision.why,
+    )
+
+
+def _reconnect_plan(losses: list[Loss]) -> InstancePlan:
+    why = Why(reason="RECONNECT", message=losses[0].message)
+    return InstancePlan(role="", instance=0, option=RecoveryKind.RECONNECT, why=why)
+
+
+def _start_over(context: Context, draft: Draft, lost: list[Loss]) -> JobPlan:
+    """Nothing feasible in place: the whole job waits for a new placement."""
+    why = Why(
+        reason="RESTART",
+        message=f"{lost[0].message}; {draft.plans[-1].why.message}: the job is placed anew",
+    )
+    lifecycle.requeue(context, draft.job, why)
+    return JobPlan(job_uid=draft.job.uid, epoch=draft.job.epoch + 1, instances=tuple(draft.plans))
+
+
+def _commit(context: Context, draft: Draft, losses: list[Loss], incident_id: str) -> None:
+    """Stage everything that the next epoch of the job consists of."""
+    job, placement, state = draft.job, draft.placement, context.state
+    old = state.placement(job.uid)
+    assert old is not None
+    restores = _restores(context, job, placement, losses)
+    draft.plans = [_with_kv(plan, restores) for plan in draft.plans]
+    put_job(context, replace(job, why=Why(reason="RECOVERING", message=losses[0].message)))
+    state.put(keys.placement(job.uid), placement)
+    context.reseat(old, placement)
+    maps = tuple(draft.maps[key] for key in sorted(draft.maps))
+    put_expert_maps(context, JobExpertMaps(job_uid=job.uid, epoch=job.epoch, instances=maps))
+    live = job.live_epoch > 0
+    route_state = RouteState.FENCED if live else RouteState.STARTING
+    put_routes(context, job, placement, route_state, restores=restores)
+    put_assignments(
+        context,
+        job,
+        placement,
+        AssignmentStage.START if draft.starts else AssignmentStage.PREPARE,
+        incident_id=incident_id,
+        moves=lambda key: draft.moves.get(key, ()),
+        restores=restores,
+    )
+
+
+def _with_kv(plan: InstancePlan, restores: tuple[SequenceRestore, ...]) -> InstancePlan:
+    mine = [r for r in restores if (r.source.role, r.source.instance) == (plan.role, plan.instance)]
+    return replace(
+        plan,
+        sequences_restored=len(mine),
+        kv_tokens_restored=sum(r.tokens_restored for r in mine),
+        kv_tokens_recomputed=sum(r.tokens_recomputed for r in mine),
+    )
+
+
+def _restores(
+    context: Context, job: Job, placement: Placement, losses: list[Loss]
+) -> tuple[SequenceRestore, ...]:
+    """A new home for each sequence of the lost decode ranks."""
+    lost = {loss.key for loss in losses}
+    sequences = context.state.all_sequences(job.uid)
+    mine = [s for s in sequences if s.rank in lost]
+    if not mine:
+        return ()
+    seats = active_seats(job, placement)
+    counts: dict[RankKey, int] = {}
+    for sequence in sequences:
+        if sequence.rank not in lost:
+            counts[sequence.rank] = counts.get(sequence.rank, 0) + 1
+    survivors = tuple(
+        Survivor(seat.key, counts.get(seat.key, 0), seat.role.max_sequences_per_rank)
+        for seat in seats
+        if seat.role.kind is RoleKind.DECODE
+    )
+    pool_members = tuple(seat.key for seat in seats if seat.role.kind is RoleKind.CACHE)
+    return plan_restores(
+        tuple(mine),
+        survivors,
+        context.state.pool(job.uid),
+        job.spec.model.kv_block_tokens,
+        pool_members,
+    )

@@ -1,0 +1,268 @@
+"""The best way to recover one instance, and why not the others.
+
+In goes one instance with its losses; out comes a decision: the option, the seats, the map, the
+loads. Every candidate is built and priced; the cheapest feasible and allowed one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from raddle.core.experts.maps import to_expert_map
+from raddle.core.experts.repair import RepairedMap, repair_map
+from raddle.core.recovery.cost import CONTROL_S, cost_s
+from raddle.core.recovery.request import InstanceRecovery
+from raddle.model.incident import RecoveryOption
+from raddle.model.job import RankPlacement
+from raddle.model.kinds import FaultKind, RecoveryKind, SeatState
+from raddle.model.topology import node_of
+from raddle.model.types import ExpertMap, ExpertMove, WeightSource, Why
+
+_ORDER = list(RecoveryKind)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDecision:
+    """What is done to one instance; `option` None means that nothing is feasible in place."""
+
+    option: RecoveryKind | None
+    why: Why
+    considered: tuple[RecoveryOption, ...]
+    seats: tuple[RankPlacement, ...] = ()
+    #: Ranks that need a new process.
+    starts: tuple[int, ...] = ()
+    expert_map: ExpertMap | None = None
+    moves: Mapping[int, tuple[ExpertMove, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    kind: RecoveryKind
+    seats: tuple[RankPlacement, ...] = ()
+    starts: tuple[int, ...] = ()
+    repaired: RepairedMap | None = None
+    infeasible: str = ""
+    message: str = ""
+    pause_s: float = 0.0
+    capacity_left: float = 0.0
+    cost: float = 0.0
+
+
+def plan_instance(request: InstanceRecovery) -> InstanceDecision:
+    """Compare remap, donor slot, hot spare and restart, and take the cheapest."""
+    remapped = _shrunk(request)
+    candidates = [remapped, _hot_spare(request), _restart(request)]
+    missing = {RecoveryKind.REMAP, RecoveryKind.DONOR_SLOT} - {c.kind for c in candidates}
+    candidates += [_other_remap(kind, remapped) for kind in sorted(missing)]
+    candidates = [_priced(_if_allowed(c, request), request) for c in candidates]
+    candidates.sort(key=lambda c: _ORDER.index(c.kind))
+    feasible = [c for c in candidates if not c.infeasible]
+    if not feasible:
+        sentences = "; ".join(f"{c.kind}: {c.infeasible}" for c in candidates)
+        why = Why(reason="NO_OPTION", message=f"nothing is feasible in place ({sentences})")
+        return InstanceDecision(None, why, tuple(_option(c, request, None) for c in candidates))
+    best = min(feasible, key=lambda c: (c.cost, _ORDER.index(c.kind)))
+    considered = tuple(_option(c, request, best) for c in candidates)
+    why = Why(reason=best.kind, message=best.message)
+    width = request.role.slots_per_rank
+    return InstanceDecision(
+        option=best.kind,
+        why=why,
+        considered=considered,
+        seats=best.seats,
+        starts=best.starts,
+        expert_map=(
+            to_expert_map(best.repaired.table, width, request.experts) if best.repaired else None
+        ),
+        moves=best.repaired.moves if best.repaired else {},
+    )
+
+
+def _priced(candidate: _Candidate, request: InstanceRecovery) -> _Candidate:
+    cost = cost_s(candidate.pause_s, candidate.capacity_left, request.demand)
+    return replace(candidate, cost=cost)
+
+
+def _if_allowed(candidate: _Candidate, request: InstanceRecovery) -> _Candidate:
+    if candidate.infeasible or candidate.kind in request.allowed:
+        return candidate
+    return replace(candidate, infeasible="the job does not allow it")
+
+
+def _option(
+    candidate: _Candidate, request: InstanceRecovery, best: _Candidate | None
+) -> RecoveryOption:
+    moved = candidate.repaired.experts_moved if candidate.repaired else 0
+    if candidate.infeasible:
+        why = Why(reason="INFEASIBLE", message=candidate.infeasible)
+    elif candidate is best:
+        why = Why(reason="CHEAPEST", message=candidate.message)
+    else:
+        dearer = candidate.cost - best.cost if best is not None else 0.0
+        why = Why(reason="DEARER", message=f"costs {dearer:.1f} s of work more")
+    return RecoveryOption(
+        option=candidate.kind,
+        feasible=not candidate.infeasible,
+        chosen=candidate is best,
+        why=why,
+        predicted_pause=candidate.pause_s,
+        experts_moved=moved,
+        bytes_moved=moved * request.rates.expert_bytes,
+        capacity_left=candidate.capacity_left,
+        cost=candidate.cost,
+    )
+
+
+def _leave(request: InstanceRecovery, ranks: Sequence[int]) -> tuple[RankPlacement, ...]:
+    """The seats with these ranks gone."""
+    return tuple(
+        replace(
+            seat,
+            state=(
+                SeatState.DRAINED if request.lost[seat.rank] is FaultKind.DRAIN else SeatState.LOST
+            ),
+            why=Why(reason=request.lost[seat.rank], message="lost its rank"),
+        )
+        if seat.rank in ranks
+        else seat
+        for seat in request.seats
+    )
+
+
+def _active(seats: Sequence[RankPlacement]) -> list[int]:
+    return [seat.rank for seat in seats if seat.state is SeatState.ACTIVE]
+
+
+def _capacity(request: InstanceRecovery, seats: Sequence[RankPlacement]) -> float:
+    return min(1.0, len(_active(seats)) / request.role.ranks)
+
+
+def _pause_s(request: InstanceRecovery, repaired: RepairedMap | None, *, starts: bool) -> float:
+    pause = CONTROL_S + (request.rates.start_s() if starts else 0.0)
+    if repaired is None or not repaired.moves:
+        return pause
+    return pause + max(
+        request.rates.load_s(
+            sum(1 for m in moves if m.source is WeightSource.PEER),
+            sum(1 for m in moves if m.source is not WeightSource.PEER),
+        )
+        for moves in repaired.moves.values()
+    )
+
+
+def _repair(
+    request: InstanceRecovery, seats: Sequence[RankPlacement], joined: Sequence[int]
+) -> RepairedMap | None:
+    if request.table is None:
+        return None
+    return repair_map(
+        request.table,
+        request.role.slots_per_rank,
+        request.experts,
+        live=_active(seats),
+        joined=joined,
+        domains=request.domains,
+    )
+
+
+def _shrunk(request: InstanceRecovery) -> _Candidate:
+    """The survivors go on alone: remap if every expert has a copy, else donors give slots."""
+    seats = _leave(request, list(request.lost))
+    if not _active(seats):
+        return _Candidate(RecoveryKind.REMAP, infeasible="no rank of the instance survives")
+    repaired = _repair(request, seats, ())
+    moved = repaired.experts_moved if repaired else 0
+    kind = RecoveryKind.DONOR_SLOT if moved else RecoveryKind.REMAP
+    if repaired is not None and repaired.uncovered:
+        count = len(repaired.uncovered)
+        return _Candidate(
+            RecoveryKind.DONOR_SLOT,
+            infeasible=f"{count} experts find no slot on the survivors",
+            capacity_left=_capacity(request, seats),
+        )
+    text = "every expert has a live copy" if not moved else f"{moved} experts are loaded anew"
+    return _Candidate(
+        kind,
+        seats=seats,
+        repaired=repaired,
+        message=f"{len(_active(seats))} ranks go on, {text}",
+        pause_s=_pause_s(request, repaired, starts=False),
+        capacity_left=_capacity(request, seats),
+    )
+
+
+def _other_remap(kind: RecoveryKind, remapped: _Candidate) -> _Candidate:
+    """Why the other way to shrink is not the one."""
+    if remapped.infeasible:
+        return _Candidate(kind, infeasible=remapped.infeasible)
+    if kind is RecoveryKind.REMAP:
+        return _Candidate(kind, infeasible="some expert has no live copy left")
+    return _Candidate(kind, infeasible="not needed: every expert has a live copy")
+
+
+def _hot_spare(request: InstanceRecovery) -> _Candidate:
+    """Spare dies take the lost ranks' places under the same rank numbers."""
+    lost = sorted(request.lost)
+    if len(request.spares) < len(lost):
+        return _Candidate(
+            RecoveryKind.HOT_SPARE,
+            infeasible=f"{len(lost)} ranks are lost, {len(request.spares)} spares are usable",
+        )
+    return _replaced(
+        request,
+        RecoveryKind.HOT_SPARE,
+        {rank: spare.die for rank, spare in zip(lost, request.spares, strict=False)},
+        f"{len(lost)} spare dies take the places",
+    )
+
+
+def _restart(request: InstanceRecovery) -> _Candidate:
+    """New processes: in their own seats where these are healthy, else on free dies."""
+    fresh = list(request.fresh)
+    places: dict[int, str] = {}
+    for rank in sorted(request.lost):
+        if rank in request.restartable:
+            seat = next(s for s in request.seats if s.rank == rank)
+            places[rank] = seat.die or seat.node
+        elif fresh:
+            places[rank] = fresh.pop(0)
+        else:
+            return _Candidate(
+                RecoveryKind.RESTART,
+                infeasible=f"rank {rank} can't restart in its seat, and nothing else is free",
+            )
+    return _replaced(request, RecoveryKind.RESTART, places, f"{len(places)} ranks start anew")
+
+
+def _replaced(
+    request: InstanceRecovery, kind: RecoveryKind, places: Mapping[int, str], message: str
+) -> _Candidate:
+    """The lost ranks continue at new (or the same) places under their own numbers."""
+    used = set(places.values())
+    seats = []
+    for seat in request.seats:
+        if seat.rank in places:
+            place = places[seat.rank]
+            die = place if seat.die else ""
+            node = node_of(place) if seat.die else place
+            state = SeatState.ACTIVE
+            seats.append(replace(seat, die=die, node=node, state=state, why=Why()))
+        elif seat.state is SeatState.SPARE and seat.die in used:
+            continue
+        else:
+            seats.append(seat)
+    starts = tuple(sorted(places))
+    repaired = _repair(request, seats, starts)
+    if repaired is not None and repaired.uncovered:
+        count = len(repaired.uncovered)
+        return _Candidate(kind, infeasible=f"{count} experts still find no slot")
+    return _Candidate(
+        kind,
+        seats=tuple(seats),
+        starts=starts,
+        repaired=repaired,
+        message=message,
+        pause_s=_pause_s(request, repaired, starts=True),
+        capacity_left=_capacity(request, seats),
+    )

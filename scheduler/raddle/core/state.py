@@ -1,0 +1,252 @@
+"""The machine's working copy of the store: records by key, staged writes, and small indexes.
+
+In go decoded records; out come the writes of one `handle` call. Reads see staged writes at once
+("assume"): if the commit fails, the shell throws the whole machine away. What ranks and front
+doors say at a high rate (sequences, pool blocks) lives beside the records and is never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from raddle.core.instructions import Commit, Reply, Write
+from raddle.core.kvcache.index import PoolIndex
+from raddle.model import keys
+from raddle.model.errors import PermanentError, Reason
+from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, RankStatus
+from raddle.model.incident import Event, Incident, IncidentPhase, Maintenance
+from raddle.model.job import Assignment, AssignmentStage, Job, JobExpertMaps, Placement
+from raddle.model.routes import Routes, SequenceReport
+from raddle.model.topology import SuperNode
+from raddle.model.types import RankKey
+
+EVENTS_MAX = 10_000
+INCIDENTS_MAX = 1_000
+# Below etcd's 128 operations a transaction, with room for what one more decision adds.
+WRITES_A_COMMIT_MAX = 120
+
+
+class State:
+    """Records, staged writes and the indexes that decisions need."""
+
+    def __init__(self, records: Mapping[str, Any]) -> None:
+        self.records: dict[str, Any] = dict(sorted(records.items()))
+        self._writes: dict[str, Any] = {}
+        self._replies: list[Reply] = []
+        self._stimulus: dict[str, None] = {}
+        #: Job uids in the order of their keys, then of their arrival.
+        self.job_uids: dict[str, None] = {}
+        #: acks[job_uid][node]
+        self.acks: dict[str, dict[str, AgentAcks]] = {}
+        #: sequences[job_uid][front_door_id][sequence_id]
+        self.sequences: dict[str, dict[str, dict[str, SequenceReport]]] = {}
+        #: Pool blocks of each job.
+        self.pools: dict[str, PoolIndex] = {}
+        self.idempotency: dict[tuple[str, str], str] = {}
+        self._event_ids: list[str] = []
+        self._incident_ids: list[str] = []
+        self._open_incidents: dict[str, None] = {}
+        self._assigned_at: dict[str, tuple[str, ...]] = {}
+        self._nodes_of: dict[str, dict[str, None]] = {}
+        #: Stage and epoch that a job's assignments ask for.
+        self.stages: dict[str, tuple[int, AssignmentStage]] = {}
+        for key, value in self.records.items():
+            self._index(key, value)
+        self._next_event = _next_number(self._event_ids)
+        self._next_incident = _next_number(self._incident_ids)
+
+    def _index(self, key: str, value: Any) -> None:
+        if key.startswith(keys.JOBS):
+            self.job_uids[value.uid] = None
+            if value.idempotency_key:
+                self.idempotency[value.created_by, value.idempotency_key] = value.uid
+        elif key.startswith(keys.AGENTS) and isinstance(value, AgentAcks):
+            self.acks.setdefault(value.job_uid, {})[value.node] = value
+        elif key.startswith(keys.AUDIT):
+            self._event_ids.append(value.id)
+        elif key.startswith(keys.INCIDENTS):
+            if value.id not in self._incident_ids:
+                self._incident_ids.append(value.id)
+            if value.phase is IncidentPhase.CLOSED:
+                self._open_incidents.pop(value.id, None)
+            else:
+                self._open_incidents[value.id] = None
+        elif key.startswith(keys.ASSIGNMENTS):
+            self._index_assignment(value)
+
+    def _index_assignment(self, assignment: Assignment) -> None:
+        now_here = {item.job_uid for item in assignment.jobs}
+        for job_uid in self._assigned_at.get(assignment.node, ()):
+            if job_uid not in now_here:
+                self._nodes_of[job_uid].pop(assignment.node, None)
+        self._assigned_at[assignment.node] = tuple(sorted(now_here))
+        for item in assignment.jobs:
+            self.stages[item.job_uid] = (item.epoch, item.stage)
+            self._nodes_of.setdefault(item.job_uid, {})[assignment.node] = None
+
+    def nodes_assigned(self, job_uid: str) -> list[str]:
+        """Nodes whose assignment lists the job."""
+        return list(self._nodes_of.get(job_uid, ()))
+
+    # --- staged writes -------------------------------------------------------------------------
+
+    def put(self, key: str, value: Any) -> None:
+        """Stage a write of the leader; the machine sees it from now on."""
+        if self.records.get(key) == value:
+            return
+        self.records[key] = value
+        self._writes[key] = value
+        if key.startswith((keys.JOBS, keys.INCIDENTS, keys.ASSIGNMENTS)):
+            self._index(key, value)
+
+    def delete(self, key: str) -> None:
+        value = self.records.pop(key, None)
+        if value is None:
+            return
+        self._writes[key] = None
+        if isinstance(value, Job):
+            self.job_uids.pop(value.uid, None)
+            self.idempotency.pop((value.created_by, value.idempotency_key), None)
+
+    def reply(self, reply: Reply) -> None:
+        """Answer a request; sent after what is staged now has been committed."""
+        self._replies.append(reply)
+
+    def stimulus(self, name: str) -> None:
+        self._stimulus[name] = None
+
+    @property
+    def staged(self) -> int:
+        return len(self._writes)
+
+    def flush(self) -> list[Commit | Reply]:
+        """The commits of what was staged since the last flush, each within the store's limit."""
+        writes = [Write(key, value) for key, value in self._writes.items()]
+        replies, stimulus = tuple(self._replies), tuple(self._stimulus)
+        self._writes, self._replies, self._stimulus = {}, [], {}
+        if not writes:
+            return list(replies)
+        # Assignments last: an agent must find the records that its assignment speaks of.
+        writes.sort(key=lambda write: write.key.startswith(keys.ASSIGNMENTS))
+        size = WRITES_A_COMMIT_MAX
+        parts = [tuple(writes[i : i + size]) for i in range(0, len(writes), size)]
+        commits: list[Commit | Reply] = [Commit(part) for part in parts[:-1]]
+        commits.append(Commit(parts[-1], replies=replies, stimulus=stimulus))
+        return commits
+
+    # --- what agents write ---------------------------------------------------------------------
+
+    def observe(self, key: str, value: Any) -> None:
+        """Take over an agent's record as the store has it."""
+        if value is None:
+            old = self.records.pop(key, None)
+            if isinstance(old, AgentAcks):
+                self.acks.get(old.job_uid, {}).pop(old.node, None)
+            return
+        self.records[key] = value
+        if isinstance(value, AgentAcks):
+            self.acks.setdefault(value.job_uid, {})[value.node] = value
+
+    # --- typed reads ---------------------------------------------------------------------------
+
+    def job(self, job_uid: str) -> Job | None:
+        found: Job | None = self.records.get(keys.job(job_uid))
+        return found
+
+    def require_job(self, job_uid: str) -> Job:
+        found = self.job(job_uid)
+        if found is None:
+            raise PermanentError(
+                Reason.NOT_FOUND, f"There is no job {job_uid!r}; `raddle status` lists jobs."
+            )
+        return found
+
+    def jobs(self) -> Iterator[Job]:
+        for job_uid in tuple(self.job_uids):
+            yield self.records[keys.job(job_uid)]
+
+    def placement(self, job_uid: str) -> Placement | None:
+        found: Placement | None = self.records.get(keys.placement(job_uid))
+        return found
+
+    def expert_maps(self, job_uid: str, epoch: int) -> JobExpertMaps | None:
+        found: JobExpertMaps | None = self.records.get(keys.expert_maps(job_uid, epoch))
+        return found
+
+    def routes(self, job_uid: str) -> Routes | None:
+        found: Routes | None = self.records.get(keys.routes(job_uid))
+        return found
+
+    def assignment(self, node: str) -> Assignment:
+        found: Assignment | None = self.records.get(keys.assignment(node))
+        return found or Assignment(node=node)
+
+    def registration(self, node: str) -> AgentRegistration | None:
+        found: AgentRegistration | None = self.records.get(keys.registration(node))
+        return found
+
+    def health(self, node: str) -> AgentHealth | None:
+        found: AgentHealth | None = self.records.get(keys.health(node))
+        return found
+
+    def under(self, prefix: str) -> list[Any]:
+        """Values under a prefix, by key. A full pass: not for a hot path."""
+        return [self.records[key] for key in sorted(self.records) if key.startswith(prefix)]
+
+    def supernodes(self) -> list[SuperNode]:
+        return self.under(keys.TOPOLOGY)
+
+    def maintenances(self) -> list[Maintenance]:
+        return self.under(keys.MAINTENANCE)
+
+    def incidents(self) -> list[Incident]:
+        return [self.records[keys.incident(name)] for name in self._incident_ids]
+
+    def open_incidents(self) -> list[Incident]:
+        return [self.records[keys.incident(name)] for name in self._open_incidents]
+
+    def rank_status(self, job_uid: str, node: str, key: RankKey) -> RankStatus | None:
+        acks = self.acks.get(job_uid, {}).get(node)
+        for status in acks.ranks if acks else ():
+            if (status.role, status.instance, status.rank) == (key.role, key.instance, key.rank):
+                return status
+        return None
+
+    def pool(self, job_uid: str) -> PoolIndex:
+        return self.pools.setdefault(job_uid, PoolIndex())
+
+    def all_sequences(self, job_uid: str) -> list[SequenceReport]:
+        doors = self.sequences.get(job_uid, {})
+        return [door[name] for _, door in sorted(doors.items()) for name in sorted(door)]
+
+    # --- history -------------------------------------------------------------------------------
+
+    def new_incident_id(self) -> str:
+        name = f"i-{self._next_incident:06d}"
+        self._next_incident += 1
+        if len(self._incident_ids) > INCIDENTS_MAX:
+            self._drop_oldest_incident()
+        return name
+
+    def _drop_oldest_incident(self) -> None:
+        for name in self._incident_ids:
+            record = self.records.get(keys.incident(name))
+            if record is not None and record.phase is IncidentPhase.CLOSED:
+                self.delete(keys.incident(name))
+                self._incident_ids.remove(name)
+                return
+
+    def record(self, event: Event) -> None:
+        """Append one line of history under the next number; the oldest beyond the limit goes."""
+        name = f"e-{self._next_event:09d}"
+        self._next_event += 1
+        self._event_ids.append(name)
+        self.put(keys.event(name), replace(event, id=name))
+        if len(self._event_ids) > EVENTS_MAX:
+            self.delete(keys.event(self._event_ids.pop(0)))
+
+
+def _next_number(names: list[str]) -> int:
+    return max((int(name.rsplit("-", 1)[1]) for name in names), default=0) + 1
