@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from raddle.model.errors import PermanentError, Reason
+
 # etcd's own defaults (--max-txn-ops, --max-request-bytes); a larger transaction is refused there.
 TRANSACTION_OPERATIONS_MAX = 128
 TRANSACTION_BYTES_MAX = 1_500_000
@@ -149,3 +151,26 @@ class Store(Protocol):
     async def close(self) -> None:
         """Stop all tasks and connections. Leases are left to expire unless revoked before."""
         ...
+
+
+def check_limits(transaction: Transaction) -> None:
+    """Refuse a transaction that etcd would refuse, before it is sent.
+
+    Raises:
+        PermanentError: LIMIT_EXCEEDED, or INVALID_ARGUMENT when a key is written twice.
+    """
+    operations = max(len(transaction.compares), len(transaction.writes))
+    if operations > TRANSACTION_OPERATIONS_MAX:
+        raise PermanentError(
+            Reason.LIMIT_EXCEEDED,
+            f"a transaction of {operations} operations; at most {TRANSACTION_OPERATIONS_MAX}",
+        )
+    size = sum(len(w.key) + len(w.value) for w in transaction.writes if isinstance(w, Put))
+    if size > TRANSACTION_BYTES_MAX:
+        raise PermanentError(
+            Reason.LIMIT_EXCEEDED,
+            f"a transaction of {size} bytes; at most {TRANSACTION_BYTES_MAX}",
+        )
+    names = [write.key for write in transaction.writes]
+    if len(set(names)) != len(names):
+        raise PermanentError(Reason.INVALID_ARGUMENT, "a transaction writes one key twice")

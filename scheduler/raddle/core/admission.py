@@ -20,6 +20,7 @@ RANKS_MAX = 16_384
 SLOTS_MAX = 1_024
 INSTANCES_MAX = 1_024
 KV_BLOCK_TOKENS_MAX = 4_096
+TEXT_MAX = 1_024
 # Buffers of dispatch and combine: about 645 MB a die (CloudMatrix384, section 4.2.1).
 ENGINE_BUFFER_BYTES = 645_000_000
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
@@ -27,7 +28,6 @@ _DRIVERS = ("reference", "simulated")
 _COUNTS_MAX = {
     "instances": INSTANCES_MAX,
     "ranks": RANKS_MAX,
-    "tp": 1,
     "slots_per_rank": SLOTS_MAX,
     "shared_expert_ranks": RANKS_MAX,
     "spares": RANKS_MAX,
@@ -62,11 +62,13 @@ def check_spec(spec: JobSpec, cluster: Cluster) -> ModelShape:
     shape.kv_bytes_per_token(spec.model.kv_dtype)
     if not 1 <= spec.model.kv_block_tokens <= KV_BLOCK_TOKENS_MAX:
         raise _invalid("model.kv_block_tokens", f"must be between 1 and {KV_BLOCK_TOKENS_MAX}")
+    _check_model_texts(spec.model)
     _check_recovery(spec)
     _check_roles(spec)
     for index, role in enumerate(spec.roles):
         _check_role(f"roles[{index}]", spec, role, shape)
         _check_fit(f"roles[{index}]", spec, role, shape, cluster)
+    _check_fit_together(spec, cluster)
     return shape
 
 
@@ -87,6 +89,23 @@ def _invalid(path: str, message: str) -> PermanentError:
 
 def _unfit(path: str, message: str) -> PermanentError:
     return PermanentError(Reason.DOES_NOT_FIT, f"{path} {message}.", field=path)
+
+
+def _check_model_texts(model: ModelSpec) -> None:
+    for name in ("name", "revision", "weights_uri"):
+        value = getattr(model, name)
+        if len(value) > TEXT_MAX:
+            raise PermanentError(
+                Reason.LIMIT_EXCEEDED,
+                f"model.{name} has {len(value)} characters; at most {TEXT_MAX} are allowed.",
+                field=f"model.{name}",
+            )
+        if not value.isprintable():
+            raise PermanentError(
+                Reason.INVALID_NAME,
+                f"model.{name} has control characters: use printable text.",
+                field=f"model.{name}",
+            )
 
 
 def _check_recovery(spec: JobSpec) -> None:
@@ -116,9 +135,17 @@ def _check_roles(spec: JobSpec) -> None:
 def _check_role(path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape) -> None:
     for name, most in _COUNTS_MAX.items():
         value = getattr(role, name)
-        least = 1 if name in ("instances", "ranks", "tp") else 0
-        if not least <= value <= most:
-            raise _invalid(f"{path}.{name}", f"is {value}; it must be between {least} and {most}")
+        least = 1 if name in ("instances", "ranks") else 0
+        if value > most:
+            raise PermanentError(
+                Reason.LIMIT_EXCEEDED,
+                f"{path}.{name} is {value}; at most {most} are allowed.",
+                field=f"{path}.{name}",
+            )
+        if value < least:
+            raise _invalid(f"{path}.{name}", f"is {value}; it must be at least {least}")
+    if role.tp != 1:
+        raise _invalid(f"{path}.tp", f"is {role.tp}; only 1 is supported: each rank takes one die")
     if role.engine.driver not in _DRIVERS:
         raise _invalid(
             f"{path}.engine.driver",
@@ -177,3 +204,22 @@ def _check_fit(
             f"needs {needed / 1e9:.1f} GB a die ({experts / 1e9:.1f} GB of experts); a die has"
             f" {memory / 1e9:.1f} GB: use more ranks or fewer slots",
         )
+
+
+def _check_fit_together(spec: JobSpec, cluster: Cluster) -> None:
+    """All instances of all roles at once, on the empty machine."""
+    needed = sum(
+        role.instances * (role.ranks + role.spares)
+        for role in spec.roles
+        if role.kind is not RoleKind.CACHE
+    )
+    if needed > cluster.dies:
+        raise _unfit("roles", f"need {needed} dies together; the machine has {cluster.dies}")
+    memory = sum(m.nodes * m.host_memory_bytes for m in cluster.supernodes.values())
+    dram = sum(
+        role.instances * role.ranks * role.dram_bytes
+        for role in spec.roles
+        if role.kind is RoleKind.CACHE
+    )
+    if dram > memory:
+        raise _unfit("roles", f"need {dram} bytes of host memory together; there are {memory}")

@@ -1,228 +1,327 @@
-"""All dies of all supernodes as arrays: who owns each, and whether it may take work.
+"""The dies of all supernodes and who may use them, as arrays in the order of positions.
 
-In go placements, holds, faults and node states; out comes, for a placement, which dies are free.
-Dies are numbered in position order, supernode by supernode. Hold, health and work stay three
-separate facts of a die.
+In go descriptions of supernodes, then readiness, faults, holds and owners as they change; out come
+masks of free dies and hosts, and failure domains. Which job gets which die is not decided here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.health import ActiveFault, FaultLevel
-from raddle.model.topology import SuperNode, node_of, parse_position
+from raddle.model.topology import SuperNode, parse_position
 
-_LEVELS = list(FaultLevel)
-# From here on a fault takes the die's work away until it is cleared; below it the work goes on.
-SEVERE = _LEVELS.index(FaultLevel.RESTART_REQUEST)
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+#: Levels of `Cluster.domains`, from the closest to the farthest.
+DOMAIN_LEVELS = ("npu", "node", "rack")
+
+# Order of severity, as the levels are listed.
+_SEVERITY = {level: number for number, level in enumerate(FaultLevel)}
+# What runs on the die can't go on. PRE_SEPARATE_NPU and FREE_RESTART_NPU let it run to its end,
+# SUB_HEALTH is slow, RESTART_REQUEST concerns one request.
+_ENDS_WORK = frozenset(
+    {
+        FaultLevel.RESTART_BUSINESS,
+        FaultLevel.RESTART_NPU,
+        FaultLevel.SEPARATE_NPU,
+        FaultLevel.MANUALLY_SEPARATE_NPU,
+    }
+)
+_FORBIDS_WORK = _ENDS_WORK | {FaultLevel.FREE_RESTART_NPU, FaultLevel.PRE_SEPARATE_NPU}
 
 
 class Cluster:
-    """Dies, nodes and racks with what occupies and what forbids them."""
+    """All dies, by index; supernodes in the order of their names."""
 
     def __init__(self, supernodes: Sequence[SuperNode]) -> None:
         self.supernodes = {s.name: s for s in sorted(supernodes, key=lambda s: s.name)}
-        self.positions: list[str] = []
-        self.node_names: list[str] = []
-        self.node_index: dict[str, int] = {}
-        npu, node, rack, supernode = [], [], [], []
-        racks = npus = 0
-        for number, machine in enumerate(self.supernodes.values()):
-            for local, name in enumerate(machine.node_names()):
-                index = len(self.node_names)
-                self.node_index[name] = index
-                self.node_names.append(name)
-                self.positions += machine.node_positions(name)
-                for die in range(machine.dies_per_node):
-                    npu.append(npus + die // machine.dies_per_npu)
-                    node.append(index)
-                    rack.append(racks + local // machine.nodes_per_rack)
-                    supernode.append(number)
-                npus += machine.npus_per_node
-            racks += machine.compute_racks
-        self.die_index = {position: die for die, position in enumerate(self.positions)}
-        self.npu_of = np.array(npu, dtype=np.int64)
-        self.node_of = np.array(node, dtype=np.int64)
-        self.rack_of = np.array(rack, dtype=np.int64)
-        self.supernode_of = np.array(supernode, dtype=np.int64)
-        self._busy: BoolArray = np.zeros(len(self.positions), dtype=bool)
-        self._held: BoolArray = np.zeros(len(self.positions), dtype=bool)
-        self._faulty: BoolArray = np.zeros(len(self.positions), dtype=bool)
-        self._owner: dict[int, str] = {}
-        self._fault: dict[int, str] = {}
-        self._node_ready: BoolArray = np.zeros(len(self.node_names), dtype=bool)
-        self._drivers: list[tuple[str, ...]] = [()] * len(self.node_names)
-        self._host_memory: list[int] = [0] * len(self.node_names)
+        self._lay_out_nodes()
+        self._lay_out_dies()
+        nodes, dies = len(self.node_names), len(self.positions)
+        self.node_ready: BoolArray = np.zeros(nodes, dtype=bool)
+        self._node_held: BoolArray = np.zeros(nodes, dtype=bool)
+        self._node_faulty: BoolArray = np.zeros(nodes, dtype=bool)
+        self._node_drivers: list[tuple[str, ...]] = [()] * nodes
+        self._offers: dict[str, BoolArray] = {}
+        self._taken: BoolArray = np.zeros(dies, dtype=bool)
+        self._owner: list[str | None] = [None] * dies
+        self._held: BoolArray = np.zeros(dies, dtype=bool)
+        self._holds: dict[str, None] = {}
+        self._faulty: BoolArray = np.zeros(dies, dtype=bool)
+        self._ending_fault: dict[int, str] = {}
+        self._host_used: list[dict[str, int]] = [{} for _ in range(nodes)]
+
+    def _lay_out_nodes(self) -> None:
+        machines = list(self.supernodes.values())
+        self.node_names = [name for s in machines for name in s.node_names()]
+        self.node_index = {name: index for index, name in enumerate(self.node_names)}
+        self.node_supernode = _repeat(range(len(machines)), [s.nodes for s in machines])
+        rack_starts = [0, *accumulate(s.compute_racks for s in machines)]
+        self.node_rack: IntArray = np.array(
+            [
+                rack_starts[i] + n // s.nodes_per_rack
+                for i, s in enumerate(machines)
+                for n in range(s.nodes)
+            ],
+            dtype=np.int64,
+        )
+        self._host_memory: IntArray = _repeat(
+            [s.host_memory_bytes for s in machines], [s.nodes for s in machines]
+        )
+
+    def _lay_out_dies(self) -> None:
+        machines = list(self.supernodes.values())
+        self.positions = [s.die_position(d) for s in machines for d in range(s.dies)]
+        self.die_index = {name: index for index, name in enumerate(self.positions)}
+        dies_a_node = [s.dies_per_node for s in machines for _ in range(s.nodes)]
+        self.node_start = np.array([0, *accumulate(dies_a_node)], dtype=np.int64)
+        self.node_of = _repeat(range(len(self.node_names)), dies_a_node)
+        dies_an_npu = [s.dies_per_npu for s in machines for _ in range(s.nodes * s.npus_per_node)]
+        self.npu_start = np.array([0, *accumulate(dies_an_npu)], dtype=np.int64)
+        self.npu_of = _repeat(range(len(dies_an_npu)), dies_an_npu)
+        self.rack_of: IntArray = self.node_rack[self.node_of]
+        self.supernode_of: IntArray = self.node_supernode[self.node_of]
 
     @property
     def dies(self) -> int:
         return len(self.positions)
 
+    # --- subjects ------------------------------------------------------------------------------
+
     def has_node(self, name: str) -> bool:
         return name in self.node_index
 
-    # --- facts ---------------------------------------------------------------------------------
+    def require_subject(self, subject: str) -> None:
+        """Raise unless the position names a part of a known supernode.
+
+        Raises:
+            PermanentError: INVALID_ARGUMENT for no position, NOT_FOUND for an unknown one.
+        """
+        parse_position(subject)
+        if self._dies_under(subject) is None:
+            raise PermanentError(
+                Reason.NOT_FOUND, f"{subject} is not part of the machine; `raddle dies` lists it."
+            )
+
+    def node_of_subject(self, subject: str) -> str:
+        """The node that a node, an NPU or a die belongs to."""
+        self.require_subject(subject)
+        if self.level_of_subject(subject) == "supernode":
+            raise PermanentError(
+                Reason.INVALID_ARGUMENT, f"{subject} is a supernode: name a node, an NPU or a die."
+            )
+        return "/".join(subject.split("/")[:2])
+
+    @staticmethod
+    def level_of_subject(subject: str) -> str:
+        """supernode, node, npu or die."""
+        return parse_position(subject).level
+
+    def _dies_under(self, subject: str) -> slice | None:
+        """The dies of a position of any level; None if the machine has no such part."""
+        if subject in self.die_index:
+            die = self.die_index[subject]
+            return slice(die, die + 1)
+        node = self.node_index.get(subject)
+        if node is not None:
+            return slice(int(self.node_start[node]), int(self.node_start[node + 1]))
+        first = self.die_index.get(f"{subject}/die0")
+        if first is not None:
+            return slice(first, int(self.npu_start[self.npu_of[first] + 1]))
+        start = 0
+        for machine in self.supernodes.values():
+            if machine.name == subject:
+                return slice(start, start + machine.dies)
+            start += machine.dies
+        return None
+
+    def _nodes_under(self, subject: str) -> slice | None:
+        """The nodes that a node or supernode position covers whole."""
+        node = self.node_index.get(subject)
+        if node is not None:
+            return slice(node, node + 1)
+        dies = self._dies_under(subject) if "/" not in subject else None
+        if dies is None:
+            return None
+        return slice(int(self.node_of[dies.start]), int(self.node_of[dies.stop - 1]) + 1)
+
+    # --- what changes --------------------------------------------------------------------------
 
     def set_node(
         self, name: str, *, ready: bool, drivers: tuple[str, ...], host_memory_bytes: int
     ) -> None:
-        index = self.node_index[name]
-        self._node_ready[index] = ready
-        self._drivers[index] = drivers
-        self._host_memory[index] = host_memory_bytes
+        """Take over what an agent registered and what the leader believes of its node."""
+        node = self.node_index[name]
+        self.node_ready[node] = ready
+        if host_memory_bytes > 0:
+            self._host_memory[node] = host_memory_bytes
+        for driver in self._node_drivers[node]:
+            self._offers[driver][node] = False
+        self._node_drivers[node] = drivers
+        for driver in drivers:
+            if driver not in self._offers:
+                self._offers[driver] = np.zeros(len(self.node_names), dtype=bool)
+            self._offers[driver][node] = True
 
     def set_faults(self, node: str, faults: Iterable[ActiveFault]) -> None:
-        """The node's active faults, all of them; those that are gone are forgotten."""
+        """Replace the active faults of one node's parts; an unknown node is left alone."""
         if node not in self.node_index:
             return
-        here = np.flatnonzero(self.node_of == self.node_index[node])
-        for index in here:
-            self._fault.pop(int(index), None)
-        self._faulty[here] = False
-        for fault in faults:
-            if _LEVELS.index(fault.level) < SEVERE or node_of(fault.subject) != node:
+        index, own = self.node_index[node], self._dies_under(node)
+        assert own is not None, node
+        self._faulty[own] = False
+        self._node_faulty[index] = False
+        for die in range(own.start, own.stop):
+            self._ending_fault.pop(die, None)
+        for fault in sorted(faults, key=lambda f: _SEVERITY[f.level]):
+            if fault.level not in _FORBIDS_WORK:
                 continue
-            for die in self._dies_under(fault.subject):
-                self._faulty[die] = True
-                self._fault.setdefault(die, fault.code)
+            if fault.subject == node:
+                self._node_faulty[index] = True
+            under = self._dies_under(fault.subject)
+            # A link, switch or plane is no die, and no agent speaks for another node.
+            if under is None or under.start < own.start or under.stop > own.stop:
+                continue
+            self._faulty[under] = True
+            if fault.level in _ENDS_WORK:
+                self._ending_fault.update(dict.fromkeys(range(under.start, under.stop), fault.code))
 
     def set_hold(self, subject: str, *, held: bool) -> None:
-        for die in self._dies_under(subject):
-            self._held[die] = held
+        """Forbid or allow new work on a part; what another hold covers stays held."""
+        if held:
+            self._holds[subject] = None
+            self._mark_held(subject)
+            return
+        self._holds.pop(subject, None)
+        self._held[:] = False
+        self._node_held[:] = False
+        for other in self._holds:
+            self._mark_held(other)
+
+    def _mark_held(self, subject: str) -> None:
+        dies, nodes = self._dies_under(subject), self._nodes_under(subject)
+        if dies is not None:
+            self._held[dies] = True
+        if nodes is not None:
+            self._node_held[nodes] = True
 
     def occupy(self, positions: Iterable[str], job_uid: str) -> None:
+        """Give dies to a job; a die that it owns already stays its own."""
         for position in positions:
-            die = self.die_index.get(position)
-            if die is None:
-                continue
-            assert self._owner.get(die, job_uid) == job_uid, (position, self._owner[die], job_uid)
-            self._busy[die] = True
+            die = self.die_index[position]
+            other = self._owner[die]
+            assert other is None or other == job_uid, f"{position}: {other} and {job_uid}"
             self._owner[die] = job_uid
+            self._taken[die] = True
 
     def release(self, positions: Iterable[str]) -> None:
         for position in positions:
-            die = self.die_index.get(position)
-            if die is not None:
-                self._busy[die] = False
-                self._owner.pop(die, None)
+            die = self.die_index[position]
+            self._owner[die] = None
+            self._taken[die] = False
 
-    # --- questions -----------------------------------------------------------------------------
+    def occupy_host(self, node: str, owner: str, dram_bytes: int) -> None:
+        """Add to the host memory that a job takes on a node."""
+        used = self._host_used[self.node_index[node]]
+        used[owner] = used.get(owner, 0) + dram_bytes
 
-    def free_dies(self, driver: str) -> BoolArray:
-        """[dies] True where work of this engine driver may be placed now."""
-        offers = np.array([driver in drivers for drivers in self._drivers], dtype=bool)
-        usable_nodes = self._node_ready & offers
-        free: BoolArray = ~(self._busy | self._held | self._faulty) & usable_nodes[self.node_of]
-        return free
+    def release_hosts(self, owner: str) -> None:
+        """Give back all host memory of a job."""
+        for used in self._host_used:
+            used.pop(owner, None)
 
-    def offered_dies(self, driver: str) -> int:
-        """Dies of nodes that offer the driver, whatever their state."""
-        offers = np.array([driver in drivers for drivers in self._drivers], dtype=bool)
-        return int(offers[self.node_of].sum()) if self.dies else 0
-
-    def usable_hosts(self, driver: str) -> list[str]:
-        """Nodes that may take a rank without a die, in order."""
-        return [
-            name
-            for index, name in enumerate(self.node_names)
-            if self._node_ready[index]
-            and driver in self._drivers[index]
-            and not bool(self._held[self.node_of == index].all())
-        ]
-
-    def host_memory(self, node: str) -> int:
-        return self._host_memory[self.node_index[node]]
-
-    def is_usable(self, position: str, driver: str, job_uid: str = "") -> bool:
-        """May this die run work, being free or the job's own?"""
-        die = self.die_index.get(position)
-        if die is None or self._owner.get(die, job_uid) != job_uid:
-            return False
-        index = int(self.node_of[die])
-        return (
-            bool(self._node_ready[index])
-            and driver in self._drivers[index]
-            and not bool(self._held[die] or self._faulty[die])
-        )
-
-    def fault_of(self, position: str) -> str | None:
-        """Code of a severe active fault of the die, if any."""
-        return self._fault.get(self.die_index.get(position, -1))
+    # --- reads ---------------------------------------------------------------------------------
 
     def owner_of(self, position: str) -> str | None:
-        return self._owner.get(self.die_index[position])
+        return self._owner[self.die_index[position]]
+
+    def fault_of(self, position: str) -> str | None:
+        """Code of the worst fault that ends work on this die."""
+        return self._ending_fault.get(self.die_index[position])
 
     def is_held(self, position: str) -> bool:
         return bool(self._held[self.die_index[position]])
 
-    def domains(self, positions: Sequence[str]) -> IntArray:
-        """[4, ranks] failure domains of dies: die, NPU, node, rack."""
-        index = np.array([self.die_index[p] for p in positions], dtype=np.int64)
-        found: IntArray = np.stack(
-            [index, self.npu_of[index], self.node_of[index], self.rack_of[index]]
-        )
+    def is_usable(self, position: str, driver: str, job_uid: str) -> bool:
+        """May this job start a process on this die: healthy, not held, free or its own?"""
+        die = self.die_index[position]
+        node = self.node_of[die]
+        if self._faulty[die] or self._held[die] or self._owner[die] not in (None, job_uid):
+            return False
+        return bool(self.node_ready[node] and self.offers(driver)[node])
+
+    def offers(self, driver: str) -> BoolArray:
+        """Nodes that offer a driver; an empty driver is offered by all."""
+        if not driver:
+            return np.ones(len(self.node_names), dtype=bool)
+        found = self._offers.get(driver)
+        return found if found is not None else np.zeros(len(self.node_names), dtype=bool)
+
+    def free_dies(self, driver: str) -> BoolArray:
+        """Usable dies without an owner on nodes that offer the driver."""
+        nodes = self.node_ready & self.offers(driver)
+        found: BoolArray = nodes[self.node_of] & ~(self._faulty | self._held | self._taken)
         return found
 
-    def count_states(self) -> dict[str, int]:
-        """Dies by what keeps them from new work, each counted once, for sentences."""
-        ready = self._node_ready[self.node_of] if self.dies else np.zeros(0, dtype=bool)
-        faulty = self._faulty
-        held = self._held & ~faulty
-        busy = self._busy & ~faulty & ~held
-        away = ~ready & ~faulty & ~held & ~busy
-        rest = ~(faulty | held | busy | away)
-        return {
-            "free": int(rest.sum()),
-            "busy": int(busy.sum()),
-            "held": int(held.sum()),
-            "faulty": int(faulty.sum()),
-            "on silent nodes": int(away.sum()),
+    def offered_dies(self, driver: str) -> int:
+        """Dies of all nodes that offer the driver, whatever their state."""
+        return int(np.count_nonzero(self.offers(driver)[self.node_of]))
+
+    def usable_hosts(self, driver: str) -> list[str]:
+        """Nodes whose host may take a pool member, in order."""
+        blocked = self._node_held | self._node_faulty
+        usable = self.node_ready & ~blocked & self.offers(driver)
+        return [self.node_names[node] for node in np.flatnonzero(usable)]
+
+    def host_memory(self, node: str) -> int:
+        """Host memory that no pool member has taken, in bytes."""
+        index = self.node_index[node]
+        return int(self._host_memory[index]) - sum(self._host_used[index].values())
+
+    def domains(self, positions: Sequence[str]) -> IntArray:
+        """[level, rank]: NPU, node and rack of each die."""
+        index = np.array([self.die_index[position] for position in positions], dtype=np.int64)
+        return np.stack([self.npu_of[index], self.node_of[index], self.rack_of[index]])
+
+    def count_states(self, driver: str = "") -> dict[str, int]:
+        """Every die once, under the first cause that keeps it from new work, or free."""
+        left = np.ones(self.dies, dtype=bool)
+        causes = {
+            "busy": self._taken,
+            "held": self._held,
+            "faulty": self._faulty,
+            "on nodes that are not ready": ~self.node_ready[self.node_of],
+            "on nodes without the driver": ~self.offers(driver)[self.node_of],
         }
-
-    def require_subject(self, subject: str) -> None:
-        """Refuse a position that this cluster does not have.
-
-        Raises:
-            PermanentError: INVALID_ARGUMENT for no position, NOT_FOUND for an absent one.
-        """
-        parse_position(subject)
-        if not self._dies_under(subject):
-            raise PermanentError(
-                Reason.NOT_FOUND, f"{subject} does not exist; `raddle nodes` lists the nodes."
-            )
-
-    def node_of_subject(self, subject: str) -> str:
-        """The node of a node, NPU or die position."""
-        self.require_subject(subject)
-        if parse_position(subject).node is None:
-            raise PermanentError(
-                Reason.INVALID_ARGUMENT, f"{subject} is a whole supernode; name a node or a part."
-            )
-        return node_of(subject)
-
-    @staticmethod
-    def level_of_subject(subject: str) -> str:
-        return parse_position(subject).level
-
-    def _dies_under(self, subject: str) -> list[int]:
-        die = self.die_index.get(subject)
-        if die is not None:
-            return [die]
-        prefix = f"{subject}/"
-        if subject in self.node_index:
-            return [int(d) for d in np.flatnonzero(self.node_of == self.node_index[subject])]
-        return [die for position, die in self.die_index.items() if position.startswith(prefix)]
+        found = {}
+        for name, mask in causes.items():
+            found[name] = int(np.count_nonzero(left & mask))
+            left &= ~mask
+        return {"free": int(np.count_nonzero(left)), **found}
 
     def validate(self) -> None:
-        """Assert that the arrays and the owners tell the same."""
-        busy = {int(die) for die in np.flatnonzero(self._busy)}
-        assert busy == set(self._owner), sorted(busy ^ set(self._owner))[:8]
-        faulty = {int(die) for die in np.flatnonzero(self._faulty)}
-        assert faulty == set(self._fault), sorted(faulty ^ set(self._fault))[:8]
+        """Assert that the arrays agree with each other."""
+        for die, owner in enumerate(self._owner):
+            assert (owner is not None) == bool(self._taken[die]), f"{self.positions[die]}: {owner}"
+        for die, code in self._ending_fault.items():
+            assert self._faulty[die], f"{self.positions[die]} has {code} and counts as healthy"
+        for node, drivers in enumerate(self._node_drivers):
+            for driver in drivers:
+                assert self._offers[driver][node], f"{self.node_names[node]} lost {driver}"
+        held = np.zeros_like(self._held)
+        for subject in self._holds:
+            dies = self._dies_under(subject)
+            if dies is not None:
+                held[dies] = True
+        assert np.array_equal(held, self._held), "holds and held dies differ"
+
+
+def _repeat(values: Iterable[int], counts: Sequence[int]) -> IntArray:
+    return np.repeat(np.array(list(values), dtype=np.int64), counts)

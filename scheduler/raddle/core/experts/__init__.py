@@ -1,0 +1,1 @@
+"""Which expert sits in which slot: first maps, repairs after a loss, coverage."""

@@ -34,66 +34,68 @@ def initial_map(
     ranks = domains.shape[1]
     routed = ranks - shared_expert_ranks
     assert routed * slots_per_rank >= experts, (routed, slots_per_rank, experts)
-    if loads is None:
-        row = _layer(np.ones(experts), slots_per_rank, domains[:, :routed])
-        rows = np.tile(row, (layers, 1))
-    else:
-        parts = [_layer(load, slots_per_rank, domains[:, :routed]) for load in loads]
-        rows = np.stack(parts)
     table: IntArray = np.full((layers, ranks * slots_per_rank), -1, dtype=np.int64)
-    table[:, : routed * slots_per_rank] = rows
+    # Without loads all layers are equal: one is placed and repeated.
+    wanted = np.ones((1, experts)) if loads is None else np.asarray(loads, dtype=np.float64)
+    table[:, : routed * slots_per_rank] = _place(wanted, slots_per_rank, domains[:, :routed])
     return table
 
 
-def _copies(load: FloatArray, slots: int, ranks: int) -> IntArray:
-    """Copies of each expert: the next copy always goes where the load a copy is highest."""
-    copies: IntArray = np.ones(len(load), dtype=np.int64)
-    for _ in range(slots - len(load)):
-        share = np.where(copies < ranks, load / copies, -1.0)
-        best = int(np.argmax(share))
-        if share[best] < 0:
-            break
-        copies[best] += 1
+def _copies(loads: FloatArray, slots: int, ranks: int) -> IntArray:
+    """Copies [layers, experts]: the next copy always goes where the load a copy is highest."""
+    layers, experts = loads.shape
+    copies: IntArray = np.ones((layers, experts), dtype=np.int64)
+    rows = np.arange(layers)
+    # More copies than ranks can't be told apart: those slots stay empty.
+    for _ in range(min(slots, experts * ranks) - experts):
+        share = np.where(copies < ranks, loads / copies, -1.0)
+        copies[rows, np.argmax(share, axis=1)] += 1
     return copies
 
 
-def _layer(load: FloatArray, slots_per_rank: int, domains: IntArray) -> IntArray:
-    """One layer's slots [ranks * slots_per_rank]."""
-    ranks = domains.shape[1]
-    copies = _copies(load, ranks * slots_per_rank, ranks)
-    share = load / copies
-    row: IntArray = np.full((ranks, slots_per_rank), -1, dtype=np.int64)
-    used = np.zeros(ranks, dtype=np.int64)
-    carried = np.zeros(ranks)
-    holds = np.zeros((len(load), ranks), dtype=bool)
-    # Experts with copies first, while there is a choice of domains; then the heavy ones.
-    order = sorted(range(len(load)), key=lambda e: (-int(copies[e]), -float(share[e]), e))
-    for expert in order:
-        near = np.zeros(ranks)
-        for _ in range(int(copies[expert])):
-            rank = _best_rank(near, carried, used < slots_per_rank, holds[expert])
-            if rank is None:
-                break
-            row[rank, used[rank]] = expert
-            used[rank] += 1
-            carried[rank] += share[expert]
-            holds[expert, rank] = True
+def _place(loads: FloatArray, slots_per_rank: int, domains: IntArray) -> IntArray:
+    """Slots [layers, ranks * slots_per_rank], all layers in step."""
+    layers, ranks = loads.shape[0], domains.shape[1]
+    copies = _copies(loads, ranks * slots_per_rank, ranks)
+    queue, shares, is_first = _queue(loads / copies, copies)
+    table: IntArray = np.full((layers, ranks, slots_per_rank), -1, dtype=np.int64)
+    used = np.zeros((layers, ranks), dtype=np.int64)
+    carried = np.zeros((layers, ranks))
+    near = np.zeros((layers, ranks))
+    rows = np.arange(layers)
+    # A rank never takes a second copy: it is farther than all domains together can be.
+    same_rank = float((len(domains) + 1) * ranks)
+    spread_until = int((copies * (copies > 1)).sum(axis=1).max())
+    for step in range(queue.shape[1]):
+        if step <= spread_until:
+            near[is_first[:, step]] = 0.0
+        # `carried` adds up to less than 1 a rank, so that the domains always decide first.
+        score = np.where(used < slots_per_rank, near + carried, np.inf)
+        rank = np.argmin(score, axis=1)
+        # Where only holders have room left, the redundant copy is left out.
+        ok = near[rows, rank] < same_rank
+        row, col = rows[ok], rank[ok]
+        table[row, col, used[row, col]] = queue[ok, step]
+        used[row, col] += 1
+        carried[row, col] += shares[ok, step]
+        if step < spread_until:
             for level in domains:
-                near += level == level[rank]
-    return row.reshape(-1)
+                near += level == level[rank][:, None]
+            near[row, col] += same_rank
+    return table.reshape(layers, -1)
 
 
-def _best_rank(
-    near: FloatArray,
-    carried: FloatArray,
-    has_room: npt.NDArray[np.bool_],
-    holds: npt.NDArray[np.bool_],
-) -> int | None:
-    """The rank with room that shares the fewest domains, then the least load, then the lowest."""
-    allowed = has_room & ~holds
-    if not allowed.any():
-        return None
-    nearest = near[allowed].min()
-    candidates = allowed & (near == nearest)
-    lightest = carried[candidates].min()
-    return int(np.flatnonzero(candidates & (carried <= lightest + 1e-12))[0])
+def _queue(
+    share: FloatArray, copies: IntArray
+) -> tuple[IntArray, FloatArray, npt.NDArray[np.bool_]]:
+    """Copies in the order of placing [layers, copies]: expert, its load a copy, first of its kind.
+
+    Experts with several copies come first, while there is a choice of domains; then heavy ones.
+    """
+    total = (share * copies).sum(axis=1, keepdims=True)
+    share = share / np.where(total > 0, total, 1.0) * 0.5
+    order = np.lexsort((-share, -copies), axis=1)
+    queue = np.stack([np.repeat(row, n[row]) for row, n in zip(order, copies, strict=True)])
+    is_first = np.ones(queue.shape, dtype=bool)
+    is_first[:, 1:] = queue[:, 1:] != queue[:, :-1]
+    return queue, np.take_along_axis(share, queue, axis=1), is_first

@@ -27,6 +27,8 @@ class RepairedMap:
     donor_slots: int
     #: (layer, expert) that no live rank can take.
     uncovered: tuple[tuple[int, int], ...]
+    #: Slots that keep what they have in memory.
+    kept: int = 0
 
     @property
     def experts_moved(self) -> int:
@@ -41,6 +43,7 @@ def repair_map(
     live: Sequence[int],
     joined: Sequence[int] = (),
     domains: IntArray | None = None,
+    guests_refused: Sequence[int] = (),
 ) -> RepairedMap:
     """Repair a map.
 
@@ -49,6 +52,7 @@ def repair_map(
         live: ranks that serve afterwards, those of `joined` included.
         joined: ranks whose seat has a new process: what the map gives them is loaded anew.
         domains: [levels, ranks]; near sources are preferred. None: by rank number.
+        guests_refused: ranks that take no expert (they host the shared expert).
     """
     new = table.copy()
     ranks = table.shape[1] // slots_per_rank
@@ -57,11 +61,15 @@ def repair_map(
     new[:, ~np.repeat(alive, slots_per_rank)] = -1
     fresh = np.zeros(ranks, dtype=bool)
     fresh[list(joined)] = True
-    work = _Repair(new, slots_per_rank, experts, alive, fresh, domains)
+    hosts = alive.copy()
+    hosts[list(guests_refused)] = False
+    work = _Repair(new, slots_per_rank, experts, alive, fresh, hosts, domains)
     for layer in range(new.shape[0]):
         work.layer(layer)
     moves = {rank: tuple(found) for rank, found in sorted(work.moves.items())}
-    return RepairedMap(new, moves, work.donor_slots, tuple(work.uncovered))
+    untouched = (new >= 0) & (new == table) & ~np.repeat(fresh, slots_per_rank)
+    kept = int(np.count_nonzero(untouched))
+    return RepairedMap(new, moves, work.donor_slots, tuple(work.uncovered), kept)
 
 
 class _Repair:
@@ -74,13 +82,17 @@ class _Repair:
         experts: int,
         alive: np.ndarray[tuple[int], np.dtype[np.bool_]],
         fresh: np.ndarray[tuple[int], np.dtype[np.bool_]],
+        hosts: np.ndarray[tuple[int], np.dtype[np.bool_]],
         domains: IntArray | None,
     ) -> None:
         self.table = table
         self.width = slots_per_rank
         self.experts = experts
         self.alive = alive
+        self.fresh_slots = np.repeat(fresh, slots_per_rank)
         self.fresh = fresh
+        #: Slots that may take another expert.
+        self.host_slots = np.repeat(hosts, slots_per_rank)
         self.domains = domains
         self.moves: dict[int, list[ExpertMove]] = {}
         self.donor_slots = 0
@@ -91,7 +103,7 @@ class _Repair:
     def layer(self, layer: int) -> None:
         row = self.table[layer]
         counts = np.bincount(row[row >= 0], minlength=self.experts)
-        for kept in np.flatnonzero(np.repeat(self.fresh, self.width) & (row >= 0)):
+        for kept in np.flatnonzero(self.fresh_slots & (row >= 0)):
             self._load(layer, int(kept), int(row[kept]))
         for expert in np.flatnonzero(counts == 0):
             slot = self._slot_for(row, counts)
@@ -109,7 +121,7 @@ class _Repair:
         self, row: IntArray, counts: np.ndarray[tuple[int], np.dtype[np.int64]]
     ) -> int | None:
         """An empty slot of the least burdened live rank, else that of the most replicated."""
-        usable = np.repeat(self.alive, self.width)
+        usable = self.host_slots
         empty = np.flatnonzero(usable & (row < 0))
         if len(empty):
             burden = self.added[empty // self.width]

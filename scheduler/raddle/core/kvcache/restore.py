@@ -1,11 +1,12 @@
-"""What becomes of each sequence of a lost decode rank.
+"""Where each sequence of a lost rank continues, and how much of its KV survives.
 
-In go the sequences that front doors own, the surviving ranks and the pool's blocks; out comes for
-each sequence a rank to continue on, the blocks that it can fetch, and how much it recomputes.
+In go the sequences of lost ranks, the surviving decode ranks and the pool's index; out comes one
+`SequenceRestore` a sequence. Tokens are exact either way: what the pool lacks is recomputed.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,63 +17,74 @@ from raddle.model.types import RankKey, SequenceRestore, Why
 
 @dataclass(frozen=True, slots=True)
 class Survivor:
-    """A decode rank that can take sequences."""
+    """A live decode rank. `sequences_max` 0 means without a limit."""
 
     key: RankKey
     sequences: int
-    #: 0 means no limit.
     sequences_max: int
 
 
 def plan_restores(
-    lost: Sequence[SequenceReport],
+    sequences: Sequence[SequenceReport],
     survivors: Sequence[Survivor],
-    pool: PoolIndex,
+    index: PoolIndex,
     kv_block_tokens: int,
-    pool_members: Sequence[RankKey],
+    live_members: Sequence[RankKey],
 ) -> tuple[SequenceRestore, ...]:
-    """A restore for each sequence, by sequence id; without survivors there is none to plan."""
-    if not survivors:
-        return ()
-    load = {survivor.key: survivor.sequences for survivor in survivors}
-    most = {s.key: s.sequences_max or len(lost) + s.sequences + 1 for s in survivors}
-    found = []
-    # Long sequences first, so that the last ones even out the load.
-    for sequence in sorted(lost, key=lambda s: (-_tokens(s), s.sequence_id)):
-        target = min(
-            load, key=lambda key: (load[key] >= most[key], load[key], key.instance, key.rank)
-        )
-        load[target] += 1
-        found.append(_restore(sequence, target, pool, kv_block_tokens, pool_members))
-    return tuple(sorted(found, key=lambda restore: restore.sequence_id))
+    """Give every sequence the least loaded survivor (ties by rank); empty without survivors."""
+    # A full rank is taken only when all are: its sequences then wait their turn.
+    heap = [(_is_full(s, s.sequences), s.sequences, _order(s.key), s) for s in survivors]
+    heapq.heapify(heap)
+    restores = []
+    for sequence in sequences if heap else ():
+        full, count, order, survivor = heap[0]
+        heapq.heapreplace(heap, (_is_full(survivor, count + 1), count + 1, order, survivor))
+        kept = _kept_blocks(sequence, index, kv_block_tokens, live_members)
+        restores.append(_restore(sequence, survivor.key, kept, kv_block_tokens, full=full))
+    return tuple(restores)
 
 
-def _tokens(sequence: SequenceReport) -> int:
-    return sequence.prompt_tokens + sequence.sent_tokens
+def _order(rank: RankKey) -> tuple[str, int, int]:
+    return rank.role, rank.instance, rank.rank
+
+
+def _is_full(survivor: Survivor, sequences: int) -> bool:
+    return 0 < survivor.sequences_max <= sequences
+
+
+def _kept_blocks(
+    sequence: SequenceReport,
+    index: PoolIndex,
+    kv_block_tokens: int,
+    live_members: Sequence[RankKey],
+) -> int:
+    """Full blocks to restore; the last token is always computed, since it yields the next one."""
+    tokens = sequence.prompt_tokens + sequence.sent_tokens
+    if kv_block_tokens <= 0 or tokens <= 0:
+        return 0
+    usable = sequence.block_hashes[: (tokens - 1) // kv_block_tokens]
+    return index.prefix_length(usable, live_members)
 
 
 def _restore(
-    sequence: SequenceReport,
-    target: RankKey,
-    pool: PoolIndex,
-    kv_block_tokens: int,
-    pool_members: Sequence[RankKey],
+    sequence: SequenceReport, target: RankKey, kept: int, kv_block_tokens: int, *, full: bool
 ) -> SequenceRestore:
-    blocks = pool.prefix_length(sequence.block_hashes, pool_members)
-    tokens = _tokens(sequence)
-    restored = min(blocks * kv_block_tokens, tokens)
-    if restored == 0:
-        why = Why(reason="RECOMPUTE", message="no block of it is in the pool")
-    else:
-        message = f"{blocks} blocks are in the pool, the tail is recomputed"
-        why = Why(reason="RESTORE", message=message)
+    tokens = sequence.prompt_tokens + sequence.sent_tokens
+    restored = kept * kv_block_tokens
+    where = f"{target.role}/{target.instance} rank {target.rank}"
+    reason = "RESTORE" if restored else "RECOMPUTE"
+    load = "all ranks are full, it waits there" if full else "the least loaded rank"
+    message = (
+        f"continues on {where}, {load}: {restored} of {tokens} tokens from the pool,"
+        f" {tokens - restored} recomputed"
+    )
     return SequenceRestore(
         sequence_id=sequence.sequence_id,
         source=sequence.rank,
         target=target,
-        block_hashes=sequence.block_hashes[:blocks],
+        block_hashes=sequence.block_hashes[:kept],
         tokens=tokens,
         tokens_restored=restored,
         tokens_recomputed=tokens - restored,
-        why=why,
+        why=Why(reason=reason, message=message),
     )

@@ -1,0 +1,1 @@
+"""Where jobs run: gangs are placed whole or not at all, with a reason."""

@@ -15,10 +15,11 @@ from raddle.core.recovery.cost import CONTROL_S, cost_s
 from raddle.core.recovery.request import InstanceRecovery
 from raddle.model.incident import RecoveryOption
 from raddle.model.job import RankPlacement
-from raddle.model.kinds import FaultKind, RecoveryKind, SeatState
+from raddle.model.kinds import FaultKind, RecoveryKind, RoleKind, SeatState
 from raddle.model.topology import node_of
 from raddle.model.types import ExpertMap, ExpertMove, WeightSource, Why
 
+# In the order of what they disturb: the first of equal cost is taken.
 _ORDER = list(RecoveryKind)
 
 
@@ -50,7 +51,12 @@ class _Candidate:
 
 
 def plan_instance(request: InstanceRecovery) -> InstanceDecision:
-    """Compare remap, donor slot, hot spare and restart, and take the cheapest."""
+    """Compare remap, donor slot, hot spare and restart, and take the cheapest.
+
+    One that pauses longer than the job's `max_pause` is taken only if all others do too.
+    """
+    if not request.lost:
+        return _reconnect(request)
     remapped = _shrunk(request)
     candidates = [remapped, _hot_spare(request), _restart(request)]
     missing = {RecoveryKind.REMAP, RecoveryKind.DONOR_SLOT} - {c.kind for c in candidates}
@@ -62,7 +68,7 @@ def plan_instance(request: InstanceRecovery) -> InstanceDecision:
         sentences = "; ".join(f"{c.kind}: {c.infeasible}" for c in candidates)
         why = Why(reason="NO_OPTION", message=f"nothing is feasible in place ({sentences})")
         return InstanceDecision(None, why, tuple(_option(c, request, None) for c in candidates))
-    best = min(feasible, key=lambda c: (c.cost, _ORDER.index(c.kind)))
+    best = min(feasible, key=lambda c: (_is_too_slow(c, request), c.cost, _ORDER.index(c.kind)))
     considered = tuple(_option(c, request, best) for c in candidates)
     why = Why(reason=best.kind, message=best.message)
     width = request.role.slots_per_rank
@@ -77,6 +83,33 @@ def plan_instance(request: InstanceRecovery) -> InstanceDecision:
         ),
         moves=best.repaired.moves if best.repaired else {},
     )
+
+
+def _reconnect(request: InstanceRecovery) -> InstanceDecision:
+    """Nobody is lost: the same members start a new epoch."""
+    why = Why(reason=RecoveryKind.RECONNECT, message="no rank is lost, connections are made anew")
+    option = RecoveryOption(
+        option=RecoveryKind.RECONNECT,
+        feasible=True,
+        chosen=True,
+        why=why,
+        predicted_pause=CONTROL_S,
+        capacity_left=_capacity(request, request.seats),
+        cost=CONTROL_S,
+    )
+    table = request.table
+    width = request.role.slots_per_rank
+    return InstanceDecision(
+        option=RecoveryKind.RECONNECT,
+        why=why,
+        considered=(option,),
+        seats=request.seats,
+        expert_map=None if table is None else to_expert_map(table, width, request.experts),
+    )
+
+
+def _is_too_slow(candidate: _Candidate, request: InstanceRecovery) -> bool:
+    return 0 < request.max_pause_s < candidate.pause_s
 
 
 def _priced(candidate: _Candidate, request: InstanceRecovery) -> _Candidate:
@@ -100,7 +133,10 @@ def _option(
         why = Why(reason="CHEAPEST", message=candidate.message)
     else:
         dearer = candidate.cost - best.cost if best is not None else 0.0
-        why = Why(reason="DEARER", message=f"costs {dearer:.1f} s of work more")
+        text = f"costs {dearer:.1f} s of work more"
+        if _is_too_slow(candidate, request):
+            text = f"pauses {candidate.pause_s:.1f} s, max_pause is {request.max_pause_s:.1f} s"
+        why = Why(reason="DEARER", message=text)
     return RecoveryOption(
         option=candidate.kind,
         feasible=not candidate.infeasible,
@@ -122,7 +158,7 @@ def _leave(request: InstanceRecovery, ranks: Sequence[int]) -> tuple[RankPlaceme
             state=(
                 SeatState.DRAINED if request.lost[seat.rank] is FaultKind.DRAIN else SeatState.LOST
             ),
-            why=Why(reason=request.lost[seat.rank], message="lost its rank"),
+            why=Why(reason=request.lost[seat.rank], message="left, the others go on without it"),
         )
         if seat.rank in ranks
         else seat
@@ -163,24 +199,41 @@ def _repair(
         live=_active(seats),
         joined=joined,
         domains=request.domains,
+        guests_refused=_shared_expert_ranks(request),
     )
+
+
+def _shared_expert_ranks(request: InstanceRecovery) -> range:
+    """The last ranks host the shared expert and nothing else."""
+    return range(request.role.ranks - request.role.shared_expert_ranks, request.role.ranks)
+
+
+def _unfit(
+    request: InstanceRecovery, seats: Sequence[RankPlacement], repaired: RepairedMap | None
+) -> str:
+    """Why the instance can't go on with these seats; empty if it can."""
+    active = _active(seats)
+    # A pool without members is a miss for every block, and nothing worse.
+    if not active and request.role.kind is not RoleKind.CACHE:
+        return "no rank of the instance survives"
+    shared = _shared_expert_ranks(request)
+    if repaired is not None and shared and not any(rank in shared for rank in active):
+        return "no rank with the shared expert survives"
+    if repaired is not None and repaired.uncovered:
+        return f"{len(repaired.uncovered)} experts find no slot on the ranks that are left"
+    return ""
 
 
 def _shrunk(request: InstanceRecovery) -> _Candidate:
     """The survivors go on alone: remap if every expert has a copy, else donors give slots."""
     seats = _leave(request, list(request.lost))
-    if not _active(seats):
-        return _Candidate(RecoveryKind.REMAP, infeasible="no rank of the instance survives")
     repaired = _repair(request, seats, ())
     moved = repaired.experts_moved if repaired else 0
-    kind = RecoveryKind.DONOR_SLOT if moved else RecoveryKind.REMAP
-    if repaired is not None and repaired.uncovered:
-        count = len(repaired.uncovered)
-        return _Candidate(
-            RecoveryKind.DONOR_SLOT,
-            infeasible=f"{count} experts find no slot on the survivors",
-            capacity_left=_capacity(request, seats),
-        )
+    needs_slots = repaired is not None and (moved or repaired.uncovered)
+    kind = RecoveryKind.DONOR_SLOT if needs_slots else RecoveryKind.REMAP
+    infeasible = _unfit(request, seats, repaired)
+    if infeasible:
+        return _Candidate(kind, infeasible=infeasible, capacity_left=_capacity(request, seats))
     text = "every expert has a live copy" if not moved else f"{moved} experts are loaded anew"
     return _Candidate(
         kind,
@@ -194,26 +247,21 @@ def _shrunk(request: InstanceRecovery) -> _Candidate:
 
 def _other_remap(kind: RecoveryKind, remapped: _Candidate) -> _Candidate:
     """Why the other way to shrink is not the one."""
-    if remapped.infeasible:
-        return _Candidate(kind, infeasible=remapped.infeasible)
     if kind is RecoveryKind.REMAP:
         return _Candidate(kind, infeasible="some expert has no live copy left")
+    if remapped.infeasible:
+        return _Candidate(kind, infeasible=remapped.infeasible)
     return _Candidate(kind, infeasible="not needed: every expert has a live copy")
 
 
 def _hot_spare(request: InstanceRecovery) -> _Candidate:
-    """Spare dies take the lost ranks' places under the same rank numbers."""
+    """Spare dies take lost ranks' places under the same rank numbers, as many as there are."""
     lost = sorted(request.lost)
-    if len(request.spares) < len(lost):
-        return _Candidate(
-            RecoveryKind.HOT_SPARE,
-            infeasible=f"{len(lost)} ranks are lost, {len(request.spares)} spares are usable",
-        )
+    if not request.spares:
+        return _Candidate(RecoveryKind.HOT_SPARE, infeasible="no spare is usable")
+    places = {rank: spare.die for rank, spare in zip(lost, request.spares, strict=False)}
     return _replaced(
-        request,
-        RecoveryKind.HOT_SPARE,
-        {rank: spare.die for rank, spare in zip(lost, request.spares, strict=False)},
-        f"{len(lost)} spare dies take the places",
+        request, RecoveryKind.HOT_SPARE, places, f"{len(places)} spare dies take the places"
     )
 
 
@@ -227,21 +275,24 @@ def _restart(request: InstanceRecovery) -> _Candidate:
             places[rank] = seat.die or seat.node
         elif fresh:
             places[rank] = fresh.pop(0)
-        else:
-            return _Candidate(
-                RecoveryKind.RESTART,
-                infeasible=f"rank {rank} can't restart in its seat, and nothing else is free",
-            )
+    if not places:
+        return _Candidate(
+            RecoveryKind.RESTART,
+            infeasible="no lost rank can restart in its seat, and nothing else is free",
+        )
     return _replaced(request, RecoveryKind.RESTART, places, f"{len(places)} ranks start anew")
 
 
 def _replaced(
     request: InstanceRecovery, kind: RecoveryKind, places: Mapping[int, str], message: str
 ) -> _Candidate:
-    """The lost ranks continue at new (or the same) places under their own numbers."""
+    """Lost ranks continue at new (or the same) places under their own numbers; others leave."""
     used = set(places.values())
+    leaving = [rank for rank in sorted(request.lost) if rank not in places]
+    if leaving:
+        message += f", {len(leaving)} ranks leave"
     seats = []
-    for seat in request.seats:
+    for seat in _leave(request, leaving):
         if seat.rank in places:
             place = places[seat.rank]
             die = place if seat.die else ""
@@ -254,9 +305,9 @@ def _replaced(
             seats.append(seat)
     starts = tuple(sorted(places))
     repaired = _repair(request, seats, starts)
-    if repaired is not None and repaired.uncovered:
-        count = len(repaired.uncovered)
-        return _Candidate(kind, infeasible=f"{count} experts still find no slot")
+    infeasible = _unfit(request, seats, repaired)
+    if infeasible:
+        return _Candidate(kind, infeasible=infeasible, capacity_left=_capacity(request, seats))
     return _Candidate(
         kind,
         seats=tuple(seats),

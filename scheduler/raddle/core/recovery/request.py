@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from raddle.core.admission import model_shape
 from raddle.core.cluster import Cluster
 from raddle.core.experts.maps import IntArray, to_array
 from raddle.core.recovery.cost import Rates
 from raddle.model.job import InstanceExpertMap, InstancePlacement, Job, RankPlacement, RoleSpec
 from raddle.model.kinds import FaultKind, RecoveryKind, SeatState
-from raddle.model.topology import node_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class InstanceRecovery:
     rates: Rates
     #: Work that is asked of the instance, as a share of what it can do when whole.
     demand: float = 0.0
+    #: The longest pause that the job wants to see; 0 for no wish.
+    max_pause_s: float = 0.0
 
 
 def recovery_request(
@@ -81,6 +84,7 @@ def recovery_request(
         allowed=allowed,
         rates=Rates.of(shape, job.spec.model.weight_dtype, cluster),
         demand=demand,
+        max_pause_s=job.spec.recovery.max_pause,
     )
 
 
@@ -101,17 +105,21 @@ def _fresh(
     taken = {seat.node for seat in part.ranks if seat.state is SeatState.ACTIVE}
     if any(not seat.die for seat in part.ranks):
         hosts = cluster.usable_hosts(role.engine.driver)
-        return tuple(host for host in hosts if host not in taken)[: len(lost)]
+        return tuple(
+            host
+            for host in hosts
+            if host not in taken and cluster.host_memory(host) >= role.dram_bytes
+        )[: len(lost)]
     free = cluster.free_dies(role.engine.driver)
-    supernode = part.ranks[0].die.split("/")[0]
-    found = [
-        position
-        for die, position in enumerate(cluster.positions)
-        if free[die] and position.split("/")[0] == supernode
-    ]
-    # Nodes that the instance uses already first: fewer nodes are fewer ways to fail.
-    found.sort(key=lambda position: (node_of(position) not in taken, position))
-    return tuple(found[: len(lost)])
+    home = cluster.supernode_of[cluster.die_index[part.ranks[0].die]]
+    dies = np.flatnonzero(free & (cluster.supernode_of == home))
+    # Dies of broken NPUs first: whole ones serve instances. Then nodes that the instance uses
+    # already: fewer nodes are fewer ways to fail.
+    free_in_npu = np.bincount(cluster.npu_of[free], minlength=len(cluster.npu_start) - 1)
+    whole = (free_in_npu == np.diff(cluster.npu_start))[cluster.npu_of[dies]]
+    used = np.array([cluster.node_names[n] in taken for n in cluster.node_of[dies]], dtype=bool)
+    order = np.lexsort((dies, ~used, whole))
+    return tuple(cluster.positions[die] for die in dies[order[: len(lost)]])
 
 
 def _domains(part: InstancePlacement, cluster: Cluster) -> IntArray | None:

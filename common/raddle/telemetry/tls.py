@@ -1,0 +1,104 @@
+"""Certificates and the identities in them.
+
+Off loopback both sides show a certificate of the same CA. The subject's common name is the
+identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. On loopback without TLS a
+caller names itself in metadata.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from raddle.model.errors import PermanentError, Reason
+
+IDENTITY_METADATA = "raddle-identity"
+DEFAULT_IDENTITY = "client/local"
+# The name that server certificates of schedulers carry, whatever host they run on.
+SERVER_NAME = "raddle-scheduler"
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of one process."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Clients must show a certificate of the same CA."""
+        pair = (self.key.read_bytes(), self.certificate.read_bytes())
+        return grpc.ssl_server_credentials(
+            [pair], root_certificates=self.ca.read_bytes(), require_client_auth=True
+        )
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(
+            self.ca.read_bytes(), self.key.read_bytes(), self.certificate.read_bytes()
+        )
+
+
+def tls_files(ca: str, certificate: str, key: str) -> TlsFiles | None:
+    """All three or none.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT when only some are given or one cannot be read.
+    """
+    given = [text for text in (ca, certificate, key) if text]
+    if not given:
+        return None
+    names = (ca, certificate, key)
+    if len(given) < len(names):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            "TLS needs three files: --tls-ca, --tls-certificate, --tls-key.",
+        )
+    for text in given:
+        if not Path(text).is_file():
+            raise PermanentError(Reason.INVALID_ARGUMENT, f"{text} is no readable file.")
+    return TlsFiles(*(Path(text) for text in names))
+
+
+def is_loopback(address: str) -> bool:
+    """Is `host:port` (or a unix socket) reachable from this machine only?"""
+    if address.startswith("unix:"):
+        return True
+    host = address.rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_safe_listen(address: str, tls: TlsFiles | None) -> None:
+    """Refuse to listen without TLS where other machines can connect.
+
+    Raises:
+        PermanentError: PERMISSION_DENIED.
+    """
+    if tls is None and not is_loopback(address):
+        raise PermanentError(
+            Reason.PERMISSION_DENIED,
+            f"{address} is not loopback: give --tls-ca, --tls-certificate and --tls-key, or listen"
+            " on 127.0.0.1.",
+        )
+
+
+def identity_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Who calls: the certificate's common name, or on a plain loopback what the caller says."""
+    auth = context.auth_context()
+    if auth.get("transport_security_type"):
+        names = auth.get("x509_common_name") or []
+        name = next(iter(names), b"")
+        return name.decode()
+    for key, value in context.invocation_metadata() or ():
+        if key == IDENTITY_METADATA:
+            return value.decode() if isinstance(value, bytes) else value
+    return DEFAULT_IDENTITY

