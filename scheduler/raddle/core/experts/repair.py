@@ -101,10 +101,13 @@ class _Repair:
         self.added = np.zeros(len(alive), dtype=np.int64)
 
     def layer(self, layer: int) -> None:
+        """Choose all slots first: only then is it known which copies stay to be read from."""
         row = self.table[layer]
         counts = np.bincount(row[row >= 0], minlength=self.experts)
-        for kept in np.flatnonzero(self.fresh_slots & (row >= 0)):
-            self._load(layer, int(kept), int(row[kept]))
+        self.added += np.bincount(
+            np.flatnonzero(self.fresh_slots & (row >= 0)) // self.width, minlength=len(self.added)
+        )
+        chosen = []
         for expert in np.flatnonzero(counts == 0):
             slot = self._slot_for(row, counts)
             if slot is None:
@@ -115,21 +118,29 @@ class _Repair:
                 self.donor_slots += 1
             row[slot] = expert
             counts[expert] = 1
-            self._load(layer, slot, int(expert))
+            chosen.append(slot)
+            self.added[slot // self.width] += 1
+        anew = np.flatnonzero(self.fresh_slots & (row >= 0)).tolist()
+        for slot in sorted({*chosen, *anew}):
+            self._load(layer, slot, int(row[slot]))
 
     def _slot_for(
         self, row: IntArray, counts: np.ndarray[tuple[int], np.dtype[np.int64]]
     ) -> int | None:
-        """An empty slot of the least burdened live rank, else that of the most replicated."""
-        usable = self.host_slots
-        empty = np.flatnonzero(usable & (row < 0))
+        """An empty slot of the least burdened rank, else that of a replica which gives way.
+
+        Replicas of new processes go first, since they would have to be loaded in any case; then
+        those of the most replicated expert.
+        """
+        empty = np.flatnonzero(self.host_slots & (row < 0))
         if len(empty):
             burden = self.added[empty // self.width]
             return int(empty[int(np.argmin(burden))])
-        spare = np.flatnonzero(usable & (row >= 0) & (counts[np.maximum(row, 0)] > 1))
+        spare = np.flatnonzero(self.host_slots & (row >= 0) & (counts[np.maximum(row, 0)] > 1))
         if not len(spare):
             return None
-        keys = np.lexsort((spare, self.added[spare // self.width], -counts[row[spare]]))
+        burden = self.added[spare // self.width]
+        keys = np.lexsort((spare, burden, -counts[row[spare]], ~self.fresh_slots[spare]))
         return int(spare[int(keys[0])])
 
     def _load(self, layer: int, slot: int, expert: int) -> None:
@@ -140,11 +151,10 @@ class _Repair:
             layer=layer, expert=expert, slot=slot, source=source, source_rank=source_rank or 0
         )
         self.moves.setdefault(rank, []).append(move)
-        self.added[rank] += 1
 
     def _nearest_copy(self, layer: int, expert: int, rank: int) -> int | None:
         """A live rank that has the weights in memory, the one with most domains in common."""
-        holders = np.unique(np.flatnonzero(self.table[layer] == expert) // self.width)
+        holders = np.flatnonzero(self.table[layer] == expert) // self.width
         holders = holders[self.alive[holders] & ~self.fresh[holders] & (holders != rank)]
         if not len(holders):
             return None

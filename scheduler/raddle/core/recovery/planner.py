@@ -112,7 +112,13 @@ def _is_too_slow(candidate: _Candidate, request: InstanceRecovery) -> bool:
     return 0 < request.max_pause_s < candidate.pause_s
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _priced(candidate: _Candidate, request: InstanceRecovery) -> _Candidate:
+    if candidate.infeasible:
+        return candidate
     cost = cost_s(candidate.pause_s, candidate.capacity_left, request.demand)
     return replace(candidate, cost=cost)
 
@@ -220,7 +226,8 @@ def _unfit(
     if repaired is not None and shared and not any(rank in shared for rank in active):
         return "no rank with the shared expert survives"
     if repaired is not None and repaired.uncovered:
-        return f"{len(repaired.uncovered)} experts find no slot on the ranks that are left"
+        experts = _counted(len(repaired.uncovered), "expert")
+        return f"no slot for {experts} on the ranks that are left"
     return ""
 
 
@@ -234,12 +241,15 @@ def _shrunk(request: InstanceRecovery) -> _Candidate:
     infeasible = _unfit(request, seats, repaired)
     if infeasible:
         return _Candidate(kind, infeasible=infeasible, capacity_left=_capacity(request, seats))
-    text = "every expert has a live copy" if not moved else f"{moved} experts are loaded anew"
+    text = f"{_counted(len(_active(seats)), 'rank')} left to go on"
+    if repaired is not None:
+        loads = f"{_counted(moved, 'expert')} loaded anew"
+        text += f", {loads if moved else 'every expert has a live copy'}"
     return _Candidate(
         kind,
         seats=seats,
         repaired=repaired,
-        message=f"{len(_active(seats))} ranks go on, {text}",
+        message=text,
         pause_s=_pause_s(request, repaired, starts=False),
         capacity_left=_capacity(request, seats),
     )
@@ -251,6 +261,8 @@ def _other_remap(kind: RecoveryKind, remapped: _Candidate) -> _Candidate:
         return _Candidate(kind, infeasible="some expert has no live copy left")
     if remapped.infeasible:
         return _Candidate(kind, infeasible=remapped.infeasible)
+    if remapped.repaired is None:
+        return _Candidate(kind, infeasible="not needed: the instance holds no experts")
     return _Candidate(kind, infeasible="not needed: every expert has a live copy")
 
 
@@ -260,9 +272,8 @@ def _hot_spare(request: InstanceRecovery) -> _Candidate:
     if not request.spares:
         return _Candidate(RecoveryKind.HOT_SPARE, infeasible="no spare is usable")
     places = {rank: spare.die for rank, spare in zip(lost, request.spares, strict=False)}
-    return _replaced(
-        request, RecoveryKind.HOT_SPARE, places, f"{len(places)} spare dies take the places"
-    )
+    message = f"{_counted(len(places), 'rank')} moved to spare dies"
+    return _replaced(request, RecoveryKind.HOT_SPARE, places, message)
 
 
 def _restart(request: InstanceRecovery) -> _Candidate:
@@ -280,7 +291,8 @@ def _restart(request: InstanceRecovery) -> _Candidate:
             RecoveryKind.RESTART,
             infeasible="no lost rank can restart in its seat, and nothing else is free",
         )
-    return _replaced(request, RecoveryKind.RESTART, places, f"{len(places)} ranks start anew")
+    message = f"{_counted(len(places), 'rank')} started anew"
+    return _replaced(request, RecoveryKind.RESTART, places, message)
 
 
 def _replaced(
@@ -290,7 +302,7 @@ def _replaced(
     used = set(places.values())
     leaving = [rank for rank in sorted(request.lost) if rank not in places]
     if leaving:
-        message += f", {len(leaving)} ranks leave"
+        message += f", {_counted(len(leaving), 'rank')} gone"
     seats = []
     for seat in _leave(request, leaving):
         if seat.rank in places:

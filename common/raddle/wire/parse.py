@@ -1,0 +1,183 @@
+"""Strict parsing of what people write: job and supernode files, requests of the API.
+
+In go YAML or JSON text or request messages; out come model values with defaults filled in, or one
+`PermanentError` that names the path. What needs the state of the cluster is checked in the core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from raddle.model.errors import PermanentError, RaddleError, Reason
+from raddle.model.job import JobSpec
+from raddle.model.topology import SuperNode
+from raddle.v1 import job_pb2, topology_pb2
+from raddle.wire.codec import CodecError, from_message
+
+FILE_BYTES_MAX = 1_000_000
+TEXT_CHARACTERS_MAX = 512
+_DEFAULT_KV_BLOCK_TOKENS = 128
+
+
+def read_document(text: str) -> dict[str, Any]:
+    """One YAML or JSON mapping.
+
+    Raises:
+        PermanentError: LIMIT_EXCEEDED or INVALID_ARGUMENT with the line.
+    """
+    if len(text.encode()) > FILE_BYTES_MAX:
+        raise PermanentError(Reason.LIMIT_EXCEEDED, f"the file is over {FILE_BYTES_MAX} bytes.")
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"the file is no YAML: {first}") from error
+    if not isinstance(document, dict):
+        raise PermanentError(Reason.INVALID_ARGUMENT, "the file must hold one mapping of fields.")
+    return document
+
+
+def job_message(text: str, folder: Path) -> job_pb2.JobSpec:
+    """The `JobSpec` message of a job file.
+
+    `model.config` may be the config.json as a mapping, or a path to it relative to `folder`, or
+    the name of a model that comes with the project.
+    """
+    document = read_document(text)
+    model = document.get("model")
+    if isinstance(model, dict):
+        model["config"] = _config_text(model.get("config"), folder)
+    message = job_pb2.JobSpec()
+    _parse(document, message, "job")
+    return message
+
+
+def _config_text(config: Any, folder: Path) -> str:
+    if isinstance(config, dict):
+        return json.dumps(config, sort_keys=True)
+    if not isinstance(config, str):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            "model.config must be a mapping, a path, or the name of a built-in model.",
+        )
+    from raddle import models
+
+    if config in models.names():
+        return models.config_text(config)
+    path = folder / config
+    try:
+        if path.stat().st_size > FILE_BYTES_MAX:
+            raise PermanentError(Reason.LIMIT_EXCEEDED, f"{path} is over {FILE_BYTES_MAX} bytes.")
+        return path.read_text()
+    except OSError as error:
+        names = ", ".join(models.names())
+        raise PermanentError(
+            Reason.NOT_FOUND,
+            f"model.config {config!r} is neither a file ({error.strerror}) nor built in ({names}).",
+        ) from error
+
+
+def supernode_message(text: str) -> topology_pb2.SuperNode:
+    """The `SuperNode` message of a supernode file."""
+    message = topology_pb2.SuperNode()
+    _parse(read_document(text), message, "supernode")
+    return message
+
+
+def _parse(document: dict[str, Any], message: Message, what: str) -> None:
+    try:
+        json_format.ParseDict(document, message)
+    except (json_format.ParseError, TypeError) as error:
+        text = " ".join(str(error).split())
+        reason = Reason.UNKNOWN_FIELD if "no field named" in text else Reason.INVALID_ARGUMENT
+        raise PermanentError(reason, f"{what}: {text[:400]}") from error
+
+
+def supernode(message: topology_pb2.SuperNode) -> SuperNode:
+    """The supernode of a request.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the field.
+    """
+    return from_message(message, SuperNode)
+
+
+def job_spec(message: job_pb2.JobSpec) -> JobSpec:
+    """The spec of a request with defaults filled in and all texts bounded.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the field.
+    """
+    full = job_pb2.JobSpec()
+    full.CopyFrom(message)
+    _fill_defaults(full)
+    for path, value in _texts(full, ""):
+        if path == "model.config":
+            continue
+        require_text(path, value)
+    try:
+        return from_message(full, JobSpec)
+    except (CodecError, RaddleError) as error:
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"spec: {error}.") from error
+
+
+def require_text(path: str, value: str) -> None:
+    """Texts are short and printable: they end up in keys, logs and terminals.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT.
+    """
+    if len(value) > TEXT_CHARACTERS_MAX:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"{path} is longer than {TEXT_CHARACTERS_MAX} characters.",
+            field=path,
+        )
+    if value and not value.isprintable():
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"{path} holds control characters.", field=path
+        )
+
+
+def _fill_defaults(spec: job_pb2.JobSpec) -> None:
+    spec.namespace = spec.namespace or "default"
+    spec.queue = spec.queue or "default"
+    model = spec.model
+    model.name = model.name or spec.name
+    model.weight_dtype = model.weight_dtype or "int8"
+    model.kv_dtype = model.kv_dtype or "bf16"
+    model.kv_block_tokens = model.kv_block_tokens or _DEFAULT_KV_BLOCK_TOKENS
+    model.config_digest = hashlib.sha256(model.config.encode()).hexdigest()
+    for role in spec.roles:
+        role.instances = role.instances or 1
+        role.tp = role.tp or 1
+
+
+def _texts(message: Any, prefix: str) -> list[tuple[str, str]]:
+    """(path, text) of every text field inside."""
+    found: list[tuple[str, str]] = []
+    for field, value in message.ListFields():
+        path = f"{prefix}{field.name}"
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            found += [(f"{path}[{k}]", text) for k, v in value.items() for text in (k, v)]
+        elif field.message_type is not None:
+            items = value if field.is_repeated else [value]
+            for index, item in enumerate(items):
+                inner = f"{path}[{index}]." if field.is_repeated else f"{path}."
+                found += _texts(item, inner)
+        elif field.cpp_type == field.CPPTYPE_STRING:
+            items = value if field.is_repeated else [value]
+            found += [(path, text) for text in items]
+    return found
+
+
+def spec_digest(message: job_pb2.JobSpec) -> str:
+    """Tells a retry from another body under the same idempotency key."""
+    return hashlib.sha256(message.SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,119 @@
+"""Why is it so? The story of a job, an incident, a node or a die, from the records alone."""
+
+from __future__ import annotations
+
+from raddle.model import keys
+from raddle.model.errors import PermanentError, Reason
+from raddle.model.incident import Event, Incident, InstancePlan
+from raddle.model.types import Why
+from raddle.scheduler.mirror import Mirror
+from raddle.v1 import types_pb2
+
+STORY_LINES_MAX = 500
+
+
+def why_message(why: Why) -> types_pb2.Why:
+    return types_pb2.Why(reason=str(why.reason), message=why.message)
+
+
+def explain(mirror: Mirror, subject: str) -> tuple[Why, list[str]]:
+    """The reason and the story of `job/<uid>`, `incident/<id>`, `die/<position>`, `node/<...>`.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT or NOT_FOUND.
+    """
+    kind, _, name = subject.partition("/")
+    if kind == "job":
+        why, story = _job(mirror, name)
+    elif kind == "incident":
+        why, story = _incident(mirror, name)
+    elif kind in ("die", "node"):
+        why, story = _place(mirror, name)
+    else:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            "say job/<uid>, incident/<id>, die/<position> or node/<position>.",
+        )
+    return why, story[-STORY_LINES_MAX:]
+
+
+def _events(mirror: Mirror, *subjects: str) -> list[Event]:
+    return [e for _, e in mirror.under(keys.AUDIT) if e.subject in subjects]
+
+
+def _event_line(event: Event) -> str:
+    epoch = f" (epoch {event.epoch})" if event.epoch else ""
+    who = f" by {event.identity}" if event.identity else ""
+    return f"{event.kind}: {event.message}{epoch}{who}"
+
+
+def _job(mirror: Mirror, job_uid: str) -> tuple[Why, list[str]]:
+    job = mirror.get(keys.job(job_uid))
+    if job is None:
+        raise PermanentError(
+            Reason.NOT_FOUND, f"There is no job {job_uid}; `raddle status` lists jobs."
+        )
+    story = [_event_line(event) for event in _events(mirror, job_uid)]
+    for _, incident in mirror.under(keys.INCIDENTS):
+        if any(plan.job_uid == job_uid for plan in incident.plans):
+            story += [f"incident {incident.id} ({incident.phase}): {incident.why.message}"]
+    return job.why, story
+
+
+def _incident(mirror: Mirror, incident_id: str) -> tuple[Why, list[str]]:
+    incident: Incident | None = mirror.get(keys.incident(incident_id))
+    if incident is None:
+        raise PermanentError(
+            Reason.NOT_FOUND, f"There is no incident {incident_id}; `raddle incidents` lists them."
+        )
+    story = [f"{fault.kind} {fault.subject}: {fault.message}" for fault in incident.faults]
+    for plan in incident.plans:
+        story.append(f"job {plan.job_uid} moves to epoch {plan.epoch}")
+        for instance in plan.instances:
+            story += _instance_lines(instance)
+    for entry in incident.timeline:
+        took = f"{entry.duration * 1000:.1f} ms" if entry.duration else "not timed"
+        story.append(f"{entry.phase.lower()}: {took}; {entry.message}")
+    return incident.why, story
+
+
+def _instance_lines(plan: InstancePlan) -> list[str]:
+    lines = [
+        (
+            f"{plan.role}/{plan.instance}: {plan.option}, ranks {list(plan.lost_ranks)} are lost,"
+            f" {plan.experts_moved} experts move, {plan.sequences_restored} sequences continue"
+            f" ({plan.kv_tokens_restored} tokens restored, {plan.kv_tokens_recomputed} recomputed)"
+        )
+    ]
+    for option in plan.considered:
+        verdict = "chosen" if option.chosen else ("feasible" if option.feasible else "not feasible")
+        numbers = (
+            f"pause {option.predicted_pause:.2f} s, {option.experts_moved} experts,"
+            f" {option.capacity_left:.0%} of the ranks, cost {option.cost:.2f} s"
+        )
+        lines.append(f"  {option.option}: {verdict}: {option.why.message} [{numbers}]")
+    return lines
+
+
+def _place(mirror: Mirror, position: str) -> tuple[Why, list[str]]:
+    story = [_event_line(event) for event in _events(mirror, position)]
+    for _, incident in mirror.under(keys.INCIDENTS):
+        story += [
+            f"incident {incident.id}: {fault.kind} {fault.message}"
+            for fault in incident.faults
+            if fault.subject == position or fault.subject.startswith(f"{position}/")
+        ]
+    hold = mirror.get(keys.hold(position))
+    if hold is not None:
+        return Why(reason=hold.kind, message=hold.message), story
+    node = "/".join(position.split("/")[:2])
+    if mirror.get(keys.registration(node)) is None:
+        return Why(reason="ABSENT", message=f"no agent ever registered for {node}"), story
+    health = mirror.get(keys.health(node))
+    if health is None:
+        return Why(reason="SILENT", message=f"the agent of {node} has no lease"), story
+    faults = [f for f in health.active_faults if f.subject.startswith(position)]
+    if faults:
+        codes = ", ".join(f"{f.code} on {f.subject}" for f in faults)
+        return Why(reason="FAULT", message=f"active faults: {codes}"), story
+    return Why(reason="HEALTHY", message="no hold, no fault, the agent reports"), story

@@ -1,0 +1,191 @@
+"""What every call passes on a scheduler: identity, permission, forwarding, errors, counting.
+
+Unary calls that reach a standby are forwarded once to the leader, with the caller's identity and
+the rest of the deadline; streams are told where the leader is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from raddle.model import keys
+from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
+from raddle.scheduler.authorization import VERBS
+from raddle.scheduler.replica import Replica
+from raddle.telemetry.channels import make_channel
+from raddle.telemetry.tls import IDENTITY_METADATA, identity_of
+from raddle.wire.status import abort, code_of, error_from
+
+DEFAULT_TIMEOUT_S = 10.0
+FORWARDED_METADATA = "raddle-forwarded-for"
+# Answered by every replica about itself.
+_LOCAL = {"GetStatus"}
+log = structlog.get_logger()
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def time_left(context: Context) -> float:
+    """Seconds until the caller's deadline; a default when it gave none."""
+    left: Any = context.time_remaining()
+    return DEFAULT_TIMEOUT_S if left is None else max(0.0, float(left))
+
+
+def caller_of(context: Context) -> str:
+    """The caller; on a forwarded call from another scheduler, the caller behind it."""
+    identity = identity_of(context)
+    if identity == "scheduler":
+        for key, value in context.invocation_metadata() or ():
+            if key == FORWARDED_METADATA:
+                return value.decode() if isinstance(value, bytes) else value
+    return identity
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of our own services; health and reflection pass untouched."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        path = handler_call_details.method
+        if handler is None or not path.startswith("/raddle.v1."):
+            return handler
+        method = path.rsplit("/", 1)[1]
+        coders = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": _serializer(handler.response_serializer),
+        }
+        if handler.unary_unary is not None:
+            unary = self._unary(path, method, handler)
+            return grpc.unary_unary_rpc_method_handler(unary, **coders)
+        if handler.unary_stream is not None:
+            stream = self._streaming(method, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(stream, **coders)
+        upload = self._uploading(method, handler.stream_unary)
+        return grpc.stream_unary_rpc_method_handler(upload, **coders)
+
+    def _authorize(self, method: str, request: Any, context: Context) -> None:
+        self._replica.policy.authorize(
+            caller_of(context), self._namespace(request), VERBS.get(method, "read")
+        )
+
+    def _namespace(self, request: Any) -> str:
+        """The namespace that a request is about; empty for the cluster."""
+        if hasattr(request, "spec"):
+            return request.spec.namespace or "default"
+        job_uid = getattr(request, "job_uid", "")
+        if job_uid:
+            job = self._replica.mirror.get(keys.job(job_uid))
+            return job.spec.namespace if job is not None else ""
+        return str(getattr(request, "namespace", ""))
+
+    def _unary(self, path: str, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: Context) -> Any:
+            code = grpc.StatusCode.OK.name
+            try:
+                self._authorize(method, request, context)
+                if method not in _LOCAL and self._replica.leader is None:
+                    return await self._forward(path, handler, request, context)
+                return await handler.unary_unary(request, context)
+            except RaddleError as error:
+                code = code_of(error.reason).name
+                return await abort(context, error)
+            except Exception:
+                if context.done() or asyncio.current_task() is None:
+                    raise
+                code = grpc.StatusCode.INTERNAL.name
+                log.exception("a call failed in an unforeseen way", method=method)
+                raise
+            finally:
+                self._replica.metrics.requests.labels(method, code).inc()
+
+        return call
+
+    async def _forward(self, path: str, handler: Any, request: Any, context: Context) -> Any:
+        record = await self._replica.wait_leader_known(time_left(context))
+        if record is None:
+            return await handler.unary_unary(request, context)
+        for key, _ in context.invocation_metadata() or ():
+            if key == FORWARDED_METADATA:
+                raise TemporaryError(
+                    Reason.NO_LEADER, "the leader changes at this moment; try again."
+                )
+        stub: Any = self._channel(record.address).unary_unary(
+            path,
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=lambda data: data,
+        )
+        metadata = ((FORWARDED_METADATA, caller_of(context)), (IDENTITY_METADATA, "scheduler"))
+        try:
+            data = await stub(request, timeout=time_left(context), metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise error_from(error) from error
+        return _Raw(data)
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = make_channel(address, tls=self._replica.tls)
+        return self._channels[address]
+
+    def _streaming(self, method: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(request: Any, context: Context) -> Any:
+            try:
+                self._authorize(method, request, context)
+                self._replica.require_leader()
+                async for message in inner(request, context):
+                    yield message
+            except RaddleError as error:
+                await abort(context, error)
+
+        return call
+
+    def _uploading(self, method: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(requests: Any, context: Context) -> Any:
+            try:
+                self._authorize(method, None, context)
+                self._replica.require_leader()
+                return await inner(requests, context)
+            except RaddleError as error:
+                return await abort(context, error)
+
+        return call
+
+
+class _Raw:
+    """An answer that is bytes already."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+def _serializer(inner: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    return lambda message: message.data if isinstance(message, _Raw) else inner(message)
+
+
+def refuse_foreign_node(context: Context, node: str) -> None:
+    """An agent speaks for its own node only.
+
+    Raises:
+        PermanentError: PERMISSION_DENIED; logged with who and what.
+    """
+    identity = identity_of(context)
+    if identity.startswith("agent/") and identity != f"agent/{node}":
+        log.warning("refused", identity=identity, node=node, verb="report")
+        raise PermanentError(
+            Reason.PERMISSION_DENIED, f"{identity} may not report for node {node}."
+        )

@@ -1,0 +1,139 @@
+"""Nodes and dies as lists, and what a replica says of itself: read from the mirror."""
+
+from __future__ import annotations
+
+import time
+
+from raddle.core.context import is_ended
+from raddle.core.nodes import NodeTracker
+from raddle.model import keys
+from raddle.model.health import ActiveFault, AgentHealth, AgentRegistration, FaultLevel, Hold
+from raddle.model.job import Placement
+from raddle.model.kinds import NodeState, SeatState
+from raddle.model.topology import SuperNode, node_of
+from raddle.model.types import RankKey
+from raddle.scheduler.mirror import Mirror
+from raddle.scheduler.replica import Replica
+from raddle.v1 import health_pb2, scheduler_pb2, types_pb2
+from raddle.wire.codec import to_message
+
+_LEVELS = list(FaultLevel)
+
+
+def _supernodes(mirror: Mirror) -> list[SuperNode]:
+    return [value for _, value in mirror.under(keys.TOPOLOGY)]
+
+
+def _work(mirror: Mirror) -> dict[str, tuple[str, RankKey, str]]:
+    """Die -> (job uid, rank, seat state) of all placements."""
+    found = {}
+    for _, placement in mirror.under(keys.PLACEMENTS):
+        assert isinstance(placement, Placement)
+        for part in placement.instances:
+            for rank in part.ranks:
+                if rank.die and rank.state in (SeatState.ACTIVE, SeatState.SPARE):
+                    key = RankKey(role=part.role, instance=part.instance, rank=rank.rank)
+                    found[rank.die] = (placement.job_uid, key, str(rank.state))
+    return found
+
+
+def _hold_of(mirror: Mirror, die: str) -> Hold | None:
+    """The hold on the die or on anything that it is part of."""
+    parts = die.split("/")
+    for depth in range(len(parts), 0, -1):
+        hold: Hold | None = mirror.get(keys.hold("/".join(parts[:depth])))
+        if hold is not None:
+            return hold
+    return None
+
+
+def _faults_of(health: AgentHealth | None, die: str) -> list[ActiveFault]:
+    faults = health.active_faults if health is not None else ()
+    return [f for f in faults if die == f.subject or die.startswith(f"{f.subject}/")]
+
+
+def dies(mirror: Mirror, node: str) -> list[scheduler_pb2.DieStatus]:
+    """Dies of one node, or all, in order."""
+    work = _work(mirror)
+    found = []
+    for supernode in _supernodes(mirror):
+        for number in range(supernode.dies):
+            position = supernode.die_position(number)
+            if node and node_of(position) != node:
+                continue
+            found.append(_die(mirror, position, work))
+    return found
+
+
+def _die(
+    mirror: Mirror, position: str, work: dict[str, tuple[str, RankKey, str]]
+) -> scheduler_pb2.DieStatus:
+    status = scheduler_pb2.DieStatus(die=position)
+    hold = _hold_of(mirror, position)
+    if hold is not None:
+        status.hold = hold.kind
+        status.why.reason, status.why.message = hold.reason, hold.message
+    faults = _faults_of(mirror.get(keys.health(node_of(position))), position)
+    status.faults.extend(to_message(fault, health_pb2.ActiveFault) for fault in faults)
+    if faults:
+        worst = max(_LEVELS.index(fault.level) for fault in faults)
+        status.health = health_pb2.FaultLevel.ValueType(worst)
+    if position in work:
+        status.job_uid, key, status.rank_state = work[position]
+        status.rank.CopyFrom(to_message(key, types_pb2.RankKey))
+    return status
+
+
+def nodes(mirror: Mirror, replica: Replica) -> list[scheduler_pb2.NodeStatus]:
+    """All nodes of all supernodes, in order, with what the leader believes of them."""
+    tracker = replica.leader.nodes() if replica.leader is not None else None
+    by_node: dict[str, list[scheduler_pb2.DieStatus]] = {}
+    for die in dies(mirror, ""):
+        by_node.setdefault(node_of(die.die), []).append(die)
+    return [_node(mirror, name, found, tracker) for name, found in by_node.items()]
+
+
+def _node(
+    mirror: Mirror,
+    name: str,
+    found: list[scheduler_pb2.DieStatus],
+    tracker: NodeTracker | None,
+) -> scheduler_pb2.NodeStatus:
+    registration: AgentRegistration | None = mirror.get(keys.registration(name))
+    status = scheduler_pb2.NodeStatus(node=name, state=NodeState.ABSENT, dies=len(found))
+    status.why.reason, status.why.message = "ABSENT", "no agent ever registered"
+    if registration is not None:
+        status.drivers.extend(registration.drivers)
+        status.version = registration.version
+    if tracker is not None and name in tracker.nodes:
+        node = tracker.nodes[name]
+        status.state = node.state
+        status.why.reason, status.why.message = node.why.reason, node.why.message
+    for die in found:
+        severe = die.health >= health_pb2.FAULT_LEVEL_RESTART_REQUEST
+        status.dies_held += bool(die.hold)
+        status.dies_faulty += severe
+        status.dies_free += not (die.hold or die.job_uid or severe)
+    return status
+
+
+def status(mirror: Mirror, replica: Replica) -> scheduler_pb2.GetStatusResponse:
+    """What this replica is and sees."""
+    record = replica.leader_record()
+    running = [job for _, job in mirror.under(keys.JOBS) if not is_ended(job)]
+    leases = sum(1 for key, _ in mirror.under(keys.AGENTS) if key.endswith("/health"))
+    answer = scheduler_pb2.GetStatusResponse(
+        version=replica.version,
+        identity=replica.identity,
+        leader=replica.leader is not None,
+        leader_identity=record.identity if record else "",
+        leader_address=record.address if record else "",
+        store_version=replica.store_version,
+        store_revision=mirror.revision,
+        jobs=len(running),
+        nodes_ready=leases,
+        records_set_aside=len(mirror.set_aside) + len(mirror.too_new),
+        fault_injection=replica.fault_injection,
+    )
+    answer.start_time.FromSeconds(int(replica.start_time or time.time()))
+    return answer

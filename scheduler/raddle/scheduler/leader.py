@@ -1,0 +1,240 @@
+"""One term of leadership: events into the machine, its instructions out, one commit at a time.
+
+While a commit is under way events pile up; the next decision takes them all at once, so many
+decisions share a transaction when there is much to do. Nothing leaves before its commit
+succeeded. When a commit fails, the machine is thrown away: either we are deposed, or it is built
+anew from the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from raddle.core.events import Committed, Event, RecordChanged, RequestReceived, Woken
+from raddle.core.instructions import Commit, Instruction, ProbeNode, ProbeRank, Reply, WakeAt
+from raddle.core.machine import Machine
+from raddle.core.nodes import NodeTracker
+from raddle.core.requests import Request
+from raddle.model import keys
+from raddle.model.errors import RaddleError, Reason, TemporaryError
+from raddle.scheduler.metrics import Metrics
+from raddle.scheduler.mirror import Mirror
+from raddle.scheduler.probes import Prober
+from raddle.store.election import Term
+from raddle.store.protocol import Compare, Delete, Put, Store, Transaction
+from raddle.wire import records as wire
+
+EVENTS_MAX = 100_000
+COMMIT_TIMEOUT_S = 5.0
+log = structlog.get_logger()
+
+
+class Deposed(Exception):  # noqa: N818 - an event of a leader's life, not a mistake
+    """Another replica leads, or our lease is past its local deadline."""
+
+
+class Leader:
+    """The machine and its hands for one term."""
+
+    def __init__(
+        self, store: Store, mirror: Mirror, term: Term, prober: Prober, metrics: Metrics
+    ) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._term = term
+        self._prober = prober
+        self._metrics = metrics
+        self._queue: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
+        self._replies: dict[str, asyncio.Future[Any]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_request = 0
+        self._current: Machine | None = None
+
+    def tell(self, event: Event) -> None:
+        """Queue one event; a full queue loses nothing that the store will not tell again."""
+        try:
+            self._queue.put_nowait(event)
+        except asyncio.QueueFull:
+            log.critical(
+                "event queue is full; an event is dropped", event_type=type(event).__name__
+            )
+
+    async def ask(self, request: Request, identity: str, timeout_s: float) -> Any:
+        """Put a request before the machine and wait for the answer that was committed.
+
+        Raises:
+            RaddleError: the refusal, or DEADLINE_EXCEEDED when nothing was committed in time.
+        """
+        self._next_request += 1
+        name = f"r-{self._next_request}"
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._replies[name] = future
+        self.tell(RequestReceived(name, identity, request))
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as error:
+            raise TemporaryError(
+                Reason.DEADLINE_EXCEEDED,
+                "the store did not take the change before the deadline; repeat with the same"
+                " idempotency key.",
+            ) from error
+        finally:
+            self._replies.pop(name, None)
+
+    async def run(self) -> None:
+        """Lead until the lease is lost or another replica took over.
+
+        Raises:
+            Deposed: always, in the end.
+        """
+        await self._mirror.wait_revision(self._term.revision)
+        stop = self._mirror.listen(self._record_changed)
+        lost = asyncio.create_task(self._term.lease.wait_lost())
+        work = asyncio.create_task(self._work())
+        try:
+            await asyncio.wait({lost, work}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            raise Deposed("the leader's lease is past its local deadline")
+        finally:
+            stop()
+            for task in (lost, work, *self._tasks):
+                task.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._fail_all()
+
+    def _record_changed(self, key: str, value: Any, _revision: int) -> None:
+        if key.startswith(keys.AGENTS):
+            self.tell(RecordChanged(key, value))
+
+    async def _work(self) -> None:
+        machine = self._machine()
+        events: list[Event] = []
+        while True:
+            events = events or [await self._queue.get()]
+            while not self._queue.empty():
+                events.append(self._queue.get_nowait())
+            self._require_lease()
+            started = time.thread_time()
+            instructions = machine.handle(events, now=time.time())
+            self._metrics.decided(len(events), time.thread_time() - started)
+            events = []
+            try:
+                for instruction in instructions:
+                    await self._carry_out(instruction)
+            except TemporaryError as error:
+                log.warning("a commit is not settled; the machine is built anew", why=str(error))
+                machine = await self._recover()
+
+    def nodes(self) -> NodeTracker | None:
+        """What this term believes of the nodes; None before its first decision."""
+        return self._current.context.nodes if self._current is not None else None
+
+    def _machine(self) -> Machine:
+        machine = Machine(self._mirror.records(), now=time.time())
+        self._current = machine
+        self.tell(Woken())
+        return machine
+
+    def _require_lease(self) -> None:
+        if not self._term.lease.alive:
+            raise Deposed("the leader's lease is past its local deadline")
+
+    async def _recover(self) -> Machine:
+        """Read the store anew, if we still lead; the store may be away for long."""
+        self._fail_all()
+        while True:
+            self._require_lease()
+            try:
+                record = await self._store.get(keys.LEADER)
+                if record is None or record.mod_revision != self._term.fence.mod_revision:
+                    raise Deposed("another replica leads")
+                await self._mirror.refresh()
+                return self._machine()
+            except TemporaryError as error:
+                log.warning("the store is away; decisions wait", why=str(error))
+                await asyncio.sleep(0.2)
+
+    async def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Commit():
+                await self._commit(instruction)
+            case Reply():
+                self._send(instruction)
+            case WakeAt(time_s):
+                self._wake_at(time_s)
+            case ProbeNode():
+                self._start(self._prober.node(instruction))
+            case ProbeRank():
+                self._start(self._prober.rank(instruction))
+
+    async def _commit(self, commit: Commit) -> None:
+        compares = [self._term.fence]
+        writes: list[Put | Delete] = []
+        for write in commit.writes:
+            compares.append(Compare(write.key, self._mirror.mod_revision(write.key)))
+            if write.value is None:
+                writes.append(Delete(write.key))
+            else:
+                writes.append(Put(write.key, wire.encode(write.key, write.value)))
+        started = time.monotonic()
+        transaction = Transaction(tuple(compares), tuple(writes))
+        try:
+            result = await self._store.commit(transaction, timeout_s=COMMIT_TIMEOUT_S)
+        except RaddleError as error:
+            for reply in commit.replies:
+                self._fail(reply.request_id, error)
+            raise TemporaryError(Reason.STORE_UNAVAILABLE, str(error)) from error
+        if not result.succeeded:
+            raise TemporaryError(Reason.STALE_REVISION, "a record changed under the decision")
+        self._metrics.committed(len(writes), time.monotonic() - started)
+        self._mirror.apply_own(commit.writes, result.revision)
+        for reply in commit.replies:
+            self._send(reply)
+        if commit.stimulus:
+            log.info("committed", revision=result.revision, stimulus=list(commit.stimulus))
+            self.tell(Committed(commit.stimulus))
+
+    def _send(self, reply: Reply) -> None:
+        future = self._replies.get(reply.request_id)
+        if future is None or future.done():
+            return
+        if reply.error is not None:
+            future.set_exception(reply.error)
+        else:
+            future.set_result(reply.value)
+
+    def _fail(self, request_id: str, error: RaddleError) -> None:
+        future = self._replies.get(request_id)
+        if future is not None and not future.done():
+            future.set_exception(error)
+
+    def _fail_all(self) -> None:
+        error = TemporaryError(
+            Reason.STORE_UNAVAILABLE,
+            "the decision was not committed; repeat with the same idempotency key.",
+        )
+        for name in list(self._replies):
+            self._fail(name, error)
+
+    def _wake_at(self, time_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay = max(0.0, time_s - time.time())
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(delay, lambda: self.tell(Woken()))
+
+    def _start(self, probe: Any) -> None:
+        async def run(tell: Callable[[Event], None]) -> None:
+            tell(await probe)
+
+        task = asyncio.create_task(run(self.tell))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,159 @@
+"""The replica's picture of the store: decoded records, kept up to date on leader and standbys.
+
+In go snapshots and changes of the cluster's prefix and the leader's own commits; out go reads,
+and every change to those who listen. A record that cannot be read is set aside, counted and told;
+one of a newer schema makes this replica unfit to lead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import structlog
+
+from raddle.core.instructions import Write
+from raddle.model import keys
+from raddle.model.errors import PermanentError, Reason, TemporaryError
+from raddle.store.follow import follow
+from raddle.store.protocol import Change, Snapshot, Store
+from raddle.wire import records as wire
+
+Listener = Callable[[str, Any, int], None]
+_RETRY_S = 0.5
+log = structlog.get_logger()
+
+
+class Mirror:
+    """Decoded records by key with their revisions."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._values: dict[str, Any] = {}
+        self._revisions: dict[str, int] = {}
+        #: Revisions of our own deletions whose echo has not come yet: older echoes are ignored.
+        self._gone: dict[str, int] = {}
+        self._listeners: list[Listener] = []
+        self._moved = asyncio.Event()
+        self.revision = 0
+        #: Keys whose record could not be read, with the reason.
+        self.set_aside: dict[str, str] = {}
+        #: Keys of a newer schema: this replica must not lead.
+        self.too_new: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Follow the store for ever; troubles are waited out and told."""
+        while True:
+            try:
+                async for item in follow(self._store, ""):
+                    if isinstance(item, Snapshot):
+                        self._load(item)
+                    else:
+                        for change in item.changes:
+                            self._apply(change)
+                        self._advance(item.revision)
+            except TemporaryError as error:
+                log.warning("the store is away; the mirror waits", why=str(error))
+            await asyncio.sleep(_RETRY_S)
+
+    async def refresh(self) -> None:
+        """Read everything anew; after a commit whose outcome is unknown."""
+        self._load(await self._store.list("", timeout_s=10.0))
+
+    def _load(self, snapshot: Snapshot) -> None:
+        present = {record.key for record in snapshot.records}
+        gone = [key for key in list(self._revisions) if key not in present]
+        for key in gone:
+            self._apply(Change(key, None, snapshot.revision))
+        for record in snapshot.records:
+            self._apply(Change(record.key, record, record.mod_revision))
+        self._advance(snapshot.revision)
+
+    def _apply(self, change: Change) -> None:
+        key = change.key
+        if change.mod_revision <= max(self._revisions.get(key, 0), self._gone.get(key, 0)):
+            if change.mod_revision == self._gone.get(key):
+                del self._gone[key]
+            return
+        self._gone.pop(key, None)
+        if key.startswith(keys.OPERATIONS) or key.endswith("/operation"):
+            return
+        if change.record is None:
+            self._revisions.pop(key, None)
+            self.set_aside.pop(key, None)
+            self.too_new.pop(key, None)
+            if self._values.pop(key, None) is not None:
+                self._tell(key, None, change.mod_revision)
+            return
+        self._revisions[key] = change.mod_revision
+        try:
+            value = wire.decode(key, change.record.value)
+        except PermanentError as error:
+            self._set_aside(key, error)
+            return
+        self.set_aside.pop(key, None)
+        self.too_new.pop(key, None)
+        self._values[key] = value
+        self._tell(key, value, change.mod_revision)
+
+    def _set_aside(self, key: str, error: PermanentError) -> None:
+        self._values.pop(key, None)
+        where = self.too_new if error.reason is Reason.NEWER_SCHEMA else self.set_aside
+        if key not in where:
+            log.error("record set aside", key=key, reason=error.reason, why=error.message)
+        where[key] = error.message
+
+    def apply_own(self, writes: tuple[Write, ...], revision: int) -> None:
+        """Our own commit succeeded at this revision: no need to wait for its echo."""
+        for write in writes:
+            if write.value is None:
+                self._revisions.pop(write.key, None)
+                self._values.pop(write.key, None)
+                self._gone[write.key] = revision
+            else:
+                self._gone.pop(write.key, None)
+                self._revisions[write.key] = revision
+                self._values[write.key] = write.value
+            self._tell(write.key, write.value, revision)
+        self._advance(revision)
+
+    def _tell(self, key: str, value: Any, revision: int) -> None:
+        for listener in tuple(self._listeners):
+            listener(key, value, revision)
+
+    def _advance(self, revision: int) -> None:
+        self.revision = max(self.revision, revision)
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    async def wait_revision(self, revision: int) -> None:
+        """Return once the picture is at least as new as this revision."""
+        while self.revision < revision:
+            await self._moved.wait()
+
+    @property
+    def warm(self) -> bool:
+        return self.revision > 0
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call with (key, value or None, revision) after each change; returns the way to stop."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def get(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def mod_revision(self, key: str) -> int:
+        """0 for a key that does not exist."""
+        return self._revisions.get(key, 0)
+
+    def records(self) -> dict[str, Any]:
+        """A copy of all readable records."""
+        return dict(self._values)
+
+    def under(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """(key, value) under a prefix, by key."""
+        for key in sorted(self._values):
+            if key.startswith(prefix):
+                yield key, self._values[key]
