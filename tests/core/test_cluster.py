@@ -27,7 +27,12 @@ def test_positions_and_domains_follow_the_machine() -> None:
     assert cluster.dies == 768
     assert cluster.positions[cluster.die_index["sn0/n07/npu3/die1"]] == "sn0/n07/npu3/die1"
     names = ["sn0/n00/npu0/die0", "sn0/n00/npu0/die1", "sn0/n03/npu7/die1", "sn0/n04/npu0/die0"]
-    assert cluster.domains(names).tolist() == [[0, 0, 31, 32], [0, 0, 3, 4], [0, 0, 0, 1]]
+    assert cluster.domains(names).tolist() == [
+        [0, 1, 63, 64],
+        [0, 0, 31, 32],
+        [0, 0, 3, 4],
+        [0, 0, 0, 1],
+    ]
 
 
 def test_supernodes_never_share_a_domain() -> None:
@@ -94,23 +99,35 @@ def test_lifting_a_hold_leaves_dies_that_another_hold_covers() -> None:
     assert cluster.usable_hosts("simulated") == ["sn0/n00", "sn0/n01"]
 
 
-def test_levels_tell_who_may_go_on() -> None:
-    """A slow die may work, one to be separated soon takes no new work, a separated one none."""
+def test_severe_faults_take_a_dies_work_away() -> None:
+    """Below RESTART_REQUEST the work goes on; from there on the worst code is named."""
     cluster = make_cluster(make_supernode(nodes=1))
     cluster.set_faults(
         "sn0/n00",
         [
             fault("sn0/n00/npu0/die0", FaultLevel.SUB_HEALTH),
-            fault("sn0/n00/npu1/die0", FaultLevel.PRE_SEPARATE_NPU),
+            fault("sn0/n00/npu1/die0", FaultLevel.RESTART_REQUEST),
             fault("sn0/n00/npu2", FaultLevel.SEPARATE_NPU, "8C1F8608"),
+            fault("sn0/n00/npu2/die1", FaultLevel.RESTART_REQUEST),
         ],
     )
     assert free(cluster) == 13
-    assert cluster.fault_of("sn0/n00/npu1/die0") is None
+    assert cluster.fault_of("sn0/n00/npu0/die0") is None
+    assert cluster.fault_of("sn0/n00/npu1/die0") == "80E01801"
     assert cluster.fault_of("sn0/n00/npu2/die1") == "8C1F8608"
     cluster.set_faults("sn0/n00", [])
     assert free(cluster) == 16
     assert cluster.fault_of("sn0/n00/npu2/die1") is None
+
+
+def test_unknown_dies_are_passed_over() -> None:
+    """A record may name a die that the machine no longer has: it is nobody's and never usable."""
+    cluster = make_cluster(make_supernode(nodes=1))
+    cluster.occupy(["sn9/n00/npu0/die0"], "j")
+    cluster.release(["sn9/n00/npu0/die0"])
+    assert free(cluster) == 16
+    assert cluster.fault_of("sn9/n00/npu0/die0") is None
+    assert not cluster.is_usable("sn9/n00/npu0/die0", "simulated")
 
 
 def test_an_agent_speaks_only_for_its_own_node() -> None:

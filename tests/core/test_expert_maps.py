@@ -17,10 +17,10 @@ from raddle.model.types import WeightSource
 
 
 def make_domains(ranks: int, *, dies_a_node: int = 16, nodes_a_rack: int = 4) -> IntArray:
-    """Ranks on consecutive dies: NPU, node and rack of each."""
+    """Ranks on consecutive dies: die, NPU, node and rack of each."""
     die = np.arange(ranks)
     node = die // dies_a_node
-    return np.stack([die // 2, node, node // nodes_a_rack])
+    return np.stack([die, die // 2, node, node // nodes_a_rack])
 
 
 def loads_of(layers: int, experts: int, seed: int = 0) -> np.ndarray[tuple[int, ...], np.dtype]:
@@ -79,7 +79,7 @@ def test_copies_share_no_more_than_they_must() -> None:
     table = initial_map(1, 24, 2, domains)
     for expert in range(8):
         first, second = holders(table, 0, expert, 2)
-        assert domains[0, first] != domains[0, second]
+        assert domains[1, first] != domains[1, second]
 
 
 def test_loads_are_balanced() -> None:
@@ -303,8 +303,8 @@ def check_repair(
 def test_coverage_of_a_small_map() -> None:
     """Ranks 0 and 1 share an NPU: losing it takes expert 0, any other loss takes less."""
     table = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
-    domains = np.array([[0, 0, 1, 2], [0, 0, 1, 1]])
-    found = coverage_margin(table, 1, 2, domains, ("npu", "node"))
+    domains = np.array([[0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 1, 1]])
+    found = coverage_margin(table, 1, 2, domains, ("die", "npu", "node"))
     assert (found.margin_dies, found.uncovered) == (1, 0)
     assert [(w.level, w.member, w.experts_lost) for w in found.worst] == [
         ("die", 0, 0),
@@ -342,6 +342,6 @@ def test_coverage_is_what_trying_every_loss_finds(seed: int) -> None:
     while all(lost(ranks) == 0 for ranks in itertools.combinations(range(6), margin + 1)):
         margin += 1
     assert found.margin_dies == margin
-    for worst, level in zip(found.worst[1:], domains, strict=True):
+    for worst, level in zip(found.worst, domains, strict=True):
         members = [tuple(np.flatnonzero(level == m).tolist()) for m in np.unique(level)]
         assert worst.experts_lost == max(lost(ranks) for ranks in members)

@@ -83,6 +83,16 @@ def test_a_gap_forgets_what_may_have_been_removed() -> None:
     assert index.prefix_length(("b",), (member(0),)) == 1
 
 
+def test_numbers_may_begin_anywhere() -> None:
+    """The first number is taken as it is, 0 too; from then on resends and gaps are seen."""
+    index = PoolIndex()
+    index.apply(member(0), "a", stored(0, "a"))
+    assert not index.apply(member(0), "a", removed(0, "a"))
+    index.apply(member(0), "a", stored(2, "b"))
+    assert index.holders("a", (member(0),)) == ()
+    assert index.blocks(member(0)) == 1
+
+
 def test_a_dropped_member_holds_nothing() -> None:
     """Its process ended: its blocks are forgotten."""
     index = pool(m0=("a",))
@@ -159,6 +169,14 @@ def test_sequences_go_to_the_least_loaded_ranks() -> None:
     lost = tuple(sequence(f"s{n}", 1, 0) for n in range(4))
     found = plan_restores(lost, survivors, PoolIndex(), 4, ())
     assert [r.target.rank for r in found] == [1, 1, 2, 0]
+
+
+def test_long_sequences_choose_first() -> None:
+    """The longest goes to the emptiest rank; the answer is in the order of the ids."""
+    survivors = (Survivor(decode(0), 1, 8), Survivor(decode(1), 0, 8))
+    lost = (sequence("b", 5, 0), sequence("a", 2, 0), sequence("c", 9, 0))
+    found = plan_restores(lost, survivors, PoolIndex(), 4, ())
+    assert [(r.sequence_id, r.target.rank) for r in found] == [("a", 1), ("b", 0), ("c", 1)]
 
 
 def test_full_ranks_are_taken_only_when_all_are_full() -> None:

@@ -20,21 +20,11 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 #: Levels of `Cluster.domains`, from the closest to the farthest.
-DOMAIN_LEVELS = ("npu", "node", "rack")
+DOMAIN_LEVELS = ("die", "npu", "node", "rack")
 
-# Order of severity, as the levels are listed.
-_SEVERITY = {level: number for number, level in enumerate(FaultLevel)}
-# What runs on the die can't go on. PRE_SEPARATE_NPU and FREE_RESTART_NPU let it run to its end,
-# SUB_HEALTH is slow, RESTART_REQUEST concerns one request.
-_ENDS_WORK = frozenset(
-    {
-        FaultLevel.RESTART_BUSINESS,
-        FaultLevel.RESTART_NPU,
-        FaultLevel.SEPARATE_NPU,
-        FaultLevel.MANUALLY_SEPARATE_NPU,
-    }
-)
-_FORBIDS_WORK = _ENDS_WORK | {FaultLevel.FREE_RESTART_NPU, FaultLevel.PRE_SEPARATE_NPU}
+_LEVELS = list(FaultLevel)
+# From here on a fault takes the die's work away until it is cleared; below it the work goes on.
+SEVERE = _LEVELS.index(FaultLevel.RESTART_REQUEST)
 
 
 class Cluster:
@@ -55,7 +45,7 @@ class Cluster:
         self._held: BoolArray = np.zeros(dies, dtype=bool)
         self._holds: dict[str, None] = {}
         self._faulty: BoolArray = np.zeros(dies, dtype=bool)
-        self._ending_fault: dict[int, str] = {}
+        self._fault: dict[int, str] = {}
         self._host_used: list[dict[str, int]] = [{} for _ in range(nodes)]
 
     def _lay_out_nodes(self) -> None:
@@ -179,9 +169,9 @@ class Cluster:
         self._faulty[own] = False
         self._node_faulty[index] = False
         for die in range(own.start, own.stop):
-            self._ending_fault.pop(die, None)
-        for fault in sorted(faults, key=lambda f: _SEVERITY[f.level]):
-            if fault.level not in _FORBIDS_WORK:
+            self._fault.pop(die, None)
+        for fault in sorted(faults, key=lambda f: _LEVELS.index(f.level)):
+            if _LEVELS.index(fault.level) < SEVERE:
                 continue
             if fault.subject == node:
                 self._node_faulty[index] = True
@@ -190,8 +180,7 @@ class Cluster:
             if under is None or under.start < own.start or under.stop > own.stop:
                 continue
             self._faulty[under] = True
-            if fault.level in _ENDS_WORK:
-                self._ending_fault.update(dict.fromkeys(range(under.start, under.stop), fault.code))
+            self._fault.update(dict.fromkeys(range(under.start, under.stop), fault.code))
 
     def set_hold(self, subject: str, *, held: bool) -> None:
         """Forbid or allow new work on a part; what another hold covers stays held."""
@@ -213,9 +202,11 @@ class Cluster:
             self._node_held[nodes] = True
 
     def occupy(self, positions: Iterable[str], job_uid: str) -> None:
-        """Give dies to a job; a die that it owns already stays its own."""
+        """Give dies to a job; what it owns already stays its own, unknown dies are passed over."""
         for position in positions:
-            die = self.die_index[position]
+            die = self.die_index.get(position)
+            if die is None:
+                continue
             other = self._owner[die]
             assert other is None or other == job_uid, f"{position}: {other} and {job_uid}"
             self._owner[die] = job_uid
@@ -223,7 +214,9 @@ class Cluster:
 
     def release(self, positions: Iterable[str]) -> None:
         for position in positions:
-            die = self.die_index[position]
+            die = self.die_index.get(position)
+            if die is None:
+                continue
             self._owner[die] = None
             self._taken[die] = False
 
@@ -243,15 +236,17 @@ class Cluster:
         return self._owner[self.die_index[position]]
 
     def fault_of(self, position: str) -> str | None:
-        """Code of the worst fault that ends work on this die."""
-        return self._ending_fault.get(self.die_index[position])
+        """Code of the worst severe fault of the die, if any."""
+        return self._fault.get(self.die_index.get(position, -1))
 
     def is_held(self, position: str) -> bool:
         return bool(self._held[self.die_index[position]])
 
-    def is_usable(self, position: str, driver: str, job_uid: str) -> bool:
+    def is_usable(self, position: str, driver: str, job_uid: str = "") -> bool:
         """May this job start a process on this die: healthy, not held, free or its own?"""
-        die = self.die_index[position]
+        die = self.die_index.get(position)
+        if die is None:
+            return False
         node = self.node_of[die]
         if self._faulty[die] or self._held[die] or self._owner[die] not in (None, job_uid):
             return False
@@ -286,9 +281,9 @@ class Cluster:
         return int(self._host_memory[index]) - sum(self._host_used[index].values())
 
     def domains(self, positions: Sequence[str]) -> IntArray:
-        """[level, rank]: NPU, node and rack of each die."""
+        """[level, rank]: die, NPU, node and rack of each die."""
         index = np.array([self.die_index[position] for position in positions], dtype=np.int64)
-        return np.stack([self.npu_of[index], self.node_of[index], self.rack_of[index]])
+        return np.stack([index, self.npu_of[index], self.node_of[index], self.rack_of[index]])
 
     def count_states(self, driver: str = "") -> dict[str, int]:
         """Every die once, under the first cause that keeps it from new work, or free."""
@@ -310,8 +305,10 @@ class Cluster:
         """Assert that the arrays agree with each other."""
         for die, owner in enumerate(self._owner):
             assert (owner is not None) == bool(self._taken[die]), f"{self.positions[die]}: {owner}"
-        for die, code in self._ending_fault.items():
-            assert self._faulty[die], f"{self.positions[die]} has {code} and counts as healthy"
+        faulty = np.flatnonzero(self._faulty).tolist()
+        assert faulty == sorted(self._fault), (
+            f"faults {sorted(self._fault)[:8]}, marks {faulty[:8]}"
+        )
         for node, drivers in enumerate(self._node_drivers):
             for driver in drivers:
                 assert self._offers[driver][node], f"{self.node_names[node]} lost {driver}"

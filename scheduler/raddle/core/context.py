@@ -296,11 +296,16 @@ def put_expert_maps(context: Context, maps: JobExpertMaps) -> None:
 
 
 def occupy(context: Context, placement: Placement) -> None:
-    """Mark the dies of all seats that may run or wait for work as the job's."""
+    """Mark the dies, and the host memory of cache ranks, of all seats as the job's."""
+    job = context.state.job(placement.job_uid)
+    roles = {role.name: role for role in job.spec.roles} if job is not None else {}
     for instance in placement.instances:
         for rank in instance.ranks:
             if rank.die and rank.state in (SeatState.ACTIVE, SeatState.SPARE):
                 context.cluster.occupy([rank.die], placement.job_uid)
+            elif rank.state is SeatState.ACTIVE and instance.role in roles:
+                memory = roles[instance.role].dram_bytes
+                context.cluster.occupy_host(rank.node, placement.job_uid, memory)
 
 
 def release(context: Context, placement: Placement) -> None:
@@ -312,6 +317,7 @@ def release(context: Context, placement: Placement) -> None:
         if rank.die and rank.state in (SeatState.ACTIVE, SeatState.SPARE)
     ]
     context.cluster.release(dies)
+    context.cluster.release_hosts(placement.job_uid)
     context.queue_dirty = True
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raddle.core.cluster import DOMAIN_LEVELS
 from raddle.core.experts.maps import IntArray
 
 
@@ -40,20 +41,19 @@ def coverage_margin(
     slots_per_rank: int,
     experts: int,
     domains: IntArray,
-    levels: Sequence[str] = ("npu", "node", "rack"),
+    levels: Sequence[str] = DOMAIN_LEVELS,
 ) -> Coverage:
     """Measure a map [layers, slots]; ranks of dead slots take no part.
 
     Args:
-        domains: [levels, ranks] in the order of `levels`; the level `die` is added in front.
+        domains: [levels, ranks] in the order of `levels`.
     """
     layer, slot = np.nonzero(table >= 0)
     pair = layer * experts + table[layer, slot]
     rank = slot // slots_per_rank
     pairs = table.shape[0] * experts
     copies = np.bincount(pair, minlength=pairs)
-    own = np.arange(domains.shape[1])[None, :]
-    named = zip(("die", *levels), np.concatenate([own, domains]), strict=True)
+    named = zip(levels, domains, strict=True)
     return Coverage(
         margin_dies=int(copies.min()) - 1 if pairs else 0,
         worst=tuple(_worst(name, level[rank], pair, pairs) for name, level in named),

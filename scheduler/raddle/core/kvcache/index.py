@@ -13,14 +13,15 @@ from raddle.model.stats import KvEvent
 from raddle.model.types import RankKey
 
 #: Blocks kept of one member; the oldest reports beyond it are forgotten.
-BLOCKS_A_MEMBER_MAX = 1_000_000
+BLOCKS_A_MEMBER_MAX = 4_000_000
 _RETIRED_MAX = 16
 
 
 @dataclass(slots=True)
 class _Owner:
     incarnation: str
-    last_sequence: int = 0
+    #: Number of the event that comes next; None before the first.
+    expected: int | None = None
     blocks: dict[str, None] = field(default_factory=dict)
     #: Earlier processes of this member; what arrives late from them is ignored.
     retired: list[str] = field(default_factory=list)
@@ -35,12 +36,12 @@ class PoolIndex:
     def apply(self, member: RankKey, incarnation: str, event: KvEvent) -> bool:
         """Take in one event; False if it is old and was ignored."""
         owner = self._owner(member, incarnation)
-        if owner is None or 0 < event.sequence <= owner.last_sequence:
+        if owner is None or (owner.expected is not None and event.sequence < owner.expected):
             return False
-        if owner.last_sequence and event.sequence > owner.last_sequence + 1:
+        if owner.expected is not None and event.sequence > owner.expected:
             # A removal may be among what was missed: only what is said from now on counts.
             owner.blocks.clear()
-        owner.last_sequence = max(owner.last_sequence, event.sequence)
+        owner.expected = event.sequence + 1
         if event.kind == "STORED":
             owner.blocks.update(dict.fromkeys(event.block_hashes))
             while len(owner.blocks) > BLOCKS_A_MEMBER_MAX:

@@ -31,17 +31,25 @@ def plan_restores(
     kv_block_tokens: int,
     live_members: Sequence[RankKey],
 ) -> tuple[SequenceRestore, ...]:
-    """Give every sequence the least loaded survivor (ties by rank); empty without survivors."""
+    """Give every sequence the least loaded survivor (ties by rank); by sequence id.
+
+    Long sequences choose first, so that the short ones even out the load. Without survivors there
+    is nothing to plan.
+    """
     # A full rank is taken only when all are: its sequences then wait their turn.
     heap = [(_is_full(s, s.sequences), s.sequences, _order(s.key), s) for s in survivors]
     heapq.heapify(heap)
     restores = []
-    for sequence in sequences if heap else ():
+    for sequence in sorted(sequences if heap else (), key=lambda s: (-_tokens(s), s.sequence_id)):
         full, count, order, survivor = heap[0]
         heapq.heapreplace(heap, (_is_full(survivor, count + 1), count + 1, order, survivor))
         kept = _kept_blocks(sequence, index, kv_block_tokens, live_members)
         restores.append(_restore(sequence, survivor.key, kept, kv_block_tokens, full=full))
-    return tuple(restores)
+    return tuple(sorted(restores, key=lambda restore: restore.sequence_id))
+
+
+def _tokens(sequence: SequenceReport) -> int:
+    return sequence.prompt_tokens + sequence.sent_tokens
 
 
 def _order(rank: RankKey) -> tuple[str, int, int]:
@@ -59,7 +67,7 @@ def _kept_blocks(
     live_members: Sequence[RankKey],
 ) -> int:
     """Full blocks to restore; the last token is always computed, since it yields the next one."""
-    tokens = sequence.prompt_tokens + sequence.sent_tokens
+    tokens = _tokens(sequence)
     if kv_block_tokens <= 0 or tokens <= 0:
         return 0
     usable = sequence.block_hashes[: (tokens - 1) // kv_block_tokens]
@@ -69,7 +77,7 @@ def _kept_blocks(
 def _restore(
     sequence: SequenceReport, target: RankKey, kept: int, kv_block_tokens: int, *, full: bool
 ) -> SequenceRestore:
-    tokens = sequence.prompt_tokens + sequence.sent_tokens
+    tokens = _tokens(sequence)
     restored = kept * kv_block_tokens
     where = f"{target.role}/{target.instance} rank {target.rank}"
     reason = "RESTORE" if restored else "RECOMPUTE"

@@ -1,0 +1,107 @@
+"""What a rank is told by its agent, in a file; and the file by which it says where it listens."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+from raddle.model.kinds import RoleKind
+
+ADDRESS_FILE = "rank.json"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RankConfig:
+    """Everything that one rank process needs to begin."""
+
+    job_uid: str
+    epoch: int
+    role: str
+    kind: RoleKind
+    instance: int
+    rank: int
+    incarnation: str
+    node: str
+    die: str
+    model_config: str
+    checkpoint: str
+    state_folder: str
+    kv_block_tokens: int
+    dram_bytes: int = 0
+    max_sequences: int = 0
+    step_deadline_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankAddress:
+    """How to reach a running rank, and how to tell its process from another with its number."""
+
+    pid: int
+    start_time_ticks: int
+    incarnation: str
+    engine_address: str
+    data_address: str
+    job_uid: str
+    epoch: int
+    role: str
+    instance: int
+    rank: int
+    start_count: int = 0
+
+
+def process_start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name in parentheses may hold anything, so count from its end.
+    fields = text.rpartition(")")[2].split()
+    state, start = fields[0], fields[19]
+    return None if state == "Z" else int(start)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def read_config(path: Path) -> RankConfig:
+    return msgspec.json.decode(path.read_bytes(), type=RankConfig)
+
+
+def write_config(path: Path, config: RankConfig) -> None:
+    write_atomically(path, msgspec.json.encode(asdict(config)))
+
+
+def write_address(folder: Path, config: RankConfig, engine_address: str, data_address: str) -> None:
+    """Say where we listen; whoever reads it finds it whole."""
+    ticks = process_start_ticks(os.getpid())
+    assert ticks is not None
+    address = RankAddress(
+        pid=os.getpid(),
+        start_time_ticks=ticks,
+        incarnation=config.incarnation,
+        engine_address=engine_address,
+        data_address=data_address,
+        job_uid=config.job_uid,
+        epoch=config.epoch,
+        role=config.role,
+        instance=config.instance,
+        rank=config.rank,
+        start_count=config.epoch,
+    )
+    write_atomically(folder / ADDRESS_FILE, msgspec.json.encode(asdict(address)))
+
+
+def read_address(folder: Path) -> RankAddress | None:
+    """The address file of a rank, None while it is not there or cannot be read."""
+    try:
+        return msgspec.json.decode((folder / ADDRESS_FILE).read_bytes(), type=RankAddress)
+    except (OSError, msgspec.DecodeError):
+        return None

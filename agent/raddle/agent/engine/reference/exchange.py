@@ -1,0 +1,239 @@
+"""Expert traffic between ranks: dispatch rows to the ranks that host experts, combine answers.
+
+One TCP connection from each rank to each peer, one request at a time on it. A frame carries the
+job, the epoch and the sender; frames of another job or another epoch are refused. A broken
+connection, a refusal or a missed deadline raises `PeerLost`: the step is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from raddle.agent.engine.reference.weights import F32, FloatArray
+from raddle.model.types import Member, RankKey
+
+_HEADER = struct.Struct("<4sB3x16sqiiII")
+_MAGIC = b"RDXP"
+_DISPATCH, _COMBINE, _REFUSED, _WEIGHTS = 1, 2, 3, 4
+_FRAME_BYTES_MAX = 64 * 1024 * 1024
+
+
+class PeerLost(Exception):  # noqa: N818 - an event in a step's life
+    """A peer does not take part in this step any more."""
+
+    def __init__(self, peer: Member, reason: str) -> None:
+        super().__init__(f"{peer.rank.role}/{peer.rank.instance}/{peer.rank.rank}: {reason}")
+        self.peer = peer
+        #: CONNECTION_BROKEN, STEP_DEADLINE or REFUSED.
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message of the expert traffic."""
+
+    kind: int
+    job: bytes
+    epoch: int
+    layer: int
+    expert: int
+    body: bytes
+
+
+def job_tag(job_uid: str) -> bytes:
+    return hashlib.blake2b(job_uid.encode(), digest_size=16).digest()
+
+
+def _send(connection: socket.socket, frame: Frame) -> None:
+    header = _HEADER.pack(
+        _MAGIC, frame.kind, frame.job, frame.epoch, frame.layer, frame.expert, len(frame.body), 0
+    )
+    connection.sendall(header + frame.body)
+
+
+def _receive(connection: socket.socket) -> Frame | None:
+    """The next frame; None at the end of the stream."""
+    header = _read(connection, _HEADER.size)
+    if header is None:
+        return None
+    magic, kind, job, epoch, layer, expert, length, _ = _HEADER.unpack(header)
+    if magic != _MAGIC or length > _FRAME_BYTES_MAX:
+        raise ConnectionError("not a frame of expert traffic")
+    body = _read(connection, length)
+    if body is None:
+        return None
+    return Frame(kind, job, epoch, layer, expert, body)
+
+
+def _read(connection: socket.socket, size: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < size:
+        data = connection.recv(min(1 << 18, size - len(parts)))
+        if not data:
+            return None
+        parts += data
+    return bytes(parts)
+
+
+def pack_rows(slots: list[int], quantised: FloatArray, scale: FloatArray) -> bytes:
+    """Rows for the given slots: count, slot numbers, int8 rows, scales."""
+    rows = np.array([len(slots), quantised.shape[1]], dtype=np.int32)
+    numbers = np.array(slots, dtype=np.int32)
+    parts = [rows.tobytes(), numbers.tobytes(), quantised.astype(np.int8).tobytes()]
+    return b"".join([*parts, scale.astype(F32).tobytes()])
+
+
+def unpack_rows(body: bytes) -> tuple[list[int], FloatArray, FloatArray]:
+    count, width = (int(v) for v in np.frombuffer(body, np.int32, 2))
+    slots = np.frombuffer(body, np.int32, count, 8).tolist()
+    at = 8 + 4 * count
+    quantised = np.frombuffer(body, np.int8, count * width, at).reshape(count, width)
+    scale = np.frombuffer(body, F32, count, at + count * width).reshape(count, 1)
+    return slots, quantised.astype(F32), scale
+
+
+Serve = Callable[[int, int, bytes], bytes | None]
+Weights = Callable[[int, int], bytes | None]
+
+
+class ExchangeServer:
+    """Answers peers: `serve(epoch, layer, body)` gives the combined rows, None refuses."""
+
+    def __init__(self, job_uid: str, serve: Serve, weights: Weights) -> None:
+        self._job = job_tag(job_uid)
+        self._serve = serve
+        self._weights = weights
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self._closing = False
+        threading.Thread(target=self._accept, name="exchange", daemon=True).start()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while True:
+                frame = _receive(connection)
+                if frame is None:
+                    return
+                answer = None
+                if frame.job == self._job and frame.kind == _DISPATCH:
+                    answer = self._serve(frame.epoch, frame.layer, frame.body)
+                elif frame.job == self._job and frame.kind == _WEIGHTS:
+                    answer = self._weights(frame.layer, frame.expert)
+                kind = _REFUSED if answer is None else _COMBINE
+                _send(connection, Frame(kind, self._job, frame.epoch, 0, 0, answer or b""))
+
+    def close(self) -> None:
+        self._closing = True
+        self._socket.close()
+
+
+class ExchangeClient:
+    """This rank's connections to its peers. One thread uses it; `abort` may come from another."""
+
+    def __init__(self, job_uid: str, deadline_s: float) -> None:
+        self._job = job_tag(job_uid)
+        self._deadline_s = deadline_s
+        self._connections: dict[str, socket.socket] = {}
+        self._lock = threading.Lock()
+
+    def dispatch(
+        self, epoch: int, layer: int, bodies: Mapping[int, bytes], peers: Mapping[int, Member]
+    ) -> dict[int, FloatArray]:
+        """Send each peer rank its rows, then gather all answers [rows, hidden].
+
+        Raises:
+            PeerLost: a peer broke off, refused or missed the deadline.
+        """
+        for rank, body in bodies.items():
+            frame = Frame(_DISPATCH, self._job, epoch, layer, 0, body)
+            self._talk(peers[rank], frame, None)
+        answers = {}
+        for rank in bodies:
+            found = self._talk(peers[rank], None, epoch)
+            count = int(np.frombuffer(bodies[rank], np.int32, 1)[0])
+            answers[rank] = np.frombuffer(found, F32).reshape(count, -1)
+        return answers
+
+    def weights(self, peer: Member, layer: int, expert: int) -> bytes:
+        """An expert's weights from a peer's memory.
+
+        Raises:
+            PeerLost: also when the peer does not hold it.
+        """
+        self._talk(peer, Frame(_WEIGHTS, self._job, 0, layer, expert, b""), None)
+        return self._talk(peer, None, 0)
+
+    def _talk(self, peer: Member, frame: Frame | None, epoch: int | None) -> bytes:
+        """Send a frame, or receive the answer to the one before."""
+        try:
+            connection = self._connection(peer)
+            if frame is not None:
+                _send(connection, frame)
+                return b""
+            answer = _receive(connection)
+        except TimeoutError as error:
+            self._drop(peer)
+            raise PeerLost(peer, "STEP_DEADLINE") from error
+        except OSError as error:
+            self._drop(peer)
+            raise PeerLost(peer, "CONNECTION_BROKEN") from error
+        if answer is None:
+            self._drop(peer)
+            raise PeerLost(peer, "CONNECTION_BROKEN")
+        if answer.kind == _REFUSED or answer.epoch != epoch:
+            self._drop(peer)
+            raise PeerLost(peer, "REFUSED")
+        return answer.body
+
+    def _connection(self, peer: Member) -> socket.socket:
+        with self._lock:
+            found = self._connections.get(peer.data_address)
+        if found is None:
+            host, _, port = peer.data_address.rpartition(":")
+            found = socket.create_connection((host, int(port)), self._deadline_s)
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            found.settimeout(self._deadline_s)
+            with self._lock:
+                self._connections[peer.data_address] = found
+        return found
+
+    def _drop(self, peer: Member) -> None:
+        with self._lock:
+            found = self._connections.pop(peer.data_address, None)
+        if found is not None:
+            found.close()
+
+    def abort(self) -> None:
+        """Break all connections: a step that waits for a peer ends at once."""
+        with self._lock:
+            connections, self._connections = list(self._connections.values()), {}
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+
+def rank_members(members: tuple[Member, ...], key: RankKey) -> dict[int, Member]:
+    """The members of a rank's own instance, by rank."""
+    return {
+        m.rank.rank: m
+        for m in members
+        if (m.rank.role, m.rank.instance) == (key.role, key.instance)
+    }

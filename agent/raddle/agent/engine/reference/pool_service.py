@@ -1,0 +1,31 @@
+"""The `PoolMember` service of a cache rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raddle.agent.engine.reference.fences import Context, Standing, refusals_told
+from raddle.agent.engine.reference.pool import BlockStore
+from raddle.v1 import reference_pb2, reference_pb2_grpc
+
+
+class PoolService(reference_pb2_grpc.PoolMemberServicer):
+    """Fenced: a writer of an older epoch is refused, so a woken one changes nothing."""
+
+    def __init__(self, standing: Standing, blocks: BlockStore) -> None:
+        self._standing = standing
+        self._blocks = blocks
+
+    @refusals_told
+    async def PutBlocks(self, request: Any, _context: Context) -> Any:
+        self._standing.require(request.fence, newer=True)
+        stored = self._blocks.put([(b.block_hash, b.payload) for b in request.blocks])
+        return reference_pb2.PutBlocksResponse(blocks_stored=stored)
+
+    @refusals_told
+    async def GetBlocks(self, request: Any, _context: Context) -> Any:
+        self._standing.require(request.fence, newer=True)
+        answer = reference_pb2.GetBlocksResponse()
+        for name, payload in self._blocks.get(request.block_hashes):
+            answer.blocks.add(block_hash=name, payload=payload)
+        return answer

@@ -1,0 +1,102 @@
+"""One rank of the reference engine as a process: `python -m raddle.agent.engine.reference.rank`.
+
+It serves the `Engine` service to its agent, tokens or blocks to others, and expert traffic to its
+peers. It outlives its agent on purpose: a new agent adopts it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import asyncio
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+import structlog
+
+from raddle.agent.engine.reference.config import (
+    CONFIG_FILE,
+    RankConfig,
+    read_config,
+    write_address,
+)
+from raddle.agent.engine.reference.engine_service import EngineService
+from raddle.agent.engine.reference.exchange import ExchangeServer
+from raddle.agent.engine.reference.fences import Standing
+from raddle.agent.engine.reference.pool import BlockStore
+from raddle.agent.engine.reference.pool_service import PoolService
+from raddle.agent.engine.reference.reports import Reports
+from raddle.agent.engine.reference.serving import Serving
+from raddle.agent.engine.reference.token_service import TokenService
+from raddle.model.kinds import RoleKind
+from raddle.model.stats import RankState
+from raddle.model.types import RankKey
+from raddle.telemetry.channels import OPTIONS
+from raddle.telemetry.logging import configure_logging
+from raddle.v1 import engine_pb2_grpc, reference_pb2_grpc
+
+log = structlog.get_logger()
+
+
+async def run(config: RankConfig, stop: asyncio.Event) -> None:
+    """Serve until told to stop."""
+    key = RankKey(role=config.role, instance=config.instance, rank=config.rank)
+    reports = Reports(key, config.incarnation)
+    standing = Standing(config.job_uid, config.epoch)
+    server = grpc.aio.server(options=OPTIONS)
+    serving: Serving | None = None
+    exchange: ExchangeServer | None = None
+    if config.kind is RoleKind.CACHE:
+        blocks = BlockStore(config.dram_bytes, reports.kv_changed)
+        reports.full_report = blocks.names
+        pool = PoolService(standing, blocks)
+        reference_pb2_grpc.add_PoolMemberServicer_to_server(pool, server)
+    else:
+        serving = Serving(config, key, standing, reports)
+        exchange = ExchangeServer(config.job_uid, serving.serve_peer, serving.weights)
+        tokens = TokenService(standing, serving)
+        reference_pb2_grpc.add_ReferenceRankServicer_to_server(tokens, server)
+    engine = EngineService(config, key, standing, reports, serving)
+    engine_pb2_grpc.add_EngineServicer_to_server(engine, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    standing.state = RankState.STARTING
+    address = f"127.0.0.1:{port}"
+    data_address = exchange.address if exchange is not None else ""
+    write_address(Path(config.state_folder), config, address, data_address)
+    log.info("rank serves", incarnation=config.incarnation, address=address)
+    await stop.wait()
+    await server.stop(grace=0.2)
+    if serving is not None:
+        await serving.close()
+    if exchange is not None:
+        exchange.close()
+
+
+async def _main(folder: Path) -> None:
+    config = read_config(folder / CONFIG_FILE)
+    configure_logging("rank", json_lines=True)
+    structlog.contextvars.bind_contextvars(
+        job_uid=config.job_uid, rank=f"{config.role}/{config.instance}/{config.rank}"
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await run(config, stop)
+
+
+def main() -> None:
+    """Entry point: the only argument is the rank's state folder."""
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_main(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
