@@ -45,6 +45,20 @@ async def follow(store: Store, prefix: str) -> AsyncIterator[Snapshot | Changes]
             yield changes
 
 
+async def follow_key(store: Store, key: str) -> AsyncIterator[bytes | None]:
+    """One key's value without end: as it is now, then after each change; None while absent.
+
+    Raises what `follow` raises.
+    """
+    async for item in follow(store, key):
+        if isinstance(item, Snapshot):
+            yield next((r.value for r in item.records if r.key == key), None)
+            continue
+        for change in item.changes:
+            if change.key == key:
+                yield change.record.value if change.record is not None else None
+
+
 def _apply(known: dict[str, Record], changes: Changes) -> None:
     for change in changes.changes:
         if change.record is None:

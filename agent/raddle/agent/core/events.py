@@ -1,0 +1,125 @@
+"""What can happen to an agent, and what it can ask of its shell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raddle.model.health import AgentAcks, PeerSuspicion, RankStage, RankStatus
+from raddle.model.job import Assignment, JobAssignment, RankAssignment
+from raddle.model.types import RankKey
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentChanged:
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class RankStarted:
+    """A process is up (or was adopted) and says where it listens."""
+
+    job_uid: str
+    key: RankKey
+    start_count: int
+    die: str
+    incarnation: str
+    engine_address: str
+    data_address: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    job_uid: str
+    key: RankKey
+    start_count: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankExited:
+    job_uid: str
+    key: RankKey
+    start_count: int
+    exit_code: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Driven:
+    """A rank reached a stage at an epoch; `last` if its command has nothing left to do."""
+
+    job_uid: str
+    key: RankKey
+    start_count: int
+    epoch: int
+    stage: RankStage
+    last: bool
+    experts_loaded: int = 0
+    kv_tokens_restored: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DriveFailed:
+    """A command failed; `final` if trying again is useless."""
+
+    job_uid: str
+    key: RankKey
+    start_count: int
+    message: str
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSuspected:
+    """A rank here lost a peer."""
+
+    job_uid: str
+    key: RankKey
+    start_count: int
+    suspicion: PeerSuspicion
+
+
+Event = (
+    AssignmentChanged
+    | RankStarted
+    | StartFailed
+    | RankExited
+    | Driven
+    | DriveFailed
+    | PeerSuspected
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StartRank:
+    job: JobAssignment
+    rank: RankAssignment
+
+
+@dataclass(frozen=True, slots=True)
+class StopRank:
+    job_uid: str
+    key: RankKey
+    start_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """Bring a rank to the job's stage; `attempts` failed before."""
+
+    job: JobAssignment
+    rank: RankAssignment
+    status: RankStatus
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteAcks:
+    """Write a job's acknowledgements; None deletes them."""
+
+    job_uid: str
+    acks: AgentAcks | None
+
+
+Instruction = StartRank | StopRank | Drive | WriteAcks

@@ -1,0 +1,316 @@
+"""The driver of the reference engine: real processes, the `Engine` service, all verbs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+
+from raddle.agent.core.events import (
+    Drive,
+    DriveFailed,
+    Driven,
+    PeerSuspected,
+    RankExited,
+    RankStarted,
+    StartFailed,
+    StartRank,
+    StopRank,
+)
+from raddle.agent.engine.driver import JobContext, Tell
+from raddle.agent.engine.process import ProcessWatch, end, launch, running, wait_address
+from raddle.agent.engine.reference.config import RankAddress, RankConfig
+from raddle.agent.engine.reference.shape import parse_shape
+from raddle.agent.engine.reference.weights import write_checkpoint
+from raddle.model.errors import RaddleError, Reason
+from raddle.model.health import PeerSuspicion, RankStage
+from raddle.model.job import AssignmentStage, JobAssignment, RankAssignment
+from raddle.model.kinds import RoleKind
+from raddle.model.stats import RankStats
+from raddle.model.types import Fence, RankKey
+from raddle.telemetry.channels import make_channel
+from raddle.v1 import engine_pb2, engine_pb2_grpc, types_pb2
+from raddle.wire.codec import from_message, to_message
+from raddle.wire.status import error_from
+
+COMMAND_TIMEOUT_S = 30.0
+_RETRY_S = 0.1
+_FINAL = (Reason.WRONG_JOB, Reason.ENGINE_UNSUPPORTED)
+log = structlog.get_logger()
+
+
+class ReferenceRank:
+    """One process with its channel, its watch and the task that follows its reports."""
+
+    def __init__(self, address: RankAddress, key: RankKey, watch: ProcessWatch) -> None:
+        self.address = address
+        self.key = key
+        self.watch = watch
+        self.channel = make_channel(address.engine_address, identity="agent")
+        self.stub: Any = engine_pb2_grpc.EngineStub(self.channel)
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        self.watch.close()
+        await self.channel.close()
+
+
+class ReferenceDriver:
+    """Ranks of one node. `stats` gets their high-rate reports (job uid, report)."""
+
+    name = "reference"
+    verbs: tuple[str, ...] = (
+        "quiesce",
+        "set_members",
+        "set_expert_map",
+        "load_experts",
+        "restore_kv",
+        "resume",
+    )
+
+    def __init__(self, node: str, folder: Path, tell: Tell, stats: Any) -> None:
+        self._node = node
+        self._folder = folder
+        self._tell = tell
+        self._stats = stats
+        self._ranks: dict[tuple[str, RankKey, int], ReferenceRank] = {}
+        self._stopping: set[tuple[str, RankKey, int]] = set()
+
+    def _rank_folder(self, job_uid: str, key: RankKey, start_count: int) -> Path:
+        name = f"{key.role}-{key.instance}-{key.rank}-{start_count}"
+        return self._folder / "ranks" / self._node.replace("/", "-") / job_uid / name
+
+    # --- processes -----------------------------------------------------------------------------
+
+    async def adopt(self) -> None:
+        base = self._folder / "ranks" / self._node.replace("/", "-")
+        for folder in sorted(base.glob("*/*")):
+            found = running(folder)
+            if found is None:
+                continue
+            address, config = found
+            log.info("rank adopted", incarnation=address.incarnation, pid=address.pid)
+            await self._begin(address, config.die)
+
+    async def start(self, instruction: StartRank) -> None:
+        job, rank = instruction.job, instruction.rank
+        where = (job.job_uid, rank.rank, rank.start_count)
+        try:
+            config = await self._config(job, rank)
+            folder = Path(config.state_folder)
+            process = launch(folder, config, _environment(config))
+            address = await wait_address(folder, process)
+        except (RaddleError, OSError) as error:
+            self._tell(StartFailed(*where, str(error)))
+            return
+        if where in self._stopping:
+            # It was not wanted any more before it was up.
+            await end(address.pid, ProcessWatch(address.pid))
+            self._stopping.discard(where)
+            self._tell(RankExited(*where, 0, "ended on request"))
+            return
+        await self._begin(address, rank.die)
+
+    async def _config(self, job: JobAssignment, rank: RankAssignment) -> RankConfig:
+        role = next(role for role in job.roles if role.name == rank.rank.role)
+        shape = parse_shape(job.model.config)
+        checkpoint = self._checkpoint(job, shape.digest)
+        await asyncio.to_thread(write_checkpoint, shape, checkpoint)
+        key = rank.rank
+        name = f"{job.job_uid}-{key.role}-{key.instance}-{key.rank}-{rank.start_count}"
+        return RankConfig(
+            job_uid=job.job_uid,
+            epoch=rank.start_count,
+            role=key.role,
+            kind=rank.kind,
+            instance=key.instance,
+            rank=key.rank,
+            incarnation=f"{name}-{secrets.token_hex(3)}",
+            node=self._node,
+            die=rank.die,
+            model_config=job.model.config,
+            checkpoint=str(checkpoint),
+            state_folder=str(self._rank_folder(job.job_uid, key, rank.start_count)),
+            kv_block_tokens=job.model.kv_block_tokens,
+            dram_bytes=role.dram_bytes,
+            max_sequences=role.max_sequences_per_rank,
+        )
+
+    def _checkpoint(self, job: JobAssignment, digest: str) -> Path:
+        """The job's weights: a folder that it names, else one of the agent's own."""
+        if job.model.weights_uri.startswith("file://"):
+            return Path(job.model.weights_uri.removeprefix("file://"))
+        return self._folder / "checkpoints" / digest[:16]
+
+    async def _begin(self, address: RankAddress, die: str) -> None:
+        key = RankKey(role=address.role, instance=address.instance, rank=address.rank)
+        rank = ReferenceRank(address, key, ProcessWatch(address.pid))
+        slot = (address.job_uid, key, address.start_count)
+        self._ranks[slot] = rank
+        self._tell(
+            RankStarted(
+                address.job_uid,
+                key,
+                address.start_count,
+                die,
+                address.incarnation,
+                address.engine_address,
+                address.data_address,
+                address.epoch,
+            )
+        )
+        rank.tasks = [
+            asyncio.create_task(self._watch_end(slot, rank)),
+            asyncio.create_task(self._follow_reports(slot, rank)),
+        ]
+
+    async def _watch_end(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        code = await rank.watch.wait()
+        wanted = slot in self._stopping
+        self._stopping.discard(slot)
+        self._ranks.pop(slot, None)
+        message = "ended on request" if wanted else "the process is gone"
+        self._tell(RankExited(*slot, code, message))
+        await rank.channel.close()
+
+    async def stop(self, instruction: StopRank) -> None:
+        slot = (instruction.job_uid, instruction.key, instruction.start_count)
+        self._stopping.add(slot)
+        rank = self._ranks.get(slot)
+        if rank is not None:
+            await end(rank.address.pid, ProcessWatch(rank.address.pid))
+
+    # --- reports -------------------------------------------------------------------------------
+
+    async def _follow_reports(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        while slot in self._ranks:
+            try:
+                async for message in rank.stub.WatchStats(engine_pb2.WatchStatsRequest()):
+                    self._reported(slot, from_message(message, RankStats))
+            except grpc.aio.AioRpcError as error:
+                log.info("rank reports broke off", why=error.details())
+            await asyncio.sleep(_RETRY_S)
+
+    def _reported(self, slot: tuple[str, RankKey, int], stats: RankStats) -> None:
+        for fault in stats.peer_faults:
+            suspicion = PeerSuspicion(
+                role=fault.peer.role,
+                instance=fault.peer.instance,
+                rank=fault.peer.rank,
+                incarnation=fault.peer_incarnation,
+                reason=fault.reason,
+                epoch=fault.epoch,
+            )
+            self._tell(PeerSuspected(*slot, suspicion))
+        self._stats(slot[0], stats)
+
+    # --- verbs ---------------------------------------------------------------------------------
+
+    async def drive(self, instruction: Drive, context: JobContext | None) -> None:
+        job, want = instruction.job, instruction.rank
+        slot = (job.job_uid, want.rank, want.start_count)
+        rank = self._ranks.get(slot)
+        if rank is None:
+            return
+        if instruction.attempts:
+            await asyncio.sleep(_RETRY_S * instruction.attempts)
+        fence = to_message(Fence(job_uid=job.job_uid, epoch=job.epoch), types_pb2.Fence)
+        try:
+            if job.stage is AssignmentStage.LIVE:
+                await self._call(rank.stub.Resume, engine_pb2.ResumeRequest(fence=fence))
+                self._tell(Driven(*slot, job.epoch, RankStage.LIVE, last=True))
+                return
+            keep = engine_pb2.QUIESCE_MODE_KEEP
+            await self._call(rank.stub.Quiesce, engine_pb2.QuiesceRequest(fence=fence, mode=keep))
+            prepare = job.stage is AssignmentStage.PREPARE
+            self._tell(Driven(*slot, job.epoch, RankStage.FENCED, last=not prepare))
+            if prepare:
+                assert context is not None
+                await self._prepare(rank, job, want, fence, context)
+        except grpc.aio.AioRpcError as error:
+            failure = error_from(error)
+            self._tell(DriveFailed(*slot, failure.message, final=failure.reason in _FINAL))
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        return await method(request, timeout=COMMAND_TIMEOUT_S)
+
+    async def _prepare(
+        self,
+        rank: ReferenceRank,
+        job: JobAssignment,
+        want: RankAssignment,
+        fence: Any,
+        context: JobContext,
+    ) -> None:
+        members = [to_message(m, types_pb2.Member) for m in context.routes.members]
+        await self._call(
+            rank.stub.SetMembers, engine_pb2.SetMembersRequest(fence=fence, members=members)
+        )
+        loaded = restored = 0
+        if want.kind is not RoleKind.CACHE:
+            loaded = await self._load(rank, want, fence, context)
+            answer = await self._call(
+                rank.stub.RestoreKv,
+                engine_pb2.RestoreKvRequest(
+                    fence=fence, sequences=_messages(want.restores, types_pb2.SequenceRestore)
+                ),
+            )
+            restored = answer.tokens_restored
+        slot = (job.job_uid, want.rank, want.start_count)
+        self._tell(
+            Driven(
+                *slot,
+                job.epoch,
+                RankStage.REPAIRED,
+                last=True,
+                experts_loaded=loaded,
+                kv_tokens_restored=restored,
+            )
+        )
+
+    async def _load(
+        self, rank: ReferenceRank, want: RankAssignment, fence: Any, context: JobContext
+    ) -> int:
+        """Set the map of the rank's instance and load what it asks for."""
+        for part in context.maps.instances:
+            if (part.role, part.instance) == (want.rank.role, want.rank.instance):
+                table = to_message(part.expert_map, types_pb2.ExpertMap)
+                await self._call(
+                    rank.stub.SetExpertMap,
+                    engine_pb2.SetExpertMapRequest(fence=fence, expert_map=table),
+                )
+        answer = await self._call(
+            rank.stub.LoadExperts,
+            engine_pb2.LoadExpertsRequest(
+                fence=fence, moves=_messages(want.moves, types_pb2.ExpertMove)
+            ),
+        )
+        return int(answer.experts_loaded)
+
+    async def close(self) -> None:
+        for rank in list(self._ranks.values()):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await rank.close()
+        self._ranks.clear()
+
+
+def _messages(values: Iterable[Any], message_type: Any) -> list[Any]:
+    return [to_message(value, message_type) for value in values]
+
+
+def _environment(config: RankConfig) -> dict[str, str]:
+    return {
+        "RADDLE_JOB_UID": config.job_uid,
+        "RADDLE_EPOCH": str(config.epoch),
+        "RADDLE_RANK": f"{config.role}/{config.instance}/{config.rank}",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }

@@ -1,0 +1,261 @@
+"""One node's agent: it registers, reports health, follows its assignment, drives its ranks.
+
+In go the store's records for this node, devices and ranks; out go registration, health and
+acknowledgements. What is done about ranks is decided in `raddle.agent.core.machine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from raddle.agent.core.events import (
+    AssignmentChanged,
+    Drive,
+    Event,
+    Instruction,
+    StartRank,
+    StopRank,
+    WriteAcks,
+)
+from raddle.agent.core.faults import FaultLog
+from raddle.agent.core.machine import AgentMachine
+from raddle.agent.engine.driver import EngineDriver, JobContext
+from raddle.agent.health.source import HealthSource
+from raddle.agent.leader_link import StatsStream
+from raddle.model import keys
+from raddle.model.errors import RaddleError
+from raddle.model.health import AgentAcks, AgentRegistration
+from raddle.model.job import Assignment, AssignmentStage, JobExpertMaps
+from raddle.model.routes import Routes
+from raddle.store.follow import follow_key
+from raddle.store.protocol import Delete, Lease, Put, Store, Transaction
+from raddle.wire import records as wire
+
+LEASE_TTL_S = 4.0
+_RETRY_S = 0.2
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the node is."""
+
+    name: str
+    version: str
+    host_memory_bytes: int
+    boot_id: str
+
+
+class NodeAgent:
+    """All tasks of one node."""
+
+    def __init__(
+        self,
+        facts: NodeFacts,
+        store: Store,
+        source: HealthSource,
+        stream: StatsStream,
+        make_drivers: Callable[[Callable[[Event], None]], list[EngineDriver]],
+    ) -> None:
+        self._facts = facts
+        self._store = store
+        self._source = source
+        self._stream = stream
+        self._machine = AgentMachine(facts.name)
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._drivers = {driver.name: driver for driver in make_drivers(self.tell)}
+        self._contexts: dict[str, tuple[int, asyncio.Task[JobContext | None]]] = {}
+        self._unwritten: dict[str, AgentAcks | None] = {}
+        self._ack_wanted = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._faults = FaultLog(facts.name, facts.boot_id)
+
+    def tell(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def run(self) -> None:
+        """Until cancelled. Real ranks run on."""
+        for driver in self._drivers.values():
+            await driver.adopt()
+        parts = [
+            self._work(),
+            self._report_health(),
+            self._follow_assignment(),
+            self._write_acks(),
+            self._stream.run(),
+        ]
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in (*tasks, *self._tasks):
+                task.cancel()
+            await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+            for driver in self._drivers.values():
+                await driver.close()
+
+    # --- ranks ---------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            events = [await self._events.get()]
+            while not self._events.empty():
+                events.append(self._events.get_nowait())
+            for instruction in self._machine.handle(events):
+                self._carry_out(instruction)
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case StartRank(job, rank):
+                role = next(r for r in job.roles if r.name == rank.rank.role)
+                self._start(self._drivers[role.engine.driver].start(instruction))
+            case StopRank():
+                # A rank belongs to one driver; the others do not know it.
+                for driver in self._drivers.values():
+                    self._start(driver.stop(instruction))
+            case Drive():
+                self._start(self._drive(instruction))
+            case WriteAcks(job_uid, acks):
+                self._unwritten[job_uid] = acks
+                self._ack_wanted.set()
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a rank's work failed", exc_info=task.exception())
+
+    async def _drive(self, instruction: Drive) -> None:
+        job = instruction.job
+        role = next(r for r in job.roles if r.name == instruction.rank.rank.role)
+        context = None
+        if job.stage is AssignmentStage.PREPARE:
+            context = await self._context(job.job_uid, job.epoch)
+        await self._drivers[role.engine.driver].drive(instruction, context)
+
+    async def _context(self, job_uid: str, epoch: int) -> JobContext | None:
+        """Members and maps of an epoch, read once for all ranks of the job here."""
+        known = self._contexts.get(job_uid)
+        if known is None or known[0] != epoch:
+            task = asyncio.create_task(self._read_context(job_uid, epoch))
+            self._contexts[job_uid] = known = (epoch, task)
+        return await asyncio.shield(known[1])
+
+    async def _read_context(self, job_uid: str, epoch: int) -> JobContext | None:
+        while True:
+            try:
+                record = await self._store.get(keys.routes(job_uid))
+                maps = await self._store.get(keys.expert_maps(job_uid, epoch))
+                if record is None:
+                    return None
+                routes: Routes = wire.decode(record.key, record.value)
+                found = JobExpertMaps(job_uid=job_uid, epoch=epoch)
+                if maps is not None:
+                    found = wire.decode(maps.key, maps.value)
+                return JobContext(routes, found)
+            except RaddleError as error:
+                log.warning("cannot read the job's members", job_uid=job_uid, why=str(error))
+                await asyncio.sleep(_RETRY_S)
+
+    # --- the store -----------------------------------------------------------------------------
+
+    async def _follow_assignment(self) -> None:
+        key = keys.assignment(self._facts.name)
+        while True:
+            try:
+                async for value in follow_key(self._store, key):
+                    self._assigned(key, value)
+            except RaddleError as error:
+                log.warning("cannot follow the assignment; ranks go on", why=str(error))
+            await asyncio.sleep(_RETRY_S)
+
+    def _assigned(self, key: str, data: bytes | None) -> None:
+        assignment = Assignment(node=self._facts.name)
+        if data:
+            assignment = wire.decode(key, data)
+        self.tell(AssignmentChanged(assignment))
+
+    async def _write_acks(self) -> None:
+        """The newest word on each job, coalesced while a write is under way."""
+        while True:
+            await self._ack_wanted.wait()
+            self._ack_wanted.clear()
+            batch, self._unwritten = self._unwritten, {}
+            writes: list[Put | Delete] = []
+            for job_uid, acks in batch.items():
+                key = keys.acks(self._facts.name, job_uid)
+                writes.append(Delete(key) if acks is None else Put(key, wire.encode(key, acks)))
+            try:
+                await self._store.commit(Transaction(writes=tuple(writes)))
+            except RaddleError as error:
+                log.warning("acknowledgements wait for the store", why=str(error))
+                self._unwritten = batch | self._unwritten
+                await asyncio.sleep(_RETRY_S)
+                self._ack_wanted.set()
+
+    # --- health --------------------------------------------------------------------------------
+
+    async def _report_health(self) -> None:
+        """Registration, then health under a lease, again whenever the lease is lost."""
+        while True:
+            try:
+                await self._register()
+                lease = await self._store.grant(LEASE_TTL_S)
+                await self._report_under(lease)
+            except RaddleError as error:
+                log.warning("cannot report health; ranks go on", why=str(error))
+            await asyncio.sleep(_RETRY_S)
+
+    async def _register(self) -> None:
+        key = keys.registration(self._facts.name)
+        registration = AgentRegistration(
+            node=self._facts.name,
+            boot_id=self._facts.boot_id,
+            version=self._facts.version,
+            drivers=tuple(sorted(self._drivers)),
+            parts=self._source.parts(),
+            host_memory_bytes=self._facts.host_memory_bytes,
+            start_time=time.time(),
+        )
+        await self._store.commit(Transaction(writes=(Put(key, wire.encode(key, registration)),)))
+
+    async def _report_under(self, lease: Lease) -> None:
+        lost = asyncio.create_task(lease.wait_lost())
+        faults = self._source.follow()
+        try:
+            self._faults.update(await anext(faults), now=time.time())
+            while True:
+                await self._put_health(lease)
+                change = asyncio.ensure_future(anext(faults))
+                await asyncio.wait({lost, change}, return_when=asyncio.FIRST_COMPLETED)
+                if not change.done():
+                    change.cancel()
+                    await asyncio.gather(change, return_exceptions=True)
+                    log.warning("lease lost; reporting anew", node=self._facts.name)
+                    return
+                self._faults.update(change.result(), now=time.time())
+        finally:
+            lost.cancel()
+            await faults.aclose()
+            await lease.revoke()
+
+    async def _put_health(self, lease: Lease) -> None:
+        key = keys.health(self._facts.name)
+        value = wire.encode(key, self._faults.report())
+        await self._store.commit(Transaction(writes=(Put(key, value, lease.lease_id),)))
+
+
+def new_boot_id() -> str:
+    """Names one life of an agent's fault log."""
+    return secrets.token_hex(6)
