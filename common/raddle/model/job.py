@@ -100,6 +100,8 @@ class RoleSpec:
     max_sequences_per_rank: int = 0
     dram_bytes: int = 0
     engine: EngineSpec = field(default_factory=EngineSpec)
+    # An instance sits on at least so many nodes, evenly; 0 means on as few as possible.
+    spread_nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ _COUNTS_MAX = {
     "slots_per_rank": SLOTS_MAX,
     "shared_expert_ranks": RANKS_MAX,
     "spares": RANKS_MAX,
+    "spread_nodes": RANKS_MAX,
     "max_sequences_per_rank": 1_000_000,
     "dram_bytes": 1 << 50,
 }

@@ -117,7 +117,7 @@ def _place_instance(role: RoleSpec, draft: _Draft) -> tuple[RankPlacement, ...] 
     free = cluster.free_dies(role.engine.driver) & ~draft.taken
     for number in draft.supernodes:
         here = free & (cluster.supernode_of == number)
-        active = _whole_npus(here, cluster, role.ranks)
+        active = _whole_npus(here, cluster, role.ranks, role.spread_nodes)
         if active is None:
             continue
         spares = _spare_dies(here, cluster, active, role.spares)
@@ -144,14 +144,20 @@ def _seats(role: RoleSpec, cluster: Cluster, dies: list[int]) -> tuple[RankPlace
     )
 
 
-def _whole_npus(free: BoolArray, cluster: Cluster, needed: int) -> IntArray | None:
+def _whole_npus(
+    free: BoolArray, cluster: Cluster, needed: int, spread_nodes: int
+) -> IntArray | None:
     """So many dies in whole NPUs of one supernode, in order of position."""
     npus = _free_npus(free, cluster)
     if not len(npus):
         return None
     size = int(cluster.npu_start[npus[0] + 1] - cluster.npu_start[npus[0]])
     nodes = cluster.node_of[cluster.npu_start[npus]]
-    wanted = _npus_by_node(np.bincount(nodes), -(-needed // size))
+    counts = np.bincount(nodes)
+    if spread_nodes > 1:
+        # No node carries more than its even share, so that its loss is no larger than that.
+        counts = np.minimum(counts, -(-needed // (size * spread_nodes)))
+    wanted = _npus_by_node(counts, -(-needed // size))
     if wanted is None:
         return None
     # An NPU's number among the free ones of its node: the first `wanted` of each node are taken.

@@ -7,6 +7,7 @@ everything once; ranks read what they need, so that a moved expert is really loa
 from __future__ import annotations
 
 import io
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def _expert_arrays(shape: Shape, layer: int, expert: int) -> dict[str, Int8Array
 
 
 def _write(path: Path, arrays: dict[str, Int8Array]) -> None:
-    temporary = path.with_suffix(".tmp")
+    # Several processes may write the same checkpoint at once: each has its own temporary name.
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     temporary.replace(path)
@@ -132,7 +134,7 @@ def write_checkpoint(shape: Shape, folder: Path) -> None:
         _write(folder / f"layer-{layer:03d}.npz", _layer_arrays(shape, layer))
         for expert in range(shape.experts):
             _write(expert_path(folder, layer, expert), _expert_arrays(shape, layer, expert))
-    temporary = folder / "digest.tmp"
+    temporary = folder / f"digest.{secrets.token_hex(4)}.tmp"
     temporary.write_text(shape.digest)
     temporary.replace(mark)
 

@@ -1,0 +1,277 @@
+"""A whole cluster on this machine: etcd, schedulers, agents, front doors, as our child processes.
+
+Simulated nodes share agent processes; a node that runs real ranks has its own, so that it can be
+lost alone. Everything that was started here, and the ranks that its agents started, ends with
+`stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from raddle.machines import load_machine
+from raddle.model.errors import Reason, TemporaryError
+from raddle.model.kinds import NodeState
+from raddle.model.topology import SuperNode
+from raddle.store.embedded import EmbeddedEtcd, free_port
+from raddle.telemetry.channels import make_channel
+from raddle.v1 import scheduler_pb2, scheduler_pb2_grpc, topology_pb2
+from raddle.wire.codec import to_message
+
+SIMULATED_AGENT_PROCESSES = 2
+READY_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+_POLL_S = 0.05
+
+
+@dataclass(slots=True)
+class Child:
+    """One process of ours."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self) -> str:
+        return self.log.read_text(errors="replace")[-600:]
+
+
+@dataclass(slots=True)
+class LocalCluster:
+    """Describe it, then `await start()`."""
+
+    folder: Path
+    machine: str = "cloudmatrix384"
+    real_nodes: int = 0
+    schedulers: int = 1
+    allow_fault_injection: bool = True
+    listen_port: int = 0
+    tell: Callable[[str], None] = lambda _: None
+    etcd: EmbeddedEtcd | None = None
+    addresses: list[str] = field(default_factory=list)
+    children: dict[str, Child] = field(default_factory=dict)
+    _channel: grpc.aio.Channel | None = None
+
+    @property
+    def supernode(self) -> SuperNode:
+        return load_machine(self.machine)
+
+    @property
+    def stub(self) -> Any:
+        assert self._channel is not None, "the cluster is not started"
+        return scheduler_pb2_grpc.SchedulerStub(self._channel)
+
+    def spawn(self, name: str, *command: str) -> Child:
+        """Start one of our daemons with its log in the cluster's folder."""
+        log = self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.children[name] = Child(name, process, log)
+        return self.children[name]
+
+    async def start(self) -> None:
+        """Start everything and wait until every node is ready.
+
+        Raises:
+            RaddleError: a part did not come up; the message has its last words.
+        """
+        self.tell(f"starting etcd, data and logs in {self.folder}")
+        self.etcd = EmbeddedEtcd(self.folder / "etcd")
+        await self.etcd.start()
+        for number in range(self.schedulers):
+            self.start_scheduler(number)
+        self.tell(f"starting agents of {self.supernode.nodes} nodes ({self.real_nodes} real)")
+        for node in self.real_node_names():
+            self.start_real_agent(node)
+        self._start_simulated_agents()
+        self._channel = make_channel(self.addresses[0], identity="client/admin")
+        await self._apply_machine()
+        await self._wait_nodes()
+
+    def start_scheduler(self, number: int) -> Child:
+        port = self.listen_port if number == 0 and self.listen_port else free_port()
+        address = f"127.0.0.1:{port}"
+        if number < len(self.addresses):
+            address = self.addresses[number]
+        else:
+            self.addresses.append(address)
+        assert self.etcd is not None
+        flags = ["--allow-fault-injection"] if self.allow_fault_injection else []
+        return self.spawn(
+            f"scheduler-{number}",
+            "raddle.scheduler.main",
+            "--listen",
+            address,
+            "--etcd",
+            self.etcd.endpoint,
+            "--identity",
+            f"scheduler-{number}",
+            *flags,
+        )
+
+    def real_node_names(self) -> list[str]:
+        return list(self.supernode.node_names())[: self.real_nodes]
+
+    def _agent(self, name: str, nodes: list[str], driver: str) -> Child:
+        assert self.etcd is not None
+        return self.spawn(
+            name,
+            "raddle.agent.main",
+            "--node",
+            ",".join(nodes),
+            "--machine",
+            self.machine,
+            "--etcd",
+            self.etcd.endpoint,
+            "--state-dir",
+            str(self.folder / "state" / name),
+            "--drivers",
+            driver,
+        )
+
+    def start_real_agent(self, node: str) -> Child:
+        return self._agent(f"agent-{node.replace('/', '-')}", [node], "reference")
+
+    def _start_simulated_agents(self) -> None:
+        nodes = list(self.supernode.node_names())[self.real_nodes :]
+        for number in range(min(SIMULATED_AGENT_PROCESSES, len(nodes))):
+            share = nodes[number::SIMULATED_AGENT_PROCESSES]
+            self._agent(f"agent-simulated-{number}", share, "simulated")
+
+    async def _apply_machine(self) -> None:
+        request = scheduler_pb2.ApplySuperNodeRequest(
+            supernode=to_message(self.supernode, topology_pb2.SuperNode)
+        )
+
+        async def applied() -> bool:
+            await self.stub.ApplySuperNode(request, timeout=5.0)
+            return True
+
+        await self.until(applied, "a scheduler leads and knows the machine")
+
+    async def _wait_nodes(self) -> None:
+        async def all_ready() -> bool:
+            answer = await self.stub.ListNodes(scheduler_pb2.ListNodesRequest(), timeout=5.0)
+            return all(node.state == NodeState.READY for node in answer.nodes)
+
+        await self.until(all_ready, f"all {self.supernode.nodes} nodes are ready")
+
+    async def until(
+        self, condition: Callable[[], Any], what: str, timeout_s: float = READY_TIMEOUT_S
+    ) -> None:
+        """Wait for a condition that may ask the cluster.
+
+        Raises:
+            TemporaryError: a child ended, or the time is over; says what was waited for.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        last = ""
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                if await condition():
+                    return
+            self.check_children()
+            if loop.time() > deadline:
+                raise TemporaryError(
+                    Reason.DEADLINE_EXCEEDED,
+                    f"not within {timeout_s:g} s: {what}{last}; logs are in {self.folder}/logs.",
+                )
+            await asyncio.sleep(_POLL_S)
+
+    def check_children(self) -> None:
+        """Raise TemporaryError if a child that should run has ended."""
+        for child in self.children.values():
+            code = child.process.poll()
+            if code is not None:
+                raise TemporaryError(
+                    Reason.ENGINE_FAILED, f"{child.name} ended with {code}: {child.last_words()}"
+                )
+
+    def start_front_door(self, job: str, model: str) -> str:
+        """Start a front door for a job; gives its address."""
+        address = f"127.0.0.1:{free_port()}"
+        self.spawn(
+            "frontdoor",
+            "raddle.agent.engine.reference.frontdoor",
+            "--schedulers",
+            ",".join(self.addresses),
+            "--job",
+            job,
+            "--model",
+            model,
+            "--listen",
+            address,
+        )
+        return address
+
+    def rank_processes(self, node: str = "") -> dict[str, int]:
+        """Incarnation -> process number of the real ranks of one node, or all."""
+        where = f"agent-{node.replace('/', '-')}" if node else "agent-*"
+        found = {}
+        for path in (self.folder / "state").glob(f"{where}/ranks/*/*/*/rank.json"):
+            with contextlib.suppress(OSError, ValueError):
+                data = json.loads(path.read_text())
+                if _is_running(data["pid"], data["start_time_ticks"]):
+                    found[data["incarnation"]] = data["pid"]
+        return found
+
+    def kill_node(self, node: str) -> int:
+        """SIGKILL a node's agent and all its ranks, as a power loss would; gives how many."""
+        child = self.children.pop(f"agent-{node.replace('/', '-')}")
+        ranks = self.rank_processes(node)
+        child.process.kill()
+        for pid in ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.process.wait()
+        return len(ranks)
+
+    async def stop(self) -> None:
+        """End all children, then the ranks that their agents left."""
+        if self._channel is not None:
+            await self._channel.close()
+        for child in self.children.values():
+            child.process.terminate()
+        for pid in self.rank_processes().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        for child in self.children.values():
+            try:
+                await asyncio.to_thread(child.process.wait, _STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+        for pid in self.rank_processes().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.etcd is not None:
+            await self.etcd.stop()
+
+
+def _is_running(pid: int, start_time_ticks: int) -> bool:
+    """The same process, not another one with its number."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[0] != "Z" and int(fields[19]) == start_time_ticks

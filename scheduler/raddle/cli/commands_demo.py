@@ -1,0 +1,60 @@
+"""`raddle up` and `raddle demo`: a whole cluster on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raddle.cli.options import Output
+
+
+def up(
+    machine: Annotated[str, typer.Option(help="built-in machine or YAML file")] = "cloudmatrix384",
+    real_nodes: Annotated[
+        int, typer.Option(help="nodes that run ranks of the reference engine")
+    ] = 0,
+    schedulers: Annotated[int, typer.Option(help="scheduler replicas")] = 1,
+    port: Annotated[int, typer.Option(help="port of the first scheduler")] = 7400,
+    data_dir: Annotated[
+        str, typer.Option(help="folder for data and logs (default: a new one)")
+    ] = "",
+) -> None:
+    """Run a whole cluster on this machine until Ctrl-C: etcd, scheduler, agents of all nodes.
+
+    Examples: `raddle up`, `raddle up --machine nvl72 --real-nodes 4`
+    """
+    import asyncio
+    import tempfile
+
+    from raddle.cli.up import run_up
+
+    folder = Path(data_dir or tempfile.mkdtemp(prefix="raddle-up-"))
+    code = asyncio.run(
+        run_up(folder, machine=machine, real_nodes=real_nodes, schedulers=schedulers, port=port)
+    )
+    raise typer.Exit(code)
+
+
+def demo(
+    ctx: typer.Context,
+    output: Output = "",
+    requests: Annotated[int, typer.Option(help="requests of the trace, 8 to 96")] = 96,
+    keep: Annotated[bool, typer.Option(help="keep data and logs")] = False,
+) -> None:
+    """Show it all: place DeepSeek-R1 on 768 dies, serve real tokens, kill a rank, then a node.
+
+    Examples: `raddle demo`, `raddle demo --output json`
+    """
+    import asyncio
+
+    from raddle.cli.demo.run import run_demo
+
+    form = output or ctx.obj["output"]
+    raise typer.Exit(asyncio.run(run_demo(as_json=form == "json", requests=requests, keep=keep)))
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(up)
+    app.command()(demo)

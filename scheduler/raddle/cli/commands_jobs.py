@@ -1,0 +1,289 @@
+"""Commands about jobs: submit, status, describe, explain, watch, scale, cancel, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raddle.cli.options import Output, session
+from raddle.model.errors import PermanentError, RaddleError, Reason
+
+JobName = Annotated[str, typer.Argument(help="uid, name, or namespace/name")]
+_POLL_S = 0.2
+
+
+def _state(job: Any) -> str:
+    from raddle.v1 import job_pb2
+
+    return job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")
+
+
+def _row(job: Any) -> list[Any]:
+    return [job.spec.namespace, job.spec.name, job.uid, _state(job), job.epoch, job.why.message]
+
+
+_COLUMNS = ["NAMESPACE", "NAME", "UID", "STATE", "EPOCH", "WHY"]
+
+
+async def find_job(stub: Any, name: str, namespace: str, timeout_s: float) -> Any:
+    """GetJob by uid, name or namespace/name."""
+    from raddle.v1 import scheduler_pb2
+
+    if name.startswith("j-"):
+        request = scheduler_pb2.GetJobRequest(job_uid=name)
+    else:
+        space, _, short = name.rpartition("/")
+        request = scheduler_pb2.GetJobRequest(namespace=space or namespace, name=short)
+    return await stub.GetJob(request, timeout=timeout_s)
+
+
+def submit(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="job file (YAML or JSON)")],
+    dry_run: Annotated[bool, typer.Option(help="check and place, change nothing")] = False,
+    wait: Annotated[bool, typer.Option(help="wait until the job is ready")] = False,
+    idempotency_key: Annotated[str, typer.Option(help="the same key gives the same job")] = "",
+    output: Output = "",
+) -> None:
+    """Submit a job.
+
+    Examples: `raddle submit examples/small.yaml --wait`, `raddle submit job.yaml --dry-run -o json`
+    """
+    from raddle.cli.session import fail, say
+    from raddle.v1 import scheduler_pb2
+    from raddle.wire.parse import job_message
+
+    s = session(ctx, output)
+    try:
+        spec = job_message(_read(file), file.parent)
+    except RaddleError as error:
+        fail(error)
+    if s.context.namespace != "default" and not spec.namespace:
+        spec.namespace = s.context.namespace
+
+    async def work(stub: Any) -> int:
+        request = scheduler_pb2.SubmitJobRequest(
+            spec=spec, idempotency_key=idempotency_key, dry_run=dry_run
+        )
+        answer = await stub.SubmitJob(request, timeout=s.timeout_s)
+        code = 0
+        if dry_run:
+            s.show(
+                answer,
+                ["FITS NOW", "WHY"],
+                [[bool(answer.placement.instances), answer.job.why.message]],
+            )
+            return 0
+        if wait:
+            say(f"job {answer.job.uid} accepted; waiting until it is ready")
+            answer.job.CopyFrom(await _wait_ready(stub, answer.job.uid, s.timeout_s))
+            code = 0 if _state(answer.job) == "READY" else 1
+        s.show(answer, _COLUMNS, [_row(answer.job)])
+        return code
+
+    s.run(work)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PermanentError(Reason.NOT_FOUND, f"{file} cannot be read: {error}.") from error
+
+
+async def _wait_ready(stub: Any, job_uid: str, timeout_s: float) -> Any:
+    from raddle.cli.session import say
+
+    last = ""
+    while True:
+        job = (await find_job(stub, job_uid, "", timeout_s)).job
+        now = f"{_state(job)}: {job.why.message}"
+        if now != last:
+            say(now)
+            last = now
+        if _state(job) in ("READY", "CANCELLED", "FAILED"):
+            return job
+        await asyncio.sleep(_POLL_S)
+
+
+def status(
+    ctx: typer.Context,
+    job: Annotated[str, typer.Argument(help="only this job")] = "",
+    output: Output = "",
+) -> None:
+    """List jobs with their state and why.
+
+    Example: `raddle status`
+    """
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx, output)
+
+    async def work(stub: Any) -> None:
+        if job:
+            answer = await find_job(stub, job, s.context.namespace, s.timeout_s)
+            s.show(answer, _COLUMNS, [_row(answer.job)])
+            return
+        answer = scheduler_pb2.ListJobsResponse()
+        token = ""
+        while True:
+            request = scheduler_pb2.ListJobsRequest(page_size=1000, page_token=token)
+            page = await stub.ListJobs(request, timeout=s.timeout_s)
+            answer.jobs.extend(page.jobs)
+            answer.revision = page.revision
+            token = page.next_page_token
+            if not token:
+                break
+        s.show(answer, _COLUMNS, [_row(item) for item in answer.jobs])
+
+    s.run(work)
+
+
+def describe(ctx: typer.Context, job: JobName, output: Output = "") -> None:
+    """Show one job whole: its roles, and where each rank sits.
+
+    Example: `raddle describe deepseek-r1`
+    """
+    s = session(ctx, output)
+
+    async def work(stub: Any) -> None:
+        answer = await find_job(stub, job, s.context.namespace, s.timeout_s)
+        rows = [
+            [
+                f"{part.role}/{part.instance}/{r.rank}",
+                r.die or "(host)",
+                r.node,
+                r.state,
+                r.why.message,
+            ]
+            for part in answer.placement.instances
+            for r in part.ranks
+        ]
+        if s.output == "table":
+            from raddle.cli.session import print_table
+
+            print_table(_COLUMNS, [_row(answer.job)])
+        s.show(answer, ["RANK", "DIE", "NODE", "STATE", "WHY"], rows)
+
+    s.run(work)
+
+
+def explain(
+    ctx: typer.Context,
+    subject: Annotated[
+        str, typer.Argument(help="job/UID, incident/ID, die/POSITION or node/POSITION")
+    ],
+    output: Output = "",
+) -> None:
+    """Tell why something is as it is, with the story so far.
+
+    Examples: `raddle explain incident/i-000001`, `raddle explain node/sn0/n07`
+    """
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx, output)
+
+    async def work(stub: Any) -> None:
+        request = scheduler_pb2.ExplainRequest(subject=subject)
+        answer = await stub.Explain(request, timeout=s.timeout_s)
+        rows = [[f"{answer.why.reason}: {answer.why.message}"], *([line] for line in answer.story)]
+        s.show(answer, [subject], rows)
+
+    s.run(work)
+
+
+def watch(
+    ctx: typer.Context,
+    after_revision: Annotated[int, typer.Option(help="only changes after this revision")] = 0,
+) -> None:
+    """Follow jobs: all of them first, then each change, one JSON line each.
+
+    Example: `raddle watch | jq .job.state`
+    """
+    import json
+    import sys
+
+    from raddle.cli.session import to_data
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx)
+
+    async def work(stub: Any) -> None:
+        request = scheduler_pb2.WatchJobsRequest(after_revision=after_revision)
+        async for message in stub.WatchJobs(request):
+            sys.stdout.write(json.dumps(to_data(message)) + "\n")
+            sys.stdout.flush()
+
+    s.run(work)
+
+
+def scale(
+    ctx: typer.Context,
+    job: JobName,
+    role: Annotated[str, typer.Argument(help="name of the role")],
+    instances: Annotated[int, typer.Option(help="new number of instances")] = 0,
+    ranks: Annotated[int, typer.Option(help="new number of ranks an instance")] = 0,
+    output: Output = "",
+) -> None:
+    """Change the size of a role: the job is placed anew at its next epoch.
+
+    Example: `raddle scale deepseek-r1 prefill --instances 4`
+    """
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx, output)
+
+    async def work(stub: Any) -> None:
+        found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
+        request = scheduler_pb2.ScaleJobRequest(
+            job_uid=found.uid, role=role, instances=instances, ranks=ranks
+        )
+        answer = await stub.ScaleJob(request, timeout=s.timeout_s)
+        s.show(answer, _COLUMNS, [_row(answer.job)])
+
+    s.run(work)
+
+
+def cancel(ctx: typer.Context, job: JobName, output: Output = "") -> None:
+    """End a job; its record stays until it is deleted.
+
+    Example: `raddle cancel deepseek-r1`
+    """
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx, output)
+
+    async def work(stub: Any) -> None:
+        found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
+        request = scheduler_pb2.CancelJobRequest(job_uid=found.uid)
+        answer = await stub.CancelJob(request, timeout=s.timeout_s)
+        s.show(answer, _COLUMNS, [_row(answer.job)])
+
+    s.run(work)
+
+
+def delete(ctx: typer.Context, job: JobName) -> None:
+    """Remove the record of an ended job; its name is free again.
+
+    Example: `raddle delete deepseek-r1`
+    """
+    from raddle.cli.session import say
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx)
+
+    async def work(stub: Any) -> None:
+        found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
+        request = scheduler_pb2.DeleteJobRequest(job_uid=found.uid)
+        await stub.DeleteJob(request, timeout=s.timeout_s)
+        say(f"job {found.uid} is deleted")
+
+    s.run(work)
+
+
+def register(app: typer.Typer) -> None:
+    for command in (submit, status, describe, explain, watch, scale, cancel, delete):
+        app.command()(command)

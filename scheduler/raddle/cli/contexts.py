@@ -1,0 +1,90 @@
+"""Contexts of the command line: which server, with which certificates, in which namespace.
+
+A context comes from the file `~/.config/raddle/config.yaml` (or `RADDLE_CONFIG`); `--server` and
+`RADDLE_SERVER` win over it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+from raddle.model.errors import PermanentError, Reason
+from raddle.telemetry.tls import TlsFiles, tls_files
+
+DEFAULT_SERVER = "127.0.0.1:7400"
+
+
+@dataclass(frozen=True, slots=True)
+class CliContext:
+    """One cluster as the command line reaches it."""
+
+    server: str = DEFAULT_SERVER
+    namespace: str = "default"
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+
+    def tls(self) -> TlsFiles | None:
+        return tls_files(self.ca, self.certificate, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class CliConfig:
+    """The whole file."""
+
+    current: str = ""
+    contexts: dict[str, CliContext] = field(default_factory=dict)
+
+
+def config_path() -> Path:
+    named = os.environ.get("RADDLE_CONFIG")
+    return Path(named) if named else Path.home() / ".config" / "raddle" / "config.yaml"
+
+
+def load_config() -> CliConfig:
+    """The configuration, empty when there is no file.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the file and the path in it.
+    """
+    path = config_path()
+    try:
+        return msgspec.yaml.decode(path.read_bytes(), type=CliConfig)
+    except FileNotFoundError:
+        return CliConfig()
+    except (OSError, msgspec.DecodeError) as error:
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"{path}: {error}.") from error
+
+
+def save_config(config: CliConfig) -> None:
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.yaml.encode(msgspec.to_builtins(config)))
+
+
+def choose_context(name: str, server: str, namespace: str) -> CliContext:
+    """The context to use, with what the flags say on top.
+
+    Raises:
+        PermanentError: NOT_FOUND for an unknown context.
+    """
+    config = load_config()
+    name = name or config.current
+    context = CliContext()
+    if name:
+        if name not in config.contexts:
+            known = ", ".join(sorted(config.contexts)) or "none"
+            raise PermanentError(
+                Reason.NOT_FOUND,
+                f"there is no context {name!r} in {config_path()} (known: {known})",
+            )
+        context = config.contexts[name]
+    return replace(
+        context,
+        server=server or context.server,
+        namespace=namespace or context.namespace,
+    )

@@ -1,0 +1,78 @@
+"""`raddle`: the command line. Commands import what they need when they run."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version as package_version
+from typing import Annotated
+
+import typer
+
+from raddle.model.errors import RaddleError
+
+app = typer.Typer(
+    name="raddle",
+    help="Schedule inference jobs on an AI supernode and keep them running when dies fail.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+OUTPUTS = ("table", "json", "yaml")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"raddle {package_version('raddle')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    ctx: typer.Context,
+    server: Annotated[
+        str, typer.Option(envvar="RADDLE_SERVER", help="address of a scheduler, host:port")
+    ] = "",
+    context: Annotated[
+        str, typer.Option(envvar="RADDLE_CONTEXT", help="context of the configuration file")
+    ] = "",
+    namespace: Annotated[str, typer.Option("--namespace", "-n", help="namespace of jobs")] = "",
+    output: Annotated[str, typer.Option("--output", "-o", help="table, json or yaml")] = "table",
+    timeout: Annotated[float, typer.Option(help="seconds that a call may take")] = 10.0,
+    version: Annotated[  # noqa: ARG001 - the callback acts
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="version")
+    ] = False,
+) -> None:
+    """Global options come before the command: `raddle --output json status`."""
+    if output not in OUTPUTS:
+        raise typer.BadParameter(f"must be one of {', '.join(OUTPUTS)}", param_hint="--output")
+    ctx.obj = {
+        "server": server,
+        "context": context,
+        "namespace": namespace,
+        "output": output,
+        "timeout": timeout,
+    }
+
+
+def _register() -> None:
+    from raddle.cli import commands_demo, commands_history, commands_jobs, commands_machine
+
+    for module in (commands_jobs, commands_machine, commands_history, commands_demo):
+        module.register(app)
+
+
+_register()
+
+
+def main() -> None:
+    """Entry point."""
+    from raddle.cli.session import fail
+
+    try:
+        app(prog_name="raddle")
+    except RaddleError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

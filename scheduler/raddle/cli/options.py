@@ -1,0 +1,26 @@
+"""What commands share: the session behind the global options, and an output option of their own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from raddle.model.errors import RaddleError
+
+Output = Annotated[str, typer.Option("--output", "-o", help="table, json or yaml")]
+
+
+def session(ctx: typer.Context, output: str = "") -> Any:
+    """The session of this call; an output option after the command wins."""
+    from raddle.cli.contexts import choose_context
+    from raddle.cli.session import Session, fail
+
+    given = ctx.obj
+    if output and output not in ("table", "json", "yaml"):
+        raise typer.BadParameter("must be table, json or yaml", param_hint="--output")
+    try:
+        chosen = choose_context(given["context"], given["server"], given["namespace"])
+    except RaddleError as error:
+        fail(error)
+    return Session(chosen, output or given["output"], given["timeout"])

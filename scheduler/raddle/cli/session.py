@@ -1,0 +1,137 @@
+"""One command's way to the server and back: channel, output, errors, exit codes.
+
+Data goes to stdout in the form that was asked for; progress and messages go to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import yaml
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from raddle.cli.contexts import CliContext
+from raddle.model.errors import RaddleError, Reason
+from raddle.telemetry.channels import make_channel
+from raddle.v1 import scheduler_pb2_grpc
+from raddle.wire.status import error_from
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NOT_FOUND = 3
+EXIT_REFUSED = 4
+EXIT_UNAVAILABLE = 5
+EXIT_DEADLINE = 6
+EXIT_CODES = {
+    EXIT_OK: "done",
+    EXIT_FAILED: "something failed; the message says what",
+    EXIT_USAGE: "the command line or a file is wrong",
+    EXIT_NOT_FOUND: "what was named does not exist",
+    EXIT_REFUSED: "refused: a conflict, a missing permission, or it does not fit",
+    EXIT_UNAVAILABLE: "no server answers, or it has no leader or no store",
+    EXIT_DEADLINE: "the deadline passed",
+}
+_BY_REASON = {
+    Reason.NOT_FOUND: EXIT_NOT_FOUND,
+    Reason.INVALID_ARGUMENT: EXIT_USAGE,
+    Reason.UNKNOWN_FIELD: EXIT_USAGE,
+    Reason.INVALID_NAME: EXIT_USAGE,
+    Reason.NO_LEADER: EXIT_UNAVAILABLE,
+    Reason.NOT_LEADER: EXIT_UNAVAILABLE,
+    Reason.STORE_UNAVAILABLE: EXIT_UNAVAILABLE,
+    Reason.STORE_FULL: EXIT_UNAVAILABLE,
+    Reason.DEADLINE_EXCEEDED: EXIT_DEADLINE,
+}
+
+
+@dataclass(slots=True)
+class Session:
+    """What the global flags say."""
+
+    context: CliContext
+    output: str = "table"
+    timeout_s: float = 10.0
+
+    def run(self, work: Callable[[Any], Awaitable[int | None]]) -> NoReturn:
+        """Run a command against the `Scheduler` service and leave with its exit code."""
+        try:
+            code = asyncio.run(self._run(work))
+        except RaddleError as error:
+            fail(error)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        sys.exit(code or EXIT_OK)
+
+    async def _run(self, work: Callable[[Any], Awaitable[int | None]]) -> int | None:
+        channel = make_channel(self.context.server, identity="client/admin", tls=self.context.tls())
+        try:
+            return await work(scheduler_pb2_grpc.SchedulerStub(channel))
+        except grpc.aio.AioRpcError as error:
+            raise self._explained(error) from error
+        finally:
+            await channel.close()
+
+    def _explained(self, error: grpc.aio.AioRpcError) -> RaddleError:
+        failure = error_from(error)
+        if failure.reason is Reason.NO_LEADER and "connect" in failure.message.lower():
+            failure.message = (
+                f"no scheduler answers at {self.context.server}: start one with `raddle up`, or"
+                " name another with --server."
+            )
+        return failure
+
+    def show(
+        self, message: Message, columns: Sequence[str] = (), rows: Sequence[Sequence[Any]] = ()
+    ) -> None:
+        """Print a message as JSON or YAML, or the rows as a table."""
+        if self.output == "table":
+            print_table(columns, rows)
+        else:
+            self.show_data(to_data(message))
+
+    def show_data(self, data: Any) -> None:
+        if self.output == "yaml":
+            sys.stdout.write(yaml.safe_dump(data, sort_keys=False))
+        else:
+            sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def to_data(message: Message) -> dict[str, Any]:
+    """A message as plain data, with the field names of the API and all fields."""
+    found: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return found
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    # Without a terminal nothing is cut to a width: scripts read it.
+    console = Console() if sys.stdout.isatty() else Console(width=400)
+    console.print(table)
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def fail(error: RaddleError) -> NoReturn:
+    """One sentence and the reason, then the exit code."""
+    say(f"raddle: {error.message} [{error.reason}]")
+    sys.exit(_BY_REASON.get(error.reason, EXIT_REFUSED))

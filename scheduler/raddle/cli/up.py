@@ -1,0 +1,47 @@
+"""`raddle up`: run a cluster in the foreground and watch over its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+from raddle.cli.cluster import LocalCluster
+from raddle.cli.session import EXIT_FAILED, EXIT_OK, say
+from raddle.model.errors import RaddleError
+
+_WATCH_S = 0.5
+
+
+async def run_up(folder: Path, *, machine: str, real_nodes: int, schedulers: int, port: int) -> int:
+    """Until SIGINT or SIGTERM, or until a part ends by itself; gives the exit code."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    cluster = LocalCluster(
+        folder,
+        machine=machine,
+        real_nodes=real_nodes,
+        schedulers=schedulers,
+        listen_port=port,
+        tell=say,
+    )
+    try:
+        await cluster.start()
+        say(
+            f"ready: {cluster.supernode.dies} dies; try `raddle --server {cluster.addresses[0]} nodes`"
+        )
+        while not stop.is_set():
+            cluster.check_children()
+            try:
+                await asyncio.wait_for(stop.wait(), _WATCH_S)
+            except TimeoutError:
+                continue
+    except RaddleError as error:
+        say(f"raddle up: {error}")
+        return EXIT_FAILED
+    finally:
+        say("stopping")
+        await cluster.stop()
+    return EXIT_OK
