@@ -138,6 +138,7 @@ async def test_watch_tells_each_change_once_in_order(make_store: MakeStore) -> N
 async def test_a_compacted_watch_says_so(make_store: MakeStore) -> None:
     """A watch below the compacted revision ends with COMPACTED and the revision."""
     store = make_store()
+    revision = 0
     for number in range(5):
         revision = (await store.commit(put("k", str(number).encode()))).revision
     await compact(store, revision)
@@ -166,7 +167,6 @@ async def test_follow_begins_with_a_snapshot(make_store: MakeStore) -> None:
     await store.commit(put("f/b", b"2"))
     (change,) = await take(stream, 1)
     assert change.key == "f/b"
-    await stream.aclose()
 
 
 async def test_a_revoked_lease_takes_its_keys(make_store: MakeStore) -> None:

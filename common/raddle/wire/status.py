@@ -79,7 +79,8 @@ def error_from(error: grpc.aio.AioRpcError) -> RaddleError:
         if reason in _CONFLICTS:
             return ConflictError(reason, message, **details)
         if _CODES[reason] in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return TemporaryError(reason, message)
+            retry_after_s = float(details.pop("retry_after_s", "1"))
+            return TemporaryError(reason, message, retry_after_s=retry_after_s, **details)
         return PermanentError(reason, message, **details)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TemporaryError(Reason.DEADLINE_EXCEEDED, message)
@@ -99,6 +100,6 @@ def _error_info(error: grpc.aio.AioRpcError) -> tuple[Reason | None, dict[str, s
         status = status_pb2.Status.FromString(value)
         for detail in status.details:
             info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason:
+            if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
                 return Reason(info.reason), dict(info.metadata)
     return None, {}

@@ -192,7 +192,7 @@ def inject(
     from raddle.v1 import health_pb2, scheduler_pb2
 
     s = session(ctx, output)
-    names = [name.removeprefix("FAULT_LEVEL_") for name in health_pb2.FaultLevel.keys()]
+    names = [name.removeprefix("FAULT_LEVEL_") for name in health_pb2.FaultLevel.keys()]  # noqa: SIM118
     if level not in names[1:]:
         raise typer.BadParameter(f"must be one of {', '.join(names[1:])}", param_hint="--level")
 

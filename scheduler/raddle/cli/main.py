@@ -55,10 +55,13 @@ def root(
 
 
 def _register() -> None:
-    from raddle.cli import commands_demo, commands_history, commands_jobs, commands_machine
+    from raddle.cli.commands_demo import register as demo
+    from raddle.cli.commands_history import register as history
+    from raddle.cli.commands_jobs import register as jobs
+    from raddle.cli.commands_machine import register as machine
 
-    for module in (commands_jobs, commands_machine, commands_history, commands_demo):
-        module.register(app)
+    for register in (jobs, machine, history, demo):
+        register(app)
 
 
 _register()

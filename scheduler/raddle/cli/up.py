@@ -29,9 +29,8 @@ async def run_up(folder: Path, *, machine: str, real_nodes: int, schedulers: int
     )
     try:
         await cluster.start()
-        say(
-            f"ready: {cluster.supernode.dies} dies; try `raddle --server {cluster.addresses[0]} nodes`"
-        )
+        address = cluster.addresses[0]
+        say(f"ready: {cluster.supernode.dies} dies; try `raddle --server {address} nodes`")
         while not stop.is_set():
             cluster.check_children()
             try:

@@ -125,13 +125,16 @@ def _incident(
         if any(plan.job_uid in by_job for plan in open_one.plans):
             joined = (*open_one.faults, *faults)[-FAULTS_AN_INCIDENT_MAX:]
             entries = timeline.ended(context, open_one.timeline)
+            kind, subject = _subject([fault.subject for fault in joined], losses)
             return replace(
                 open_one,
+                subject_kind=kind,
+                subject=subject,
                 faults=joined,
                 phase=IncidentPhase.DECIDE,
                 timeline=(*entries, decide),
             )
-    kind, subject = _subject(losses)
+    kind, subject = _subject([loss.position for loss in losses], losses)
     detect = TimelineEntry(
         phase=IncidentPhase.DETECT,
         start_time=first_seen_s,
@@ -149,10 +152,10 @@ def _incident(
     )
 
 
-def _subject(losses: list[Loss]) -> tuple[str, str]:
+def _subject(positions: list[str], losses: list[Loss]) -> tuple[str, str]:
     """The smallest failure domain that explains all losses."""
     node_lost = any(loss.kind is FaultKind.NODE_LOST for loss in losses)
-    parts = [loss.position.split("/") for loss in losses]
+    parts = [position.split("/") for position in positions]
     common: list[str] = []
     for level in zip(*parts, strict=False):
         if len(set(level)) > 1:
@@ -161,7 +164,7 @@ def _subject(losses: list[Loss]) -> tuple[str, str]:
     depth = min(len(common), 2) if node_lost else len(common)
     kinds = ["ranks", "supernode", "node", "npu", "die"]
     if depth == 0:
-        return "ranks", f"{len(losses)} ranks"
+        return "ranks", f"{len(set(positions))} ranks"
     return kinds[min(depth, 4)], "/".join(common[:depth])
 
 

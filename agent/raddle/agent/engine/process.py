@@ -40,7 +40,8 @@ def launch(
     write_config(folder / CONFIG_FILE, config)
     with (folder / LOG_FILE).open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", _MODULE, str(folder)],
+            # Ranks yield to the agent: a busy host must not cost the agent its lease.
+            ["nice", "-n", "5", sys.executable, "-m", _MODULE, str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ async def _play(demo: Demo) -> None:
         answer = await demo.cluster.stub.SubmitJob(request, timeout=10.0)
         demo.uids[name] = answer.job.uid
     for name in (jobs.LARGE, jobs.SMALL):
-        await demo.cluster.until(lambda name=name: _is_ready(demo, name), f"{name} is ready")
+        await demo.cluster.until(partial(_is_ready, demo, name), f"{name} is ready")
         answer = await _get(demo, name)
         demo.say(f"{answer.job.spec.name} is ready: {answer.placement.why.message}")
     demo.address = demo.cluster.start_front_door("default/small", jobs.SMALL_MODEL)
