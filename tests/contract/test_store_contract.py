@@ -95,7 +95,8 @@ async def test_a_failed_compare_writes_nothing(make_store: MakeStore) -> None:
     )
     assert not refused.succeeded
     record = await store.get("a")
-    assert record is not None and record.value == b"1"
+    assert record is not None
+    assert record.value == b"1"
     assert await store.get("b") is None
     assert (await store.commit(put("a", b"2", revision))).succeeded
 

@@ -103,9 +103,15 @@ class LocalCluster:
         for node in self.real_node_names():
             self.start_real_agent(node)
         self._start_simulated_agents()
-        self._channel = make_channel(self.addresses[0], identity="client/admin")
+        await self.connect(0)
         await self._apply_machine()
         await self._wait_nodes()
+
+    async def connect(self, number: int) -> None:
+        """Talk to this scheduler from now on."""
+        if self._channel is not None:
+            await self._channel.close()
+        self._channel = make_channel(self.addresses[number], identity="client/admin")
 
     def start_scheduler(self, number: int) -> Child:
         port = self.listen_port if number == 0 and self.listen_port else free_port()
