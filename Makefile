@@ -1,6 +1,6 @@
 # One vocabulary for people and CI. `make verify` is what CI enforces. Every target sets up what it
 # needs by itself: Python 3.11 or newer, make and git are enough.
-.PHONY: help setup proto lint format types tools test bench demo verify clean
+.PHONY: help docs setup proto lint format types tools test bench demo verify clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,6 +50,9 @@ bench: setup      ## Measure; one JSON object on stdout
 
 demo: setup       ## Place DeepSeek-R1, serve tokens, kill a rank and a node, compare every token
 	$(BIN)/raddle demo
+
+docs: setup       ## Regenerate docs/reference
+	$(BIN)/python tools/docs/reference.py
 
 verify: proto     ## What CI enforces
 	git diff --exit-code -- proto

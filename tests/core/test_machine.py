@@ -360,7 +360,7 @@ def _storm(world: World, seed: int) -> list[str]:
                 world.agents()
             case "leader":
                 world.new_leader()
-            case "time":
+            case _:
                 world.settle()
         trace.append(repr(sorted(world.store.items())))
     world.exited.clear()

@@ -46,7 +46,7 @@ class Served:
     async def ready_at(self, epoch: int) -> None:
         async def reached() -> bool:
             job = (await self.job()).job
-            return job.state == job_pb2.JOB_STATE_READY and job.live_epoch >= epoch
+            return bool(job.state == job_pb2.JOB_STATE_READY and job.live_epoch >= epoch)
 
         await self.cluster.until(reached, f"the job is ready at epoch {epoch}")
 

@@ -1,0 +1,69 @@
+"""Machines and models: sizes are computed, wrong descriptions are refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raddle import machines, models, traces
+from raddle.model.errors import PermanentError
+from raddle.model.llm import parse_config
+from raddle.model.topology import parse_position
+from raddle.wire import parse
+
+
+def test_deepseek_v3_has_the_published_sizes() -> None:
+    """671.0 G weights, 44.04 MB an expert and layer in INT8, 70,272 B of KV a token in BF16."""
+    shape = parse_config(models.config_text("deepseek-r1"))
+    assert round(shape.weights / 1e9, 1) == 671.0
+    assert shape.expert_bytes("int8") == 44_040_192
+    assert shape.kv_bytes_per_token("bf16") == 70_272
+    assert shape.kv_bytes_per_token("int8") == 39_040
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "experts"),
+    [("qwen3-235b-a22b", 235.1, 128), ("kimi-k2", 1026.4, 384)],
+)
+def test_other_models_parse(name: str, billions: float, experts: int) -> None:
+    """Qwen3 MoE and Kimi K2 configs give their published sizes."""
+    shape = parse_config(models.config_text(name))
+    assert round(shape.weights / 1e9, 1) == billions
+    assert shape.experts == experts
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "x", True, None])
+def test_a_wrong_size_is_refused_by_name(value: object) -> None:
+    """Zero, negative, fractional, missing and wrongly typed sizes name the field."""
+    config = json.loads(models.config_text("deepseek-r1")) | {"hidden_size": value}
+    with pytest.raises(PermanentError, match="hidden_size"):
+        parse_config(json.dumps(config))
+
+
+def test_the_built_in_machines_have_their_dies() -> None:
+    """CloudMatrix384 has 768 dies, NVL72 has 72."""
+    assert machines.load_machine("cloudmatrix384").dies == 768
+    assert machines.load_machine("nvl72").dies == 72
+
+
+@pytest.mark.parametrize("change", ["nodes: 0", "nodes: -3", "nodes: many", "colour: red"])
+def test_a_wrong_machine_is_refused(change: str) -> None:
+    """Unknown fields, wrong types and values below one are refused."""
+    text = f"name: sn0\nmachine: m\n{change}\n"
+    with pytest.raises(PermanentError):
+        parse.supernode(parse.supernode_message(text))
+
+
+@pytest.mark.parametrize("text", ["", "sn0/", "sn0/n1", "sn0/n01/npu", "../x", "sn0/n01\n"])
+def test_a_wrong_position_is_refused(text: str) -> None:
+    """Only positions of the four levels are positions."""
+    with pytest.raises(PermanentError):
+        parse_position(text)
+
+
+def test_equal_trace_blocks_give_equal_tokens() -> None:
+    """Requests that share prefix blocks share prompt tokens; sizes are bounded."""
+    requests = traces.load_requests(96)
+    assert len({request.prompt[:16] for request in requests}) == 1
+    assert all(1 <= len(r.prompt) <= 128 and 8 <= r.output_tokens <= 64 for r in requests)
