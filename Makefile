@@ -32,7 +32,7 @@ lint: setup       ## Style, import contracts, proto rules
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code proto
-	if git rev-parse --verify --quiet HEAD^ && git cat-file -e HEAD^:buf.yaml; then \
+	@if git rev-parse --verify --quiet HEAD^ >/dev/null && git cat-file -e HEAD^:buf.yaml; then \
 	    $(BIN)/buf breaking --against '.git#ref=HEAD^'; fi
 
 types: setup      ## mypy, strict
