@@ -139,10 +139,11 @@ class NodeAgent:
     async def _drive(self, instruction: Drive) -> None:
         job = instruction.job
         role = next(r for r in job.roles if r.name == instruction.rank.rank.role)
+        driver = self._drivers[role.engine.driver]
         context = None
-        if job.stage is AssignmentStage.PREPARE:
+        if job.stage is AssignmentStage.PREPARE and driver.needs_context:
             context = await self._context(job.job_uid, job.epoch)
-        await self._drivers[role.engine.driver].drive(instruction, context)
+        await driver.drive(instruction, context)
 
     async def _context(self, job_uid: str, epoch: int) -> JobContext | None:
         """Members and maps of an epoch, read once for all ranks of the job here."""

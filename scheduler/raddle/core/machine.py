@@ -88,8 +88,8 @@ class Machine:
             self._take(event)
         out += self._decide()
         out += context.state.flush()
-        out += self._probes()
         wake = self._next_wake()
+        out += self._probes()
         if wake is not None:
             out.append(WakeAt(wake))
         return out

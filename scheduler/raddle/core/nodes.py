@@ -17,6 +17,9 @@ from raddle.model.types import Why
 LEASE_TTL_S = 4.0
 # Two lease times: all leases that one event lets lapse end within it.
 STORM_WINDOW_S = 2 * LEASE_TTL_S
+# Leases that one event lets lapse do not end in the same instant: before the first silent node is
+# called lost, it is seen whether others follow. A peer's word makes waiting needless.
+STORM_GATHER_S = 0.5
 
 
 @dataclass(slots=True)
@@ -110,6 +113,9 @@ class NodeTracker:
                 "RANKS_ANSWER",
                 "the agent is silent but its ranks answer: no new work, nothing moves",
             )
+        elif now < node.silent_since_s + STORM_GATHER_S and not node.accused:
+            # Judged a moment later; `wake` asks again.
+            return
         elif self._storm(now) and not node.accused:
             self._set(
                 node,
@@ -138,7 +144,22 @@ class NodeTracker:
         return silent > self.storm_nodes_max
 
     def wake(self, *, now: float) -> float | None:
-        """Ask unknown nodes again when the grace ended; the time to look again, or None."""
+        """Ask silent nodes again when it is time to judge; the time to look again, or None."""
+        later = []
+        for node in self.nodes.values():
+            # A suspect whose ranks answered is judged already.
+            if node.state is NodeState.SUSPECT and node.why.reason != "RANKS_ANSWER":
+                due = node.silent_since_s + STORM_GATHER_S
+                if now < due:
+                    later.append(due)
+                elif not node.probing:
+                    self._to_probe[node.name] = None
+        unknown_due = self._wake_unknown(now)
+        if unknown_due is not None:
+            later.append(unknown_due)
+        return min(later, default=None)
+
+    def _wake_unknown(self, now: float) -> float | None:
         unknown = [n for n in self.nodes.values() if n.state is NodeState.UNKNOWN and not n.probing]
         if not unknown:
             return None

@@ -29,6 +29,8 @@ class EngineDriver(Protocol):
     """Everything is told through `tell`; nothing raises."""
 
     name: str
+    #: Does `drive` need members and maps at stage PREPARE?
+    needs_context: bool
     verbs: tuple[str, ...]
 
     async def adopt(self) -> None:

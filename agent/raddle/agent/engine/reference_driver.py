@@ -67,6 +67,7 @@ class ReferenceDriver:
     """Ranks of one node. `stats` gets their high-rate reports (job uid, report)."""
 
     name = "reference"
+    needs_context = True
     verbs: tuple[str, ...] = (
         "quiesce",
         "set_members",

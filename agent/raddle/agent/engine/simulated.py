@@ -31,6 +31,7 @@ class SimulatedDriver:
     """Acknowledges every stage. `sleep` can be a virtual clock's."""
 
     name = "simulated"
+    needs_context = False
     verbs: tuple[str, ...] = (
         "quiesce",
         "set_members",
