@@ -56,6 +56,7 @@ class Served:
 
     async def same_tokens_while(self, fault: Any) -> None:
         """Send all requests, run the fault in mid stream, compare every token."""
+        assert (await self.job()).job.created_by == "client/admin"
         answers = Answers()
         sending = asyncio.create_task(send_all(self.address, self.requests, answers, 8))
 

@@ -94,7 +94,8 @@ def require_safe_listen(address: str, tls: TlsFiles | None) -> None:
 def identity_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     """Who calls: the certificate's common name, or on a plain loopback what the caller says."""
     auth = context.auth_context()
-    if auth.get("transport_security_type"):
+    # A plain connection says "insecure" here; only TLS has names to show.
+    if b"ssl" in (auth.get("transport_security_type") or []):
         names = auth.get("x509_common_name") or []
         name = next(iter(names), b"")
         return name.decode()
