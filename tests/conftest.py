@@ -1,0 +1,9 @@
+"""What holds for all tests."""
+
+from __future__ import annotations
+
+import asyncio
+
+# Until a loop was set once, Python 3.11's `get_event_loop` makes one for whoever asks.
+# pytest-asyncio asks before its first test, and nobody would ever close that loop.
+asyncio.set_event_loop(None)
