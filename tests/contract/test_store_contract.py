@@ -39,6 +39,8 @@ async def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIte
             return made[-1]
 
         yield make
+        for store in made:
+            await store.close()
         return
     binary = built_etcd() if request.param == "etcd-3.7.3" else development_etcd()
     server = EmbeddedEtcd(tmp_path / "etcd", binary=binary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -53,6 +53,12 @@ class LeaderAddress:
 
     async def wait_change(self) -> None:
         await self._changed.wait()
+
+
+class Stream(Protocol):
+    """A node's way to tell whoever leads; open as long as `run` runs."""
+
+    async def run(self) -> None: ...
 
 
 class StatsStream:

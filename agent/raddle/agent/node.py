@@ -28,7 +28,7 @@ from raddle.agent.core.faults import FaultLog
 from raddle.agent.core.machine import AgentMachine
 from raddle.agent.engine.driver import EngineDriver, JobContext
 from raddle.agent.health.source import HealthSource
-from raddle.agent.leader_link import StatsStream
+from raddle.agent.leader_link import Stream
 from raddle.model import keys
 from raddle.model.errors import RaddleError
 from raddle.model.health import AgentAcks, AgentRegistration
@@ -61,14 +61,18 @@ class NodeAgent:
         facts: NodeFacts,
         store: Store,
         source: HealthSource,
-        stream: StatsStream,
+        stream: Stream,
         make_drivers: Callable[[Callable[[Event], None]], list[EngineDriver]],
+        *,
+        clock: Callable[[], float] = time.time,
+        make_machine: Callable[[str], AgentMachine] = AgentMachine,
     ) -> None:
         self._facts = facts
         self._store = store
         self._source = source
         self._stream = stream
-        self._machine = AgentMachine(facts.name)
+        self._clock = clock
+        self._machine = make_machine(facts.name)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._drivers = {driver.name: driver for driver in make_drivers(self.tell)}
         self._contexts: dict[str, tuple[int, asyncio.Task[JobContext | None]]] = {}
@@ -227,7 +231,7 @@ class NodeAgent:
             drivers=tuple(sorted(self._drivers)),
             parts=self._source.parts(),
             host_memory_bytes=self._facts.host_memory_bytes,
-            start_time=time.time(),
+            start_time=self._clock(),
         )
         await self._store.commit(Transaction(writes=(Put(key, wire.encode(key, registration)),)))
 
@@ -235,7 +239,7 @@ class NodeAgent:
         lost = asyncio.create_task(lease.wait_lost())
         faults = self._source.follow()
         try:
-            self._faults.update(await anext(faults), now=time.time())
+            self._faults.update(await anext(faults), now=self._clock())
             while True:
                 await self._put_health(lease)
                 change = asyncio.ensure_future(anext(faults))
@@ -245,7 +249,7 @@ class NodeAgent:
                     await asyncio.gather(change, return_exceptions=True)
                     log.warning("lease lost; reporting anew", node=self._facts.name)
                     return
-                self._faults.update(change.result(), now=time.time())
+                self._faults.update(change.result(), now=self._clock())
         finally:
             lost.cancel()
             await faults.aclose()

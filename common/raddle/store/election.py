@@ -9,7 +9,6 @@ else after some seconds of silence.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -74,7 +73,7 @@ class Election:
 
     def deposed(self) -> None:
         """We lost the lead while alive: be slow to take it from a living leader."""
-        self._not_before_s = time.monotonic() + self._wait_s
+        self._not_before_s = asyncio.get_running_loop().time() + self._wait_s
         self._wait_s = min(self._wait_s * 2, DEPOSED_WAIT_MAX_S)
 
     async def campaign(self) -> Term:
@@ -97,7 +96,7 @@ class Election:
     async def _judge(self, record: Record, silent_since: float | None) -> tuple[bool, float | None]:
         """(may we take over?, since when it is silent)."""
         seen = await self._probe(record)
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         if seen is Probe.ALIVE:
             return False, None
         silent_since = silent_since if silent_since is not None else now

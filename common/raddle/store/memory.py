@@ -1,13 +1,16 @@
 """A store in this process, with the same contract as etcd's: for simulation and for tests.
 
-Several `MemoryStore` clients share one `MemoryBackend`. Its clock is told (`advance`), never read,
-so that a simulator can drive leases by its own time; `unreachable` makes a client's calls fail.
+Several `MemoryStore` clients share one `MemoryBackend`. Leases live by the event loop's clock, so
+that a simulator drives them by a virtual one. A client can be cut off (`cut`, `mend`), and a
+`delay` put before and after each of its calls: a commit may then be applied and its answer lost.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 from raddle.model.errors import PermanentError, Reason, TemporaryError
 from raddle.store.protocol import (
@@ -21,6 +24,8 @@ from raddle.store.protocol import (
     check_limits,
 )
 
+LEASE_MARGIN_S = 0.3
+
 
 class MemoryBackend:
     """Keys, history, leases and watchers, shared by clients."""
@@ -30,8 +35,10 @@ class MemoryBackend:
         self.records: dict[str, Record] = {}
         self.history: list[Changes] = []
         self.compact_revision = 0
-        self.leases: dict[int, float] = {}
-        self.now_s = 0.0
+        #: Counts elections of the store's own leader; a simulator moves it.
+        self.term = 1
+        #: The timer that ends each lease.
+        self.leases: dict[int, asyncio.TimerHandle] = {}
         self._next_lease = 1
         self._changed: list[Callable[[], None]] = []
 
@@ -59,7 +66,7 @@ class MemoryBackend:
                 del self.records[write.key]
                 changes.append(Change(write.key, None, revision))
         if changes:
-            self._append(Changes(revision, tuple(changes)))
+            self._append(Changes(revision, tuple(changes), self.term))
         return CommitResult(True, self.revision)
 
     def _append(self, changes: Changes) -> None:
@@ -77,30 +84,33 @@ class MemoryBackend:
 
     def grant(self, ttl_s: float) -> int:
         lease_id, self._next_lease = self._next_lease, self._next_lease + 1
-        self.leases[lease_id] = self.now_s + ttl_s
+        self._end_after(lease_id, ttl_s)
         return lease_id
 
     def keep_alive(self, lease_id: int, ttl_s: float) -> bool:
+        """Renew; False when the lease is gone."""
         if lease_id not in self.leases:
             return False
-        self.leases[lease_id] = self.now_s + ttl_s
+        self.leases[lease_id].cancel()
+        self._end_after(lease_id, ttl_s)
         return True
 
-    def advance(self, now_s: float) -> None:
-        """It is this time now: leases that ended delete their keys."""
-        self.now_s = now_s
-        for lease_id in [i for i, end in sorted(self.leases.items()) if end <= now_s]:
-            self.end_lease(lease_id)
+    def _end_after(self, lease_id: int, ttl_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self.leases[lease_id] = loop.call_later(ttl_s, self.end_lease, lease_id)
 
     def end_lease(self, lease_id: int) -> None:
-        if self.leases.pop(lease_id, None) is None:
+        timer = self.leases.pop(lease_id, None)
+        if timer is None:
             return
+        timer.cancel()
         gone = sorted(k for k, record in self.records.items() if record.lease_id == lease_id)
         revision = self.revision + 1
         for key in gone:
             del self.records[key]
         if gone:
-            self._append(Changes(revision, tuple(Change(key, None, revision) for key in gone)))
+            changes = tuple(Change(key, None, revision) for key in gone)
+            self._append(Changes(revision, changes, self.term))
 
     def read(self, prefix: str) -> Snapshot:
         found = tuple(self.records[k] for k in sorted(self.records) if k.startswith(prefix))
@@ -123,7 +133,7 @@ class MemoryBackend:
             if changes.revision >= from_revision:
                 mine = tuple(c for c in changes.changes if c.key.startswith(prefix))
                 if mine:
-                    found.append(Changes(changes.revision, mine))
+                    found.append(replace(changes, changes=mine))
         return found
 
     def on_change(self, wake: Callable[[], None]) -> Callable[[], None]:
@@ -133,55 +143,97 @@ class MemoryBackend:
 
 
 class MemoryLease:
-    """A lease whose owner's clock is the backend's: it cannot drift apart."""
+    """A lease kept alive by its own task; its owner is told before the backend ends it."""
 
     def __init__(self, store: MemoryStore, lease_id: int, ttl_s: float) -> None:
         self.lease_id = lease_id
         self.ttl_s = ttl_s
         self._store = store
+        self._lost = asyncio.Event()
+        self._deadline_s = self._now() + ttl_s - LEASE_MARGIN_S
+        self._task = asyncio.create_task(self._keep())
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
 
     @property
     def alive(self) -> bool:
-        return self.lease_id in self._store.backend.leases
+        return not self._lost.is_set() and self._now() < self._deadline_s
 
-    def keep_alive(self) -> bool:
-        """Renew; False when the lease is gone or the store is away."""
-        if self._store.unreachable:
-            return False
-        return self._store.backend.keep_alive(self.lease_id, self.ttl_s)
+    async def _keep(self) -> None:
+        backend = self._store.backend
+        while self.alive:
+            left_s = self._deadline_s - self._now()
+            await asyncio.sleep(min(self.ttl_s / 4, left_s))
+            if not self._store.is_cut:
+                if not backend.keep_alive(self.lease_id, self.ttl_s):
+                    break
+                self._deadline_s = self._now() + self.ttl_s - LEASE_MARGIN_S
+        self._lost.set()
 
     async def wait_lost(self) -> None:
-        changed = asyncio.Event()
-        stop = self._store.backend.on_change(changed.set)
-        try:
-            while self.alive:
-                changed.clear()
-                await changed.wait()
-        finally:
-            stop()
+        await self._lost.wait()
+
+    async def abandon(self) -> None:
+        """Stop renewing and say nothing to the backend, as a killed process does."""
+        self._lost.set()
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
 
     async def revoke(self) -> None:
-        self._store.backend.end_lease(self.lease_id)
+        await self.abandon()
+        if not self._store.is_cut:
+            self._store.backend.end_lease(self.lease_id)
+
+
+async def _no_delay() -> None:
+    """The store is in this process."""
 
 
 class MemoryStore:
-    """One client of a `MemoryBackend`."""
+    """One client of a `MemoryBackend`. `delay` is waited before and after each call."""
 
-    def __init__(self, backend: MemoryBackend | None = None) -> None:
+    def __init__(
+        self,
+        backend: MemoryBackend | None = None,
+        *,
+        delay: Callable[[], Awaitable[None]] = _no_delay,
+    ) -> None:
         self.backend = backend or MemoryBackend()
-        self.unreachable = False
+        self._delay = delay
+        self._connected = asyncio.Event()
+        self._connected.set()
+        self._leases: list[MemoryLease] = []
 
-    def _reach(self) -> None:
-        if self.unreachable:
+    @property
+    def is_cut(self) -> bool:
+        return not self._connected.is_set()
+
+    def cut(self) -> None:
+        """Every call fails, watches are silent and leases are not renewed, until `mend`."""
+        self._connected.clear()
+
+    def mend(self) -> None:
+        self._connected.set()
+
+    async def _reach(self) -> None:
+        await self._delay()
+        if self.is_cut:
             raise TemporaryError(Reason.STORE_UNAVAILABLE, "the memory store is cut off")
 
     async def get(self, key: str, *, timeout_s: float = 2.0) -> Record | None:  # noqa: ARG002
-        self._reach()
-        return self.backend.records.get(key)
+        await self._reach()
+        found = self.backend.records.get(key)
+        await self._reach()
+        return found
 
     async def list(self, prefix: str, *, timeout_s: float = 5.0) -> Snapshot:  # noqa: ARG002
-        self._reach()
-        return self.backend.read(prefix)
+        await self._reach()
+        found = self.backend.read(prefix)
+        await self._reach()
+        return found
 
     async def commit(
         self,
@@ -189,8 +241,10 @@ class MemoryStore:
         *,
         timeout_s: float = 5.0,  # noqa: ARG002
     ) -> CommitResult:
-        self._reach()
-        return self.backend.commit(transaction)
+        await self._reach()
+        result = self.backend.commit(transaction)
+        await self._reach()
+        return result
 
     async def watch(self, prefix: str, *, from_revision: int) -> AsyncIterator[Changes]:
         changed = asyncio.Event()
@@ -198,6 +252,8 @@ class MemoryStore:
         try:
             while True:
                 changed.clear()
+                await self._delay()
+                await self._connected.wait()
                 for changes in self.backend.since(prefix, from_revision):
                     from_revision = changes.revision + 1
                     yield changes
@@ -206,8 +262,12 @@ class MemoryStore:
             stop()
 
     async def grant(self, ttl_s: float, *, timeout_s: float = 5.0) -> MemoryLease:  # noqa: ARG002
-        self._reach()
-        return MemoryLease(self, self.backend.grant(ttl_s), ttl_s)
+        await self._reach()
+        lease = MemoryLease(self, self.backend.grant(ttl_s), ttl_s)
+        self._leases.append(lease)
+        return lease
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Stop renewing leases; they end by themselves."""
+        for lease in self._leases:
+            await lease.abandon()

@@ -85,10 +85,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """All changes of one or more whole revisions, in order; never half a revision."""
+    """All changes of one or more whole revisions, in order; never half a revision.
+
+    `store_term` grows whenever the store elected a new leader of its own: leases that end just
+    after that prove nothing about their owners.
+    """
 
     revision: int
     changes: tuple[Change, ...] = field(default=())
+    store_term: int = 0
 
 
 class Lease(Protocol):

@@ -15,7 +15,14 @@ from typing import Any
 
 import structlog
 
-from raddle.core.events import Committed, Event, RecordChanged, RequestReceived, Woken
+from raddle.core.events import (
+    Committed,
+    Event,
+    RecordChanged,
+    RequestReceived,
+    StoreLeaderChanged,
+    Woken,
+)
 from raddle.core.instructions import Commit, Instruction, ProbeNode, ProbeRank, Reply, WakeAt
 from raddle.core.machine import Machine
 from raddle.core.nodes import NodeTracker
@@ -24,7 +31,7 @@ from raddle.model import keys
 from raddle.model.errors import RaddleError, Reason, TemporaryError
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
-from raddle.scheduler.probes import Prober
+from raddle.scheduler.probes import RankProber
 from raddle.store.election import Term
 from raddle.store.protocol import Compare, Delete, Put, Store, Transaction
 from raddle.wire import records as wire
@@ -42,13 +49,24 @@ class Leader:
     """The machine and its hands for one term."""
 
     def __init__(
-        self, store: Store, mirror: Mirror, term: Term, prober: Prober, metrics: Metrics
+        self,
+        store: Store,
+        mirror: Mirror,
+        term: Term,
+        prober: RankProber,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.time,
+        make_machine: Callable[..., Machine] = Machine,
     ) -> None:
         self._store = store
         self._mirror = mirror
         self._term = term
         self._prober = prober
         self._metrics = metrics
+        self._clock = clock
+        self._make_machine = make_machine
+        self._store_term = mirror.store_term
         self._queue: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
         self._replies: dict[str, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,6 +129,11 @@ class Leader:
             self._fail_all()
 
     def _record_changed(self, key: str, value: Any, _revision: int) -> None:
+        if self._mirror.store_term > self._store_term:
+            # Told before the change: the lease that ended may have ended for this alone.
+            if self._store_term:
+                self.tell(StoreLeaderChanged())
+            self._store_term = self._mirror.store_term
         if key.startswith(keys.AGENTS):
             self.tell(RecordChanged(key, value))
 
@@ -123,7 +146,7 @@ class Leader:
                 events.append(self._queue.get_nowait())
             self._require_lease()
             started = time.thread_time()
-            instructions = machine.handle(events, now=time.time())
+            instructions = machine.handle(events, now=self._clock())
             self._metrics.decided(len(events), time.thread_time() - started)
             events = []
             try:
@@ -138,7 +161,7 @@ class Leader:
         return self._current.context.nodes if self._current is not None else None
 
     def _machine(self) -> Machine:
-        machine = Machine(self._mirror.records(), now=time.time())
+        machine = self._make_machine(self._mirror.records(), now=self._clock())
         self._current = machine
         self.tell(Woken())
         return machine
@@ -227,7 +250,7 @@ class Leader:
     def _wake_at(self, time_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        delay = max(0.0, time_s - time.time())
+        delay = max(0.0, time_s - self._clock())
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(delay, lambda: self.tell(Woken()))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import signal
 import socket
@@ -21,8 +20,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from raddle.model.errors import RaddleError
 from raddle.model.incident import LeaderRecord
 from raddle.scheduler.authorization import DEFAULT, LOOPBACK, Policy, load_policy
+from raddle.scheduler.campaign import campaign
 from raddle.scheduler.interceptor import Interceptor
-from raddle.scheduler.leader import Deposed, Leader
+from raddle.scheduler.leader import Leader
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
 from raddle.scheduler.probes import Prober
@@ -30,7 +30,7 @@ from raddle.scheduler.replica import Replica
 from raddle.scheduler.router_service import RouterService
 from raddle.scheduler.scheduler_service import SchedulerService
 from raddle.scheduler.watches import Watches
-from raddle.store.election import Election, Probe
+from raddle.store.election import Election, Probe, Term
 from raddle.store.etcd.connection import EtcdTls
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.protocol import Record
@@ -113,7 +113,7 @@ class SchedulerProcess:
         """Serve until told to stop; then give the lead back."""
         server, interceptor = await self._serve()
         following = asyncio.create_task(self.mirror.run())
-        leading = asyncio.create_task(self._lead_again_and_again())
+        leading = asyncio.create_task(self._campaign())
         stop_metrics = None
         if self.settings.metrics_listen:
             stop_metrics = serve_metrics(
@@ -159,16 +159,11 @@ class SchedulerProcess:
             self.replica.address = f"{host}:{port}"
         await server.start()
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
-        await self._say_leading(leads=False)
+        await self._leads(None)
         log.info("serving", address=self.replica.address, identity=self.replica.identity)
         return server, interceptor
 
-    async def _say_leading(self, *, leads: bool) -> None:
-        self.replica.metrics.leader.set(1 if leads else 0)
-        status = health_pb2.HealthCheckResponse
-        await self.health.set(SERVICE, status.SERVING if leads else status.NOT_SERVING)
-
-    async def _lead_again_and_again(self) -> None:
+    async def _campaign(self) -> None:
         self.replica.store_version = await self._store_version()
         record = LeaderRecord(
             identity=self.replica.identity,
@@ -176,28 +171,17 @@ class SchedulerProcess:
             version=self.replica.version,
         )
         election = Election(self.store, wire.encode("leader", record), self._probe)
-        while True:
-            await self.mirror.wait_revision(1)
-            if self.mirror.too_new:
-                key, why = next(iter(self.mirror.too_new.items()))
-                log.error("this replica must not lead", key=key, why=why)
-                await asyncio.sleep(5.0)
-                continue
-            term = await election.campaign()
-            log.info("leading", revision=term.revision)
-            leader = Leader(self.store, self.mirror, term, Prober(self.tls), self.replica.metrics)
-            self.replica.leader = leader
-            await self._say_leading(leads=True)
-            try:
-                await leader.run()
-            except Deposed as why:
-                log.warning("no longer leading", why=str(why))
-                election.deposed()
-            finally:
-                self.replica.leader = None
-                with contextlib.suppress(RaddleError):
-                    await term.resign(self.store)
-                await self._say_leading(leads=False)
+        await campaign(self.store, self.mirror, election, self._leader, self._leads)
+
+    def _leader(self, term: Term) -> Leader:
+        return Leader(self.store, self.mirror, term, Prober(self.tls), self.replica.metrics)
+
+    async def _leads(self, leader: Leader | None) -> None:
+        """What the process says of itself follows who leads in it."""
+        self.replica.leader = leader
+        self.replica.metrics.leader.set(1 if leader else 0)
+        status = health_pb2.HealthCheckResponse
+        await self.health.set(SERVICE, status.SERVING if leader else status.NOT_SERVING)
 
     async def _store_version(self) -> str:
         while True:

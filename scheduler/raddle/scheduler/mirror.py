@@ -37,6 +37,8 @@ class Mirror:
         self._listeners: list[Listener] = []
         self._moved = asyncio.Event()
         self.revision = 0
+        #: Counts elections of the store's own leader.
+        self.store_term = 0
         #: Keys whose record could not be read, with the reason.
         self.set_aside: dict[str, str] = {}
         #: Keys of a newer schema: this replica must not lead.
@@ -50,6 +52,7 @@ class Mirror:
                     if isinstance(item, Snapshot):
                         self._load(item)
                     else:
+                        self.store_term = max(self.store_term, item.store_term)
                         for change in item.changes:
                             self._apply(change)
                         self._advance(item.revision)

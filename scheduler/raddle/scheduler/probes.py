@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 import grpc
 
@@ -13,6 +14,14 @@ from raddle.telemetry.tls import TlsFiles
 from raddle.v1 import engine_pb2, engine_pb2_grpc
 
 PROBE_TIMEOUT_S = 0.5
+
+
+class RankProber(Protocol):
+    """Whatever can ask a rank for a sign of life."""
+
+    async def node(self, probe: ProbeNode) -> NodeProbed: ...
+
+    async def rank(self, probe: ProbeRank) -> RankProbed: ...
 
 
 class Prober:

@@ -50,7 +50,8 @@ async def watch_prefix(
                 pending += response.events
                 if response.fragment or not pending:
                     continue
-                changes, pending = _changes(pending, strip), []
+                changes = _changes(pending, strip, response.header.raft_term)
+                pending = []
                 next_revision = changes.revision + 1
                 yield changes
         except grpc.aio.AioRpcError as error:
@@ -101,7 +102,7 @@ def _refused(message: str) -> PermanentError:
     return PermanentError(Reason.PERMISSION_DENIED, f"etcd refuses the watch: {message}.")
 
 
-def _changes(events: list[rpc.Event], strip: int) -> Changes:
+def _changes(events: list[rpc.Event], strip: int, term: int) -> Changes:
     found = []
     for event in events:
         kv = event.kv
@@ -110,4 +111,4 @@ def _changes(events: list[rpc.Event], strip: int) -> Changes:
         if event.type == rpc.Event.PUT:
             record = Record(key, kv.value, kv.mod_revision, kv.create_revision, kv.lease)
         found.append(Change(key, record, kv.mod_revision))
-    return Changes(events[-1].kv.mod_revision, tuple(found))
+    return Changes(events[-1].kv.mod_revision, tuple(found), term)
