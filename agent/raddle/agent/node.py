@@ -238,20 +238,21 @@ class NodeAgent:
     async def _report_under(self, lease: Lease) -> None:
         lost = asyncio.create_task(lease.wait_lost())
         faults = self._source.follow()
+        change = asyncio.ensure_future(anext(faults))
         try:
-            self._faults.update(await anext(faults), now=self._clock())
             while True:
-                await self._put_health(lease)
-                change = asyncio.ensure_future(anext(faults))
                 await asyncio.wait({lost, change}, return_when=asyncio.FIRST_COMPLETED)
                 if not change.done():
-                    change.cancel()
-                    await asyncio.gather(change, return_exceptions=True)
                     log.warning("lease lost; reporting anew", node=self._facts.name)
                     return
                 self._faults.update(change.result(), now=self._clock())
+                await self._put_health(lease)
+                change = asyncio.ensure_future(anext(faults))
         finally:
             lost.cancel()
+            change.cancel()
+            # A generator that runs can't be closed.
+            await asyncio.gather(lost, change, return_exceptions=True)
             await faults.aclose()
             await lease.revoke()
 

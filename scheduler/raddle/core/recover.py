@@ -235,13 +235,16 @@ def _decide_instance(
         return False
     seats = _with_start_counts(decision, draft.job.epoch)
     draft.starts = draft.starts or bool(decision.starts)
-    draft.placement = replace(
+    placement = replace(
         draft.placement,
         instances=tuple(
             replace(p, ranks=seats) if (p.role, p.instance) == (role_name, instance) else p
             for p in draft.placement.instances
         ),
     )
+    # At once: the next instance of this job must not choose the same free dies.
+    context.reseat(draft.placement, placement)
+    draft.placement = placement
     if decision.expert_map is not None:
         draft.maps[role_name, instance] = InstanceExpertMap(
             role=role_name, instance=instance, expert_map=decision.expert_map
@@ -296,6 +299,9 @@ def _start_over(context: Context, draft: Draft, lost: list[Loss]) -> JobPlan:
         reason="RESTART",
         message=f"{lost[0].message}; {draft.plans[-1].why.message}: the job is placed anew",
     )
+    before = context.state.placement(draft.job.uid)
+    assert before is not None, draft.job.uid
+    context.reseat(draft.placement, before)
     lifecycle.requeue(context, draft.job, why)
     return JobPlan(job_uid=draft.job.uid, epoch=draft.job.epoch + 1, instances=tuple(draft.plans))
 
@@ -303,13 +309,10 @@ def _start_over(context: Context, draft: Draft, lost: list[Loss]) -> JobPlan:
 def _commit(context: Context, draft: Draft, losses: list[Loss], incident_id: str) -> None:
     """Stage everything that the next epoch of the job consists of."""
     job, placement, state = draft.job, draft.placement, context.state
-    old = state.placement(job.uid)
-    assert old is not None
     restores = _restores(context, job, placement, losses)
     draft.plans = [_with_kv(plan, restores) for plan in draft.plans]
     put_job(context, replace(job, why=Why(reason="RECOVERING", message=losses[0].message)))
     state.put(keys.placement(job.uid), placement)
-    context.reseat(old, placement)
     maps = tuple(draft.maps[key] for key in sorted(draft.maps))
     put_expert_maps(context, JobExpertMaps(job_uid=job.uid, epoch=job.epoch, instances=maps))
     live = job.live_epoch > 0

@@ -210,7 +210,7 @@ class AgentMachine:
         for slot, (job, want) in wanted.items():
             known = self.ranks.get(slot)
             if known is None:
-                out.append(self._start(job, want))
+                out += self._begin(job, want)
             elif known.is_up:
                 out += self._drive(known, job, want)
         return out
@@ -223,8 +223,13 @@ class AgentMachine:
         self.ending[slot, rank.start_count] = None
         return [StopRank(slot[0], slot[1], rank.start_count)]
 
-    def _start(self, job: JobAssignment, want: RankAssignment) -> StartRank:
-        """A place is kept for the rank until it is up or failed."""
+    def _begin(self, job: JobAssignment, want: RankAssignment) -> list[Instruction]:
+        """Start the rank; a place is kept for it until it is up or failed.
+
+        Only a rank of this very epoch may be started. One that should have run before and was not
+        found (it ended while no agent watched) is told as ended: a fresh process in its place
+        would hold neither its experts nor its sequences.
+        """
         status = RankStatus(
             role=want.rank.role,
             instance=want.rank.instance,
@@ -232,8 +237,13 @@ class AgentMachine:
             die=want.die,
             start_count=want.start_count,
         )
-        self.ranks[job.job_uid, want.rank] = Rank(want.start_count, status)
-        return StartRank(job, want)
+        known = self.ranks[job.job_uid, want.rank] = Rank(want.start_count, status)
+        if job.stage is AssignmentStage.START and want.start_count == job.epoch:
+            return [StartRank(job, want)]
+        message = "the process was gone when the agent came back"
+        known.status = replace(status, stage=RankStage.EXITED, exit_code=-1, message=message)
+        self._dirty[job.job_uid] = None
+        return []
 
     def _drive(self, rank: Rank, job: JobAssignment, want: RankAssignment) -> list[Instruction]:
         goal = _GOAL[job.stage]
