@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +57,20 @@ def demo(
     raise typer.Exit(asyncio.run(run_demo(as_json=form == "json", requests=requests, keep=keep)))
 
 
+def sim(ctx: typer.Context) -> None:
+    """Run the real scheduler and agents against faults drawn from a seed, in virtual time.
+
+    Options: --seed, --seeds, --machine, --faults, --jobs, --trace, --output; see `raddle sim
+    --help`. Exit code 1 if a seed broke an invariant or did not converge.
+
+    Examples: `raddle sim`, `raddle sim --seed 7 --trace`
+    """
+    # A process of its own: the command line starts daemons and never imports them.
+    os.execv(sys.executable, [sys.executable, "-m", "raddle.sim.main", *ctx.args])
+
+
 def register(app: typer.Typer) -> None:
     app.command()(up)
     app.command()(demo)
+    passed_on = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command(add_help_option=False, context_settings=passed_on)(sim)

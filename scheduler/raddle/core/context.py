@@ -43,8 +43,11 @@ class Context:
     now: float
     #: Jobs whose ranks, nodes or records changed since they were last advanced.
     touched: dict[str, None] = field(default_factory=dict)
-    #: When this leader's term began; entries before it were timed by another clock.
-    term_start_s: float = 0.0
+    #: When the running phase of an incident began, if in this term: other leaders' entries were
+    #: timed by another host's clock, and clocks of two hosts are never compared.
+    phase_began: dict[str, float] = field(default_factory=dict)
+    #: Since when this leader sees a job wait, or a drain under way.
+    seen_since: dict[str, float] = field(default_factory=dict)
     #: Something became free or waits anew: the queue is worth a look.
     queue_dirty: bool = True
     #: A maintenance may have made progress.
@@ -101,6 +104,10 @@ class Context:
     def is_under(position: str, subject: str) -> bool:
         """Is the position the subject, or part of it?"""
         return position == subject or position.startswith(f"{subject}/")
+
+    def seen_for_s(self, name: str) -> float:
+        """How long this leader has seen a thing; its own clock alone counts."""
+        return self.now - self.seen_since.setdefault(name, self.now)
 
     def take_reconnects(self) -> list[tuple[str, str]]:
         found, self.to_reconnect = list(self.to_reconnect.items()), {}

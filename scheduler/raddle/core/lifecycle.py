@@ -64,7 +64,7 @@ def schedule(context: Context) -> bool:
             start(context, job, placed)
             continue
         set_why(context, job, placed)
-        if context.now - job.create_time > RESERVE_AFTER_S:
+        if context.seen_for_s(job.uid) > RESERVE_AFTER_S:
             break
     return False
 
@@ -77,6 +77,7 @@ def _writes_of(job: Job) -> int:
 def start(context: Context, job: Job, placed: PlacedJob) -> None:
     """Commit a placement at the next epoch and have the ranks started."""
     epoch = job.epoch + 1
+    context.seen_since.pop(job.uid, None)
     placement = _with_starts(placed.placement(job.uid, epoch), epoch)
     job = replace(
         job,

@@ -55,9 +55,7 @@ class Machine:
         supernodes = state.supernodes()
         storm_nodes_max = max((s.nodes_per_rack for s in supernodes), default=1)
         nodes = NodeTracker(storm_nodes_max, now=now)
-        self.context = Context(
-            state=state, cluster=Cluster(supernodes), nodes=nodes, now=now, term_start_s=now
-        )
+        self.context = Context(state=state, cluster=Cluster(supernodes), nodes=nodes, now=now)
         self._first_loss_s: float | None = None
         self._wake_s: float | None = None
         self._begin_term()
@@ -306,12 +304,18 @@ class Machine:
             why = Why(reason="DRAINED", message=f"{total} ranks moved away; nothing runs here")
             new = replace(new, state=MaintenanceState.DRAINED, why=why)
             context.draining.pop(record.subject, None)
-        elif context.now >= record.deadline > 0:
+        elif self._drain_left_s(record) <= 0:
             why = Why(reason="EXPIRED", message=f"{here} of {total} ranks are still here")
             new = replace(new, state=MaintenanceState.EXPIRED, why=why)
             context.draining.pop(record.subject, None)
             lift_hold(context, record.subject)
+        if new.state is not MaintenanceState.DRAINING:
+            context.seen_since.pop(record.id, None)
         context.state.put(keys.maintenance(record.id), new)
+
+    def _drain_left_s(self, record: Maintenance) -> float:
+        """Of the drain's time; counted anew by each leader, on its own clock."""
+        return record.deadline - record.create_time - self.context.seen_for_s(record.id)
 
     # --- nodes and dies ------------------------------------------------------------------------
 
@@ -366,9 +370,9 @@ class Machine:
         if context.queue_dirty:
             due.append(context.now)
         due += [
-            m.deadline
+            context.now + self._drain_left_s(m)
             for m in context.state.maintenances()
-            if m.state is MaintenanceState.DRAINING and m.deadline > 0
+            if m.state is MaintenanceState.DRAINING
         ]
         if any(m <= context.now for m in due if m) and context.draining:
             context.drains_dirty = True

@@ -118,13 +118,12 @@ def _incident(
         )
         for loss in losses
     )
-    decide = TimelineEntry(
-        phase=IncidentPhase.DECIDE, start_time=context.now, message="candidates are compared"
-    )
+    comparing = "candidates are compared"
     for open_one in context.state.open_incidents():
         if any(plan.job_uid in by_job for plan in open_one.plans):
             joined = (*open_one.faults, *faults)[-FAULTS_AN_INCIDENT_MAX:]
-            entries = timeline.ended(context, open_one.timeline)
+            entries = timeline.ended(context, open_one)
+            decide = timeline.began(context, open_one.id, IncidentPhase.DECIDE, comparing)
             kind, subject = _subject([fault.subject for fault in joined], losses)
             return replace(
                 open_one,
@@ -141,8 +140,10 @@ def _incident(
         duration=max(context.now - first_seen_s, 1e-6),
         message=losses[0].message,
     )
+    incident_id = context.state.new_incident_id()
+    decide = timeline.began(context, incident_id, IncidentPhase.DECIDE, comparing)
     return Incident(
-        id=context.state.new_incident_id(),
+        id=incident_id,
         subject_kind=kind,
         subject=subject,
         phase=IncidentPhase.DECIDE,

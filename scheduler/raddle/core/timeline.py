@@ -32,25 +32,34 @@ def enter(context: Context, incident: Incident, phase: IncidentPhase, message: s
     """End the running phase and begin the next; a phase that was reached is not entered again."""
     if _ORDER.index(phase) <= _ORDER.index(incident.phase):
         return incident
-    entries = ended(context, incident.timeline)
+    entries = ended(context, incident)
     if phase is IncidentPhase.CLOSED:
         incident = replace(incident, phase=phase, timeline=entries, end_time=context.now)
     else:
-        entry = TimelineEntry(phase=phase, start_time=context.now, message=message)
+        entry = began(context, incident.id, phase, message)
         incident = replace(incident, phase=phase, timeline=(*entries, entry))
     context.state.put(keys.incident(incident.id), incident)
     context.state.stimulus(incident.id)
     return incident
 
 
-def ended(context: Context, entries: tuple[TimelineEntry, ...]) -> tuple[TimelineEntry, ...]:
+def began(context: Context, incident_id: str, phase: IncidentPhase, message: str) -> TimelineEntry:
+    """A phase that begins now."""
+    context.phase_began[incident_id] = context.now
+    return TimelineEntry(phase=phase, start_time=context.now, message=message)
+
+
+def ended(context: Context, incident: Incident) -> tuple[TimelineEntry, ...]:
+    """The incident's entries, the last one ended now; without a duration if we did not begin it."""
+    entries = incident.timeline
+    start_s = context.phase_began.pop(incident.id, None)
     if not entries or entries[-1].duration:
         return entries
     last = entries[-1]
-    seen_by_us = last.start_time >= context.term_start_s
-    duration = max(context.now - last.start_time, 1e-6) if seen_by_us else 0.0
-    message = last.message if seen_by_us else f"{last.message}; continued by the next leader"
-    return (*entries[:-1], replace(last, duration=duration, message=message))
+    if start_s is None:
+        message = f"{last.message}; continued by the next leader"
+        return (*entries[:-1], replace(last, message=message))
+    return (*entries[:-1], replace(last, duration=max(context.now - start_s, 1e-6)))
 
 
 def committed(context: Context, incident_id: str) -> None:
@@ -77,9 +86,13 @@ def repaired(context: Context, job: Job) -> None:
 
 
 def published(context: Context, job: Job) -> None:
-    """All ranks serve: close the incidents whose every job is live at its plan's epoch or later."""
-    for incident in incidents_of(context, job):
-        if all(_is_done(context, p.job_uid, p.epoch) for p in incident.plans):
+    """All ranks serve: close the incidents whose every job is live at its plan's epoch or later.
+
+    Also those whose plan for this job gave way to a newer one, under another incident.
+    """
+    for incident in context.state.open_incidents():
+        mine = any(p.job_uid == job.uid for p in incident.plans)
+        if mine and all(_is_done(context, p.job_uid, p.epoch) for p in incident.plans):
             enter(context, incident, IncidentPhase.CLOSED, "")
 
 
