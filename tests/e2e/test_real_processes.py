@@ -2,128 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from raddle import traces
-from raddle.cli.cluster import LocalCluster
-from raddle.cli.demo.client import Answers, get_text, send_all
-from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
-from raddle.wire.parse import job_message
-
-JOB = """
-name: small
-model: {config: raddle-demo, kv_block_tokens: 16}
-roles:
-  - {name: prefill, kind: prefill, ranks: 2, slots_per_rank: 32, engine: {driver: reference}}
-  - {name: decode, kind: decode, ranks: 6, slots_per_rank: 10, spread_nodes: 3,
-     max_sequences_per_rank: 16, engine: {driver: reference}}
-  - {name: cache, kind: cache, ranks: 2, dram_bytes: 100000000, engine: {driver: reference}}
-"""
-CLOSED = incident_pb2.INCIDENT_PHASE_CLOSED
-
-
-class Served:
-    """A running cluster with the small job, its front door, and its undisturbed tokens."""
-
-    def __init__(self, cluster: LocalCluster, uid: str, address: str) -> None:
-        self.cluster = cluster
-        self.uid = uid
-        self.address = address
-        self.requests = traces.load_requests(16, blocks_max=4)
-        self.expected = Answers()
-
-    async def job(self) -> Any:
-        request = scheduler_pb2.GetJobRequest(job_uid=self.uid)
-        return await self.cluster.stub.GetJob(request, timeout=10.0)
-
-    async def ready_at(self, epoch: int) -> None:
-        async def reached() -> bool:
-            job = (await self.job()).job
-            return bool(job.state == job_pb2.JOB_STATE_READY and job.live_epoch >= epoch)
-
-        await self.cluster.until(reached, f"the job is ready at epoch {epoch}")
-
-    async def incidents(self) -> list[Any]:
-        request = scheduler_pb2.ListIncidentsRequest()
-        return list((await self.cluster.stub.ListIncidents(request, timeout=10.0)).incidents)
-
-    async def same_tokens_while(self, fault: Any) -> None:
-        """Send all requests, run the fault in mid stream, compare every token."""
-        assert (await self.job()).job.created_by == "client/admin"
-        answers = Answers()
-        sending = asyncio.create_task(send_all(self.address, self.requests, answers, 8))
-
-        async def some() -> bool:
-            return answers.count >= 10
-
-        try:
-            await self.cluster.until(some, "tokens flow")
-            await fault()
-            await sending
-        finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-        assert answers.failures == {}
-        assert answers.tokens == self.expected.tokens
+from raddle.model import keys
+from raddle.model.incident import IncidentPhase
+from raddle.store.etcd.store import EtcdStore
+from raddle.store.follow import follow
+from raddle.store.protocol import Snapshot
+from raddle.v1 import scheduler_pb2
+from raddle.wire import records as codec
+from tests.e2e.served import CLOSED, Served, serving
 
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    machine = str(Path(__file__).parent / "small_machine.yaml")
-    cluster = LocalCluster(tmp_path, machine=machine, real_nodes=4, schedulers=2)
-    try:
-        await cluster.start()
-        spec = job_message(JOB, tmp_path)
-        answer = await cluster.stub.SubmitJob(
-            scheduler_pb2.SubmitJobRequest(spec=spec), timeout=10.0
-        )
-        served = Served(cluster, answer.job.uid, "")
-        await served.ready_at(1)
-        served.address = cluster.start_front_door("default/small", "raddle-demo")
-
-        async def live() -> bool:
-            try:
-                return (await get_text(served.address, "/health"))[0] == 200
-            except OSError:
-                return False
-
-        await cluster.until(live, "the front door has routes")
-        await send_all(served.address, served.requests, served.expected, 8)
-        assert served.expected.failures == {}
-        yield served
-    finally:
-        await cluster.stop()
-
-
-async def _decode_ranks(served: Served) -> list[tuple[str, int, str]]:
-    """(die, process, incarnation) of the living decode ranks."""
-    processes = served.cluster.rank_processes()
-    ranks = (await served.job()).ranks
-    return [
-        (r.die, processes[r.incarnation], r.incarnation)
-        for r in ranks
-        if r.role == "decode" and r.incarnation in processes
-    ]
+    async with serving(tmp_path) as found:
+        yield found
 
 
 async def test_a_killed_rank_and_a_killed_npu_lose_no_token(served: Served) -> None:
     """SIGKILL of a rank, then of both dies of an NPU: the tokens are the same."""
 
     async def kill_rank() -> None:
-        os.kill((await _decode_ranks(served))[0][1], signal.SIGKILL)
+        await served.kill_decode_rank()
         await served.ready_at(2)
 
     await served.same_tokens_while(kill_rank)
 
     async def kill_npu() -> None:
-        ranks = await _decode_ranks(served)
+        ranks = await served.decode_ranks()
         npus = [die.rsplit("/", 1)[0] for die, _, _ in ranks]
         npu = next(name for name in npus if npus.count(name) == 2)
         epoch = (await served.job()).job.epoch
@@ -140,7 +52,7 @@ async def test_a_killed_node_loses_no_token(served: Served) -> None:
     """SIGKILL of an agent and all its ranks at once: the survivors go on with the same tokens."""
 
     async def kill_node() -> None:
-        die = (await _decode_ranks(served))[0][0]
+        die = (await served.decode_ranks())[0][0]
         served.cluster.kill_node("/".join(die.split("/")[:2]))
         await served.ready_at(2)
 
@@ -149,7 +61,7 @@ async def test_a_killed_node_loses_no_token(served: Served) -> None:
 
 async def test_an_agent_killed_alone_changes_no_epoch(served: Served) -> None:
     """SIGKILL of an agent alone: its ranks go on, the new agent adopts them, nothing moves."""
-    before = await _decode_ranks(served)
+    before = await served.decode_ranks()
     node = "/".join(before[0][0].split("/")[:2])
 
     async def kill_agent() -> None:
@@ -168,21 +80,97 @@ async def test_an_agent_killed_alone_changes_no_epoch(served: Served) -> None:
 
     await served.same_tokens_while(kill_agent)
     assert (await served.job()).job.epoch == 1
-    assert sorted(await _decode_ranks(served)) == sorted(before)
+    assert sorted(await served.decode_ranks()) == sorted(before)
 
 
 async def test_a_leader_killed_in_a_recovery_is_followed(served: Served) -> None:
     """SIGKILL of a rank and of the leader together: the next leader ends the recovery."""
 
     async def kill_both() -> None:
-        status = await served.cluster.stub.GetStatus(scheduler_pb2.GetStatusRequest(), timeout=10.0)
-        number = int(status.leader_identity.rsplit("-", 1)[1])
-        os.kill((await _decode_ranks(served))[0][1], signal.SIGKILL)
-        child = served.cluster.children.pop(f"scheduler-{number}")
-        child.process.kill()
-        child.process.wait()
-        await served.cluster.connect(1 - number)
+        await served.kill_decode_rank()
+        await served.kill_leader()
         await served.ready_at(2)
 
     await served.same_tokens_while(kill_both)
     assert all(incident.phase == CLOSED for incident in await served.incidents())
+
+
+PHASES = [
+    IncidentPhase.DETECT,
+    IncidentPhase.DECIDE,
+    IncidentPhase.FENCE,
+    IncidentPhase.REPAIR,
+    IncidentPhase.PUBLISH,
+]
+
+
+async def _phase_seen(store: EtcdStore, phase: IncidentPhase, known: set[str]) -> str:
+    """Wait until a new incident is in the phase or later; gives its id."""
+    async for item in follow(store, keys.INCIDENTS):
+        records = item.records if isinstance(item, Snapshot) else [c.record for c in item.changes]
+        for record in records:
+            if record is None:
+                continue
+            incident = codec.decode(record.key, record.value)
+            reached = PHASES.index(phase) <= _order(incident.phase)
+            if incident.id not in known and reached:
+                return str(incident.id)
+    raise AssertionError("a watch ended")
+
+
+def _order(phase: IncidentPhase) -> int:
+    return PHASES.index(phase) if phase in PHASES else len(PHASES)
+
+
+@pytest.mark.timeout(180)
+async def test_the_leader_is_killed_in_each_phase(tmp_path: Path) -> None:
+    """SIGKILL of the leader in every phase of a recovery: the next one ends it, same tokens."""
+    async with serving(tmp_path, schedulers=3) as served:
+        cluster = served.cluster
+        store = EtcdStore([cluster.etcd_endpoints], "default", operation_key="operations/test")
+        hit = set()
+        for phase in PHASES:
+            known = {incident.id for incident in await served.incidents()}
+            epoch = (await served.job()).job.epoch
+
+            async def kill_in(
+                phase: IncidentPhase = phase, known: set[str] = known, epoch: int = epoch
+            ) -> None:
+                leader = await served.leader_number()
+                child = cluster.children.pop(f"scheduler-{leader}")
+                await served.kill_decode_rank()
+                name = ""
+                if phase is not IncidentPhase.DETECT:
+                    name = await _phase_seen(store, phase, known)
+                child.process.kill()
+                child.process.wait()
+                if name:
+                    record = await store.get(keys.incident(name))
+                    assert record is not None
+                    hit.add(codec.decode(record.key, record.value).phase)
+                await cluster.connect((leader + 1) % 3)
+                await served.ready_at(epoch + 1)
+                cluster.start_scheduler(leader)
+
+            await served.same_tokens_while(kill_in)
+            assert all(incident.phase == CLOSED for incident in await served.incidents())
+        # The long phases are surely met; the short ones may be over before the signal arrives.
+        assert {IncidentPhase.FENCE, IncidentPhase.PUBLISH} <= hit
+        await store.close()
+
+
+@pytest.mark.timeout(180)
+async def test_an_etcd_member_of_three_is_killed(tmp_path: Path) -> None:
+    """SIGKILL of the etcd leader's member and then of a rank: nothing lost, the same tokens."""
+    async with serving(tmp_path, etcd_members=3) as served:
+
+        async def kill_member_and_rank() -> None:
+            member = served.cluster.etcds[0]
+            assert member.process is not None
+            member.process.kill()
+            await served.kill_decode_rank()
+            await served.ready_at(2)
+
+        await served.same_tokens_while(kill_member_and_rank)
+        assert all(incident.phase == CLOSED for incident in await served.incidents())
+        assert len(await served.incidents()) == 1, await served.incidents()

@@ -28,7 +28,7 @@ from raddle.store.etcd.connection import EtcdTls
 from raddle.store.etcd.store import EtcdStore
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.settings import load_settings, require, setting
-from raddle.telemetry.tls import tls_files
+from raddle.telemetry.tls import require_safe_listen, tls_files
 
 EXIT_REFUSED = 2
 DRIVERS = ("reference", "simulated")
@@ -45,6 +45,7 @@ class Settings:
     cluster: str = setting("default", "name of the cluster")
     state_dir: str = setting("", "folder for ranks' state and logs; ranks are found again in it")
     drivers: list[str] = setting(["simulated"], "engine drivers to offer: reference, simulated")
+    rank_host: str = setting("127.0.0.1", "address that ranks listen on and are reached at")
     faults_dir: str = setting("", "folder of simulated faults: <node with - for />.json")
     log_json: bool = setting(False, "JSON log lines even on a terminal")
     tls_ca: str = setting("", "CA of all members (PEM)")
@@ -91,6 +92,7 @@ class AgentProcess:
         self._settings = settings
         self._supernode = supernode
         self._tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
+        require_safe_listen(f"{settings.rank_host}:0", self._tls)
         self._stores: list[EtcdStore] = []
 
     def _store(self, operation_key: str) -> EtcdStore:
@@ -119,7 +121,16 @@ class AgentProcess:
                 made.append(SimulatedDriver(tell))
             if "reference" in self._settings.drivers:
                 folder = Path(self._settings.state_dir)
-                made.append(ReferenceDriver(node, folder, tell, stream.report))
+                made.append(
+                    ReferenceDriver(
+                        node,
+                        folder,
+                        tell,
+                        stream.report,
+                        host=self._settings.rank_host,
+                        tls=self._tls,
+                    )
+                )
             return made
 
         source = SimulatedSource(node, self._supernode, store, file)

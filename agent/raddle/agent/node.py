@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from raddle.agent.core.events import (
+    AcksFound,
     AssignmentChanged,
     Drive,
     Event,
@@ -92,6 +93,7 @@ class NodeAgent:
             self._work(),
             self._report_health(),
             self._follow_assignment(),
+            self._find_old_acks(),
             self._write_acks(),
             self._stream.run(),
         ]
@@ -184,6 +186,19 @@ class NodeAgent:
             except RaddleError as error:
                 log.warning("cannot follow the assignment; ranks go on", why=str(error))
             await asyncio.sleep(_RETRY_S)
+
+    async def _find_old_acks(self) -> None:
+        """Tell what an earlier life acknowledged: nobody else would ever take it back."""
+        prefix = keys.acks(self._facts.name, "")
+        while True:
+            try:
+                found = await self._store.list(prefix)
+            except RaddleError as error:
+                log.warning("cannot read old acknowledgements", why=str(error))
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self.tell(AcksFound(tuple(r.key.removeprefix(prefix) for r in found.records)))
+            return
 
     def _assigned(self, key: str, data: bytes | None) -> None:
         assignment = Assignment(node=self._facts.name)

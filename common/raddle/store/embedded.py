@@ -152,6 +152,13 @@ class EmbeddedEtcd:
 
     def launch(self) -> None:
         """Start the process without waiting for it."""
+        if self.binary.development_only:
+            version = ".".join(map(str, self.binary.version))
+            log.warning(
+                "embedded etcd is for development only: it can lose acknowledged writes when it is"
+                " killed; run `make tools` or install etcd 3.5.13 or newer",
+                version=version,
+            )
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self.folder / "etcd.log").open("ab") as output:
             self.process = subprocess.Popen(
@@ -170,13 +177,6 @@ class EmbeddedEtcd:
         """
         self.launch()
         await self.wait_ready()
-        if self.binary.development_only:
-            version = ".".join(map(str, self.binary.version))
-            log.warning(
-                "embedded etcd is for development only: it can lose acknowledged writes when it is"
-                " killed; run `make tools` or install etcd 3.5.13 or newer",
-                version=version,
-            )
 
     async def wait_ready(self) -> None:
         from raddle.model.errors import RaddleError

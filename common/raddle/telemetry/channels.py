@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from raddle.telemetry.tls import IDENTITY_METADATA, SERVER_NAME, TlsFiles
+from raddle.telemetry.tls import IDENTITY_METADATA, SCHEDULER_NAME, TlsFiles
 
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 OPTIONS: tuple[tuple[str, int | str], ...] = (
@@ -64,14 +64,18 @@ class _StreamUnary(_Identity, grpc.aio.StreamUnaryClientInterceptor):
 
 
 def make_channel(
-    address: str, *, identity: str = "", tls: TlsFiles | None = None
+    address: str,
+    *,
+    identity: str = "",
+    tls: TlsFiles | None = None,
+    server_name: str = SCHEDULER_NAME,
 ) -> grpc.aio.Channel:
-    """A channel to one `host:port`."""
+    """A channel to one `host:port`, whose certificate must carry `server_name`."""
     kinds = (_UnaryUnary, _UnaryStream, _StreamUnary) if identity else ()
     interceptors: list[Any] = [kind(identity) for kind in kinds]
     if tls is None:
         return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=interceptors)
-    options = (*OPTIONS, ("grpc.ssl_target_name_override", SERVER_NAME))
+    options = (*OPTIONS, ("grpc.ssl_target_name_override", server_name))
     return grpc.aio.secure_channel(
         address, tls.channel_credentials(), options=options, interceptors=interceptors
     )

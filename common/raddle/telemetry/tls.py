@@ -1,13 +1,15 @@
 """Certificates and the identities in them.
 
 Off loopback both sides show a certificate of the same CA. The subject's common name is the
-identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. On loopback without TLS a
-caller names itself in metadata.
+identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. The alternative name is the
+server's kind (`raddle-scheduler`, `raddle-agent`), whatever host it runs on; ranks show the
+certificate of their agent. On loopback without TLS a caller names itself in metadata.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from raddle.model.errors import PermanentError, Reason
 
 IDENTITY_METADATA = "raddle-identity"
 DEFAULT_IDENTITY = "client/local"
-# The name that server certificates of schedulers carry, whatever host they run on.
-SERVER_NAME = "raddle-scheduler"
+SCHEDULER_NAME = "raddle-scheduler"
+AGENT_NAME = "raddle-agent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,16 @@ class TlsFiles:
         return grpc.ssl_channel_credentials(
             self.ca.read_bytes(), self.key.read_bytes(), self.certificate.read_bytes()
         )
+
+    def socket_context(self, *, server: bool) -> ssl.SSLContext:
+        """For plain sockets between ranks: both sides show a certificate, hosts have no names."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(self.ca)
+        context.load_cert_chain(self.certificate, self.key)
+        return context
 
 
 def tls_files(ca: str, certificate: str, key: str) -> TlsFiles | None:

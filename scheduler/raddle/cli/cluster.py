@@ -27,6 +27,7 @@ from raddle.model.kinds import NodeState
 from raddle.model.topology import SuperNode
 from raddle.store.embedded import EmbeddedEtcd, free_port
 from raddle.telemetry.channels import make_channel
+from raddle.telemetry.tls import TlsFiles
 from raddle.v1 import scheduler_pb2, scheduler_pb2_grpc, topology_pb2
 from raddle.wire.codec import to_message
 
@@ -59,7 +60,10 @@ class LocalCluster:
     allow_fault_injection: bool = True
     listen_port: int = 0
     tell: Callable[[str], None] = lambda _: None
-    etcd: EmbeddedEtcd | None = None
+    #: Folder with `ca.crt` and a `.crt` and `.key` for each identity (`/` as `-`); empty: no TLS.
+    certificates: Path | None = None
+    etcd_members: int = 1
+    etcds: list[EmbeddedEtcd] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
     children: dict[str, Child] = field(default_factory=dict)
     _channel: grpc.aio.Channel | None = None
@@ -95,8 +99,7 @@ class LocalCluster:
             RaddleError: a part did not come up; the message has its last words.
         """
         self.tell(f"starting etcd, data and logs in {self.folder}")
-        self.etcd = EmbeddedEtcd(self.folder / "etcd")
-        await self.etcd.start()
+        await self._start_etcd()
         for number in range(self.schedulers):
             self.start_scheduler(number)
         self.tell(f"starting agents of {self.supernode.nodes} nodes ({self.real_nodes} real)")
@@ -107,11 +110,46 @@ class LocalCluster:
         await self._apply_machine()
         await self._wait_nodes()
 
+    async def _start_etcd(self) -> None:
+        if self.etcd_members == 1:
+            self.etcds = [EmbeddedEtcd(self.folder / "etcd")]
+        else:
+            peers = {f"m{number}": free_port() for number in range(self.etcd_members)}
+            self.etcds = [
+                EmbeddedEtcd(self.folder / f"etcd-{name}", name=name, peers=peers, election_ms=500)
+                for name in peers
+            ]
+        for member in self.etcds:
+            member.launch()
+        for member in self.etcds:
+            await member.wait_ready()
+
+    @property
+    def etcd_endpoints(self) -> str:
+        return ",".join(member.endpoint for member in self.etcds)
+
+    def tls(self, identity: str) -> TlsFiles | None:
+        """The files of one identity, if the cluster has certificates."""
+        if self.certificates is None:
+            return None
+        folder, name = self.certificates, identity.replace("/", "-").replace("*", "all")
+        return TlsFiles(folder / "ca.crt", folder / f"{name}.crt", folder / f"{name}.key")
+
+    def _tls_flags(self, identity: str) -> list[str]:
+        files = self.tls(identity)
+        if files is None:
+            return []
+        flags = {"ca": files.ca, "certificate": files.certificate, "key": files.key}
+        return [part for name, path in flags.items() for part in (f"--tls-{name}", str(path))]
+
     async def connect(self, number: int) -> None:
         """Talk to this scheduler from now on."""
         if self._channel is not None:
             await self._channel.close()
-        self._channel = make_channel(self.addresses[number], identity="client/admin")
+        identity = "client/admin"
+        self._channel = make_channel(
+            self.addresses[number], identity=identity, tls=self.tls(identity)
+        )
 
     def start_scheduler(self, number: int) -> Child:
         port = self.listen_port if number == 0 and self.listen_port else free_port()
@@ -120,15 +158,15 @@ class LocalCluster:
             address = self.addresses[number]
         else:
             self.addresses.append(address)
-        assert self.etcd is not None
         flags = ["--allow-fault-injection"] if self.allow_fault_injection else []
+        flags += self._tls_flags("scheduler")
         return self.spawn(
             f"scheduler-{number}",
             "raddle.scheduler.main",
             "--listen",
             address,
             "--etcd",
-            self.etcd.endpoint,
+            self.etcd_endpoints,
             "--identity",
             f"scheduler-{number}",
             *flags,
@@ -138,7 +176,7 @@ class LocalCluster:
         return list(self.supernode.node_names())[: self.real_nodes]
 
     def _agent(self, name: str, nodes: list[str], driver: str) -> Child:
-        assert self.etcd is not None
+        identity = f"agent/{nodes[0]}" if len(nodes) == 1 else "agent/*"
         return self.spawn(
             name,
             "raddle.agent.main",
@@ -147,11 +185,12 @@ class LocalCluster:
             "--machine",
             self.machine,
             "--etcd",
-            self.etcd.endpoint,
+            self.etcd_endpoints,
             "--state-dir",
             str(self.folder / "state" / name),
             "--drivers",
             driver,
+            *self._tls_flags(identity),
         )
 
     def start_real_agent(self, node: str) -> Child:
@@ -227,6 +266,7 @@ class LocalCluster:
             model,
             "--listen",
             address,
+            *self._tls_flags("client/frontdoor"),
         )
         return address
 
@@ -270,8 +310,8 @@ class LocalCluster:
         for pid in self.rank_processes().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if self.etcd is not None:
-            await self.etcd.stop()
+        for member in self.etcds:
+            await member.stop()
 
 
 def _is_running(pid: int, start_time_ticks: int) -> bool:

@@ -237,12 +237,11 @@ def finish_stopping(context: Context, job: Job) -> None:
 
 
 def _all_ranks_ended(context: Context, job_uid: str) -> bool:
-    for node, acks in context.state.acks.get(job_uid, {}).items():
-        if context.nodes.node(node).state is NodeState.LOST:
-            continue
-        if any(status.stage not in (RankStage.EXITED, RankStage.FAILED) for status in acks.ranks):
-            return False
-    return True
+    """An agent deletes its acknowledgements of a job once no process of it is left."""
+    return all(
+        context.nodes.node(node).state is NodeState.LOST
+        for node in context.state.acks.get(job_uid, {})
+    )
 
 
 def _ended(context: Context, job: Job, why: Why) -> Job:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import grpc
@@ -178,13 +179,13 @@ def _serializer(inner: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
 
 
 def refuse_foreign_node(context: Context, node: str) -> None:
-    """An agent speaks for its own node only.
+    """An agent speaks for its own node only; one of several simulated nodes names a pattern.
 
     Raises:
         PermanentError: PERMISSION_DENIED; logged with who and what.
     """
     identity = identity_of(context)
-    if identity.startswith("agent/") and identity != f"agent/{node}":
+    if identity.startswith("agent/") and not fnmatchcase(f"agent/{node}", identity):
         log.warning("refused", identity=identity, node=node, verb="report")
         raise PermanentError(
             Reason.PERMISSION_DENIED, f"{identity} may not report for node {node}."

@@ -181,7 +181,7 @@ class RankDriver:
                 return
             if job.epoch < rank.epoch or (job.epoch > rank.epoch and live):
                 message = f"epoch {job.epoch} is not this rank's epoch {rank.epoch}"
-                self._tell(DriveFailed(*slot, message, final=False))
+                self._tell(DriveFailed(*slot, job.epoch, message, final=False))
                 return
             rank.epoch = job.epoch
             last = stage is stages[-1]

@@ -66,6 +66,7 @@ class DriveFailed:
     job_uid: str
     key: RankKey
     start_count: int
+    epoch: int
     message: str
     final: bool
 
@@ -80,8 +81,16 @@ class PeerSuspected:
     suspicion: PeerSuspicion
 
 
+@dataclass(frozen=True, slots=True)
+class AcksFound:
+    """Jobs of which an earlier life of this agent left acknowledgements in the store."""
+
+    job_uids: tuple[str, ...]
+
+
 Event = (
-    AssignmentChanged
+    AcksFound
+    | AssignmentChanged
     | RankStarted
     | StartFailed
     | RankExited

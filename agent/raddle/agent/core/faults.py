@@ -21,15 +21,16 @@ class FaultLog:
 
     def update(self, faults: Sequence[ActiveFault], *, now: float) -> bool:
         """Take the devices' present faults; True if the report changed."""
-        new = tuple(sorted(faults, key=lambda f: (f.subject, f.code)))
+        new = tuple(sorted(set(faults), key=lambda f: (f.subject, f.code, f.level)))
         if new == self._active:
             return False
-        for fault in new:
-            if fault not in self._active:
-                self._add(fault, "OCCUR", now)
+        # Of a fault that changed its level the last word is the one that holds.
         for fault in self._active:
             if fault not in new:
                 self._add(fault, "RECOVER", now)
+        for fault in new:
+            if fault not in self._active:
+                self._add(fault, "OCCUR", now)
         self._active = new
         return True
 

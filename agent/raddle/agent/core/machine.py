@@ -14,6 +14,7 @@ from functools import singledispatchmethod
 from typing import Any
 
 from raddle.agent.core.events import (
+    AcksFound,
     AssignmentChanged,
     Drive,
     DriveFailed,
@@ -52,8 +53,12 @@ class Rank:
     status: RankStatus
     #: What it is being driven to, or None.
     driving: tuple[int, AssignmentStage] | None = None
+    #: What it was last driven to, and how often that failed.
+    target: tuple[int, AssignmentStage] | None = None
     attempts: int = 0
     suspicions: list[PeerSuspicion] = field(default_factory=list)
+    #: Its process has ended, or never was. A rank that failed may still have one.
+    is_gone: bool = False
 
     @property
     def is_up(self) -> bool:
@@ -62,6 +67,13 @@ class Rank:
     @property
     def is_over(self) -> bool:
         return self.status.stage in (RankStage.EXITED, RankStage.FAILED)
+
+    def is_driven_to(self, epoch: int, stage: RankStage) -> bool:
+        """Is this the last word of the command under way, not of an older one?"""
+        return self.driving is not None and (epoch, stage) == (
+            self.driving[0],
+            _GOAL[self.driving[1]],
+        )
 
 
 class AgentMachine:
@@ -74,6 +86,8 @@ class AgentMachine:
         #: Processes that were told to end and have not yet, by (slot, start_count).
         self.ending: dict[tuple[Slot, int], None] = {}
         self._dirty: dict[str, None] = {}
+        #: Processes in whose place another one is known, to be told to end.
+        self._strays: dict[tuple[Slot, int], None] = {}
 
     def handle(self, events: Sequence[Event]) -> list[Instruction]:
         """Take in all events, then say what is to be done."""
@@ -81,6 +95,7 @@ class AgentMachine:
         for event in events:
             self._take(event)
         if self.assignment is not None:
+            out += self._stop_strays()
             out += self._reconcile(self.assignment)
         out += self._acks()
         return out
@@ -107,6 +122,12 @@ class AgentMachine:
         slot = (event.job_uid, event.key)
         if (slot, event.start_count) in self.ending:
             return
+        known = self.ranks.get(slot)
+        if known is not None and known.start_count > event.start_count:
+            self._strays[slot, event.start_count] = None
+            return
+        if known is not None and known.start_count < event.start_count and not known.is_gone:
+            self._strays[slot, known.start_count] = None
         status = RankStatus(
             role=event.key.role,
             instance=event.key.instance,
@@ -142,11 +163,13 @@ class AgentMachine:
     ) -> None:
         slot = (job_uid, key)
         self.ending.pop((slot, start_count), None)
+        self._strays.pop((slot, start_count), None)
         self._dirty[job_uid] = None
         rank = self.ranks.get(slot)
         if rank is None or rank.start_count != start_count:
             return
         rank.driving = None
+        rank.is_gone = True
         rank.status = replace(rank.status, stage=stage, exit_code=exit_code, message=message)
 
     @_take.register
@@ -154,9 +177,10 @@ class AgentMachine:
         rank = self._running(event.job_uid, event.key, event.start_count)
         if rank is None:
             return
+        if event.last and rank.is_driven_to(event.epoch, event.stage):
+            rank.driving = None
         newer = (event.epoch, _ORDER.index(event.stage))
         if newer <= (rank.status.epoch, _ORDER.index(rank.status.stage)):
-            rank.driving = None if event.last else rank.driving
             return
         rank.status = replace(
             rank.status,
@@ -164,18 +188,15 @@ class AgentMachine:
             stage=event.stage,
             experts_loaded=rank.status.experts_loaded + event.experts_loaded,
             kv_tokens_restored=rank.status.kv_tokens_restored + event.kv_tokens_restored,
-            message="",
         )
         rank.suspicions = [s for s in rank.suspicions if s.epoch >= event.epoch]
         rank.attempts = 0
-        if event.last:
-            rank.driving = None
         self._dirty[event.job_uid] = None
 
     @_take.register
     def _(self, event: DriveFailed) -> None:
         rank = self._running(event.job_uid, event.key, event.start_count)
-        if rank is None:
+        if rank is None or rank.driving is None or rank.driving[0] != event.epoch:
             return
         rank.driving = None
         rank.attempts += 1
@@ -194,6 +215,11 @@ class AgentMachine:
     def _running(self, job_uid: str, key: RankKey, start_count: int) -> Rank | None:
         rank = self.ranks.get((job_uid, key))
         return rank if rank and rank.start_count == start_count and rank.is_up else None
+
+    @_take.register
+    def _(self, event: AcksFound) -> None:
+        for job_uid in event.job_uids:
+            self._dirty[job_uid] = None
 
     # --- deciding ------------------------------------------------------------------------------
 
@@ -215,10 +241,15 @@ class AgentMachine:
                 out += self._drive(known, job, want)
         return out
 
+    def _stop_strays(self) -> list[Instruction]:
+        strays, self._strays = list(self._strays), {}
+        self.ending.update(dict.fromkeys(strays))
+        return [StopRank(slot[0], slot[1], start_count) for slot, start_count in strays]
+
     def _end(self, slot: Slot, rank: Rank) -> list[Instruction]:
         del self.ranks[slot]
         self._dirty[slot[0]] = None
-        if rank.is_over:
+        if rank.is_gone:
             return []
         self.ending[slot, rank.start_count] = None
         return [StopRank(slot[0], slot[1], rank.start_count)]
@@ -242,11 +273,15 @@ class AgentMachine:
             return [StartRank(job, want)]
         message = "the process was gone when the agent came back"
         known.status = replace(status, stage=RankStage.EXITED, exit_code=-1, message=message)
+        known.is_gone = True
         self._dirty[job.job_uid] = None
         return []
 
     def _drive(self, rank: Rank, job: JobAssignment, want: RankAssignment) -> list[Instruction]:
-        goal = _GOAL[job.stage]
+        goal = _GOAL.get(job.stage)
+        if goal is None:
+            # A stage of a newer scheduler: nothing that this agent could do.
+            return []
         if job.stage is AssignmentStage.START and rank.start_count == job.epoch:
             # A process of this very epoch has nothing to be fenced from.
             goal = RankStage.STARTED
@@ -254,7 +289,9 @@ class AgentMachine:
         target = (job.epoch, job.stage)
         if reached >= (job.epoch, _ORDER.index(goal)) or rank.driving == target:
             return []
-        rank.driving = target
+        if rank.target != target:
+            rank.attempts = 0
+        rank.driving = rank.target = target
         return [Drive(job, want, rank.status, rank.attempts)]
 
     # --- telling -------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from raddle.model.kinds import RoleKind
 from raddle.model.stats import RankStats
 from raddle.model.types import Fence, RankKey
 from raddle.telemetry.channels import make_channel
+from raddle.telemetry.tls import AGENT_NAME, TlsFiles
 from raddle.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from raddle.wire.codec import from_message, to_message
 from raddle.wire.status import error_from
@@ -48,12 +49,18 @@ log = structlog.get_logger()
 class ReferenceRank:
     """One process with its channel, its watch and the task that follows its reports."""
 
-    def __init__(self, address: RankAddress, key: RankKey, watch: ProcessWatch) -> None:
+    def __init__(
+        self,
+        address: RankAddress,
+        key: RankKey,
+        watch: ProcessWatch,
+        channel: grpc.aio.Channel,
+    ) -> None:
         self.address = address
         self.key = key
         self.watch = watch
-        self.channel = make_channel(address.engine_address, identity="agent")
-        self.stub: Any = engine_pb2_grpc.EngineStub(self.channel)
+        self.channel = channel
+        self.stub: Any = engine_pb2_grpc.EngineStub(channel)
         self.tasks: list[asyncio.Task[None]] = []
 
     async def close(self) -> None:
@@ -77,7 +84,18 @@ class ReferenceDriver:
         "resume",
     )
 
-    def __init__(self, node: str, folder: Path, tell: Tell, stats: Any) -> None:
+    def __init__(
+        self,
+        node: str,
+        folder: Path,
+        tell: Tell,
+        stats: Any,
+        *,
+        host: str = "127.0.0.1",
+        tls: TlsFiles | None = None,
+    ) -> None:
+        self._host = host
+        self._tls = tls
         self._node = node
         self._folder = folder
         self._tell = tell
@@ -143,6 +161,10 @@ class ReferenceDriver:
             kv_block_tokens=job.model.kv_block_tokens,
             dram_bytes=role.dram_bytes,
             max_sequences=role.max_sequences_per_rank,
+            host=self._host,
+            tls_ca=str(self._tls.ca) if self._tls else "",
+            tls_certificate=str(self._tls.certificate) if self._tls else "",
+            tls_key=str(self._tls.key) if self._tls else "",
         )
 
     def _checkpoint(self, job: JobAssignment, digest: str) -> Path:
@@ -153,7 +175,13 @@ class ReferenceDriver:
 
     async def _begin(self, address: RankAddress, die: str) -> None:
         key = RankKey(role=address.role, instance=address.instance, rank=address.rank)
-        rank = ReferenceRank(address, key, ProcessWatch(address.pid))
+        channel = make_channel(
+            address.engine_address,
+            identity=f"agent/{self._node}",
+            tls=self._tls,
+            server_name=AGENT_NAME,
+        )
+        rank = ReferenceRank(address, key, ProcessWatch(address.pid), channel)
         slot = (address.job_uid, key, address.start_count)
         self._ranks[slot] = rank
         self._tell(
@@ -238,7 +266,9 @@ class ReferenceDriver:
                 await self._prepare(rank, job, want, fence, context)
         except grpc.aio.AioRpcError as error:
             failure = error_from(error)
-            self._tell(DriveFailed(*slot, failure.message, final=failure.reason in _FINAL))
+            self._tell(
+                DriveFailed(*slot, job.epoch, failure.message, final=failure.reason in _FINAL)
+            )
 
     async def _call(self, method: Any, request: Any) -> Any:
         return await method(request, timeout=COMMAND_TIMEOUT_S)

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from raddle.model.kinds import RoleKind
+from raddle.telemetry.tls import TlsFiles, tls_files
 
 ADDRESS_FILE = "rank.json"
 CONFIG_FILE = "config.json"
@@ -34,6 +35,15 @@ class RankConfig:
     dram_bytes: int = 0
     max_sequences: int = 0
     step_deadline_s: float = 1.0
+    #: Where the rank listens and is reached.
+    host: str = "127.0.0.1"
+    # PEM files of the agent, which are the rank's too; empty on a plain loopback.
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+
+    def tls(self) -> TlsFiles | None:
+        return tls_files(self.tls_ca, self.tls_certificate, self.tls_key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 One TCP connection from each rank to each peer, one request at a time on it. A frame carries the
 job, the epoch and the sender; frames of another job or another epoch are refused. A broken
-connection, a refusal or a missed deadline raises `PeerLost`: the step is over.
+connection, a refusal or a missed deadline raises `PeerLost`: the step is over. With certificates
+the connections are TLS, and only ranks (which show their agents' certificates) are heard.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import structlog
 
 from raddle.agent.engine.reference.weights import F32, FloatArray
 from raddle.model.types import Member, RankKey
+from raddle.telemetry.tls import TlsFiles
 
 _HEADER = struct.Struct("<4sB3x16sqiiII")
 _MAGIC = b"RDXP"
 _DISPATCH, _COMBINE, _REFUSED, _WEIGHTS = 1, 2, 3, 4
 _FRAME_BYTES_MAX = 64 * 1024 * 1024
+_HANDSHAKE_TIMEOUT_S = 5.0
+log = structlog.get_logger()
 
 
 class PeerLost(Exception):  # noqa: N818 - an event in a step's life
@@ -50,6 +57,11 @@ class Frame:
 
 def job_tag(job_uid: str) -> bytes:
     return hashlib.blake2b(job_uid.encode(), digest_size=16).digest()
+
+
+def _common_name(connection: ssl.SSLSocket) -> str:
+    subject: Any = (connection.getpeercert() or {}).get("subject", ())
+    return next((v for part in subject for k, v in part if k == "commonName"), "")
 
 
 def _send(connection: socket.socket, frame: Frame) -> None:
@@ -107,12 +119,21 @@ Weights = Callable[[int, int], bytes | None]
 class ExchangeServer:
     """Answers peers: `serve(epoch, layer, body)` gives the combined rows, None refuses."""
 
-    def __init__(self, job_uid: str, serve: Serve, weights: Weights) -> None:
+    def __init__(
+        self,
+        job_uid: str,
+        serve: Serve,
+        weights: Weights,
+        *,
+        host: str = "127.0.0.1",
+        tls: TlsFiles | None = None,
+    ) -> None:
         self._job = job_tag(job_uid)
         self._serve = serve
         self._weights = weights
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self._context = tls.socket_context(server=True) if tls is not None else None
+        self._socket = socket.create_server((host, 0), backlog=512)
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
         self._closing = False
         threading.Thread(target=self._accept, name="exchange", daemon=True).start()
 
@@ -125,7 +146,30 @@ class ExchangeServer:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        """The connection, over TLS where there are certificates.
+
+        Raises:
+            OSError: no certificate of our CA, or not an agent's.
+        """
+        if self._context is None:
+            return connection
+        connection.settimeout(_HANDSHAKE_TIMEOUT_S)
+        secured = self._context.wrap_socket(connection, server_side=True)
+        secured.settimeout(None)
+        name = _common_name(secured)
+        if not name.startswith("agent/"):
+            secured.close()
+            raise ConnectionError(f"{name} is no rank's identity")
+        return secured
+
+    def _answer(self, plain: socket.socket) -> None:
+        try:
+            connection = self._secured(plain)
+        except OSError as error:
+            log.warning("refused", call="expert traffic", why=str(error))
+            plain.close()
+            return
         with connection, contextlib.suppress(OSError):
             while True:
                 frame = _receive(connection)
@@ -147,9 +191,10 @@ class ExchangeServer:
 class ExchangeClient:
     """This rank's connections to its peers. One thread uses it; `abort` may come from another."""
 
-    def __init__(self, job_uid: str, deadline_s: float) -> None:
+    def __init__(self, job_uid: str, deadline_s: float, tls: TlsFiles | None = None) -> None:
         self._job = job_tag(job_uid)
         self._deadline_s = deadline_s
+        self._context = tls.socket_context(server=False) if tls is not None else None
         self._connections: dict[str, socket.socket] = {}
         self._lock = threading.Lock()
 
@@ -210,6 +255,8 @@ class ExchangeClient:
             found = socket.create_connection((host, int(port)), self._deadline_s)
             found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             found.settimeout(self._deadline_s)
+            if self._context is not None:
+                found = self._context.wrap_socket(found)
             with self._lock:
                 self._connections[peer.data_address] = found
         return found

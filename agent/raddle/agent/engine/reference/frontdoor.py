@@ -30,7 +30,7 @@ from raddle.agent.engine.reference.shape import Shape, parse_shape
 from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.settings import load_settings, require, setting
-from raddle.telemetry.tls import require_safe_listen, tls_files
+from raddle.telemetry.tls import is_loopback, tls_files
 
 BODY_BYTES_MAX = 1_000_000
 SEQUENCES_MAX = 10_000
@@ -51,6 +51,8 @@ class Settings:
     tls_ca: str = setting("", "CA of all members (PEM)")
     tls_certificate: str = setting("", "our certificate (PEM)")
     tls_key: str = setting("", "our key (PEM)")
+    http_certificate: str = setting("", "certificate to serve HTTPS with (PEM)")
+    http_key: str = setting("", "its key (PEM)")
 
 
 class FrontDoor:
@@ -199,7 +201,11 @@ async def _body(request: Request) -> dict[str, Any]:
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
-    require_safe_listen(settings.listen, tls)
+    if not settings.http_certificate and not is_loopback(settings.listen):
+        raise PermanentError(
+            Reason.PERMISSION_DENIED,
+            f"{settings.listen} is not loopback: give --http-certificate and --http-key.",
+        )
     shape = parse_shape(models.config_text(settings.model))
     namespace, _, name = settings.job.rpartition("/")
     routing = Routing(
@@ -218,8 +224,8 @@ async def serve(settings: Settings) -> None:
         port=int(port),
         log_config=None,
         lifespan="off",
-        ssl_certfile=str(tls.certificate) if tls else None,
-        ssl_keyfile=str(tls.key) if tls else None,
+        ssl_certfile=settings.http_certificate or None,
+        ssl_keyfile=settings.http_key or None,
     )
     server = uvicorn.Server(config)
     following = asyncio.create_task(routing.run())

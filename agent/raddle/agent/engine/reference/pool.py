@@ -13,6 +13,7 @@ import structlog
 from raddle.agent.engine.reference.blocks import keeper
 from raddle.model.types import Fence, Member, RankKey
 from raddle.telemetry.channels import make_channel
+from raddle.telemetry.tls import AGENT_NAME, TlsFiles
 from raddle.v1 import reference_pb2, reference_pb2_grpc, types_pb2
 from raddle.wire.codec import to_message
 
@@ -64,7 +65,8 @@ class BlockStore:
 class PoolClient:
     """Puts and gets blocks of one rank. A pool that does not answer costs time, never a result."""
 
-    def __init__(self, writer: RankKey, node: str) -> None:
+    def __init__(self, writer: RankKey, node: str, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
         self._writer = to_message(writer, types_pb2.RankKey)
         self._node = node
         self._members: tuple[Member, ...] = ()
@@ -76,7 +78,9 @@ class PoolClient:
     def _stub(self, member: Member) -> Any:
         address = member.engine_address
         if address not in self._channels:
-            self._channels[address] = make_channel(address, identity="rank")
+            self._channels[address] = make_channel(
+                address, identity=f"agent/{self._node}", tls=self._tls, server_name=AGENT_NAME
+            )
         return reference_pb2_grpc.PoolMemberStub(self._channels[address])
 
     def _by_member(self, names: Sequence[str]) -> dict[str, tuple[Member, list[str]]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import grpc
 import structlog
 
+from raddle.agent.engine.reference.callers import Callers
 from raddle.agent.engine.reference.config import (
     CONFIG_FILE,
     RankConfig,
@@ -49,7 +50,9 @@ async def run(config: RankConfig, stop: asyncio.Event) -> None:
     key = RankKey(role=config.role, instance=config.instance, rank=config.rank)
     reports = Reports(key, config.incarnation)
     standing = Standing(config.job_uid, config.epoch)
-    server = grpc.aio.server(options=OPTIONS)
+    tls = config.tls()
+    callers = () if tls is None else (Callers(config.node),)
+    server = grpc.aio.server(options=OPTIONS, interceptors=callers)
     serving: Serving | None = None
     exchange: ExchangeServer | None = None
     if config.kind is RoleKind.CACHE:
@@ -59,15 +62,20 @@ async def run(config: RankConfig, stop: asyncio.Event) -> None:
         reference_pb2_grpc.add_PoolMemberServicer_to_server(pool, server)
     else:
         serving = Serving(config, key, standing, reports)
-        exchange = ExchangeServer(config.job_uid, serving.serve_peer, serving.weights)
+        exchange = ExchangeServer(
+            config.job_uid, serving.serve_peer, serving.weights, host=config.host, tls=tls
+        )
         tokens = TokenService(standing, serving)
         reference_pb2_grpc.add_ReferenceRankServicer_to_server(tokens, server)
     engine = EngineService(config, key, standing, reports, serving)
     engine_pb2_grpc.add_EngineServicer_to_server(engine, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if tls is None:
+        port = server.add_insecure_port(f"{config.host}:0")
+    else:
+        port = server.add_secure_port(f"{config.host}:0", tls.server_credentials())
     await server.start()
     standing.state = RankState.STARTING
-    address = f"127.0.0.1:{port}"
+    address = f"{config.host}:{port}"
     data_address = exchange.address if exchange is not None else ""
     write_address(Path(config.state_folder), config, address, data_address)
     log.info("rank serves", incarnation=config.incarnation, address=address)

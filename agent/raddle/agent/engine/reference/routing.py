@@ -20,7 +20,7 @@ from raddle.model.kinds import RoleKind
 from raddle.model.routes import Routes, RouteState, SequenceReport
 from raddle.model.types import Member
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import TlsFiles
+from raddle.telemetry.tls import AGENT_NAME, TlsFiles
 from raddle.v1 import router_pb2, router_pb2_grpc
 from raddle.wire.codec import from_message, to_message
 from raddle.wire.status import error_from
@@ -138,7 +138,9 @@ class Routing:
 
     def channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = make_channel(address, identity=f"client/{self._id}")
+            self._channels[address] = make_channel(
+                address, identity=f"client/{self._id}", tls=self._tls, server_name=AGENT_NAME
+            )
         return self._channels[address]
 
     def when_lost(self, member: Member) -> asyncio.Event:

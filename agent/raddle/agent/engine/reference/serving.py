@@ -47,8 +47,8 @@ class Serving:
         self._loop = asyncio.get_running_loop()
         self._cache_key = cache_key(self.shape.digest)
         self._slots = Slots(Path(config.checkpoint))
-        self._client = ExchangeClient(config.job_uid, config.step_deadline_s)
-        self.pool = PoolClient(key, config.node)
+        self._client = self._exchange_client()
+        self.pool = PoolClient(key, config.node, config.tls())
         self.worker = Worker(
             self.shape,
             load_shared(self.shape, Path(config.checkpoint)),
@@ -63,6 +63,10 @@ class Serving:
         self._prefetched: dict[str, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.worker.start()
+
+    def _exchange_client(self) -> ExchangeClient:
+        config = self.config
+        return ExchangeClient(config.job_uid, config.step_deadline_s, config.tls())
 
     # --- peers, from the exchange's threads ----------------------------------------------------
 
@@ -104,7 +108,7 @@ class Serving:
             raise PermanentError(Reason.INVALID_ARGUMENT, "set the expert map before loading.")
         sources = {(m.layer, m.expert): m for m in moves if m.source is WeightSource.PEER}
         count = size = 0
-        client = ExchangeClient(self.config.job_uid, self.config.step_deadline_s)
+        client = self._exchange_client()
         try:
             for layer, expert in self._slots.wanted(self._map, self._key.rank):
                 if not self._slots.has(layer, expert):
