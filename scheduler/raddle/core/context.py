@@ -60,6 +60,8 @@ class Context:
     dead_incarnations: dict[str, None] = field(default_factory=dict)
     #: (job uid, incarnation, epoch) that were probed.
     asked: dict[tuple[str, str, int], None] = field(default_factory=dict)
+    #: What the first accuser of an incarnation said: its name and its reason.
+    accusations: dict[str, str] = field(default_factory=dict)
     #: How often an answering rank was reconnected, by incarnation.
     reconnects: dict[str, int] = field(default_factory=dict)
     #: Jobs that start a new epoch with the same members, and the rank that caused it.

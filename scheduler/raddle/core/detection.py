@@ -79,6 +79,8 @@ def probes_for(context: Context, job: Job, placement: Placement) -> list[ProbeRa
                 if target is None or suspicion.epoch != job.epoch or asked in context.asked:
                     continue
                 context.asked[asked] = None
+                name = f"{accuser.role}/{accuser.instance}/{accuser.rank}"
+                context.accusations[suspicion.incarnation] = f"{name} says {suspicion.reason}"
                 seat, status = target
                 context.nodes.accused(seat.placement.node)
                 probes.append(ProbeRank(job.uid, suspicion.incarnation, status.engine_address))

@@ -19,6 +19,7 @@ from raddle.core.context import (
     put_job,
     put_routes,
     role_of,
+    status_of,
 )
 from raddle.core.detection import Loss
 from raddle.core.kvcache.restore import Survivor, plan_restores
@@ -92,14 +93,20 @@ def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
 
 def reconnect(context: Context, job: Job, incarnation: str) -> None:
     """Peers lost a rank that answers: the same members start a new epoch together."""
-    loss = Loss(
-        job.uid,
-        RankKey(),
-        FaultKind.PEER_REPORTS,
-        incarnation,
-        "CONNECTION_BROKEN",
-        f"peers lost {incarnation}, but it answers",
-    )
+    placement = context.state.placement(job.uid)
+    assert placement is not None, job.uid
+    for seat in active_seats(job, placement):
+        status = status_of(context, job, seat)
+        if status is not None and status.incarnation == incarnation:
+            position = seat.placement.die or seat.placement.node
+            break
+    else:
+        return
+    said = context.accusations.get(incarnation, "peers")
+    message = f"{position}: {said}, but the rank answers"
+    # No rank is named: nobody is lost.
+    kind = FaultKind.PEER_REPORTS
+    loss = Loss(job.uid, RankKey(), kind, position, "CONNECTION_BROKEN", message)
     recover(context, [loss], context.now)
 
 
@@ -171,7 +178,7 @@ def _subject(positions: list[str], losses: list[Loss]) -> tuple[str, str]:
 
 def _summary(incident: Incident) -> Why:
     parts = [
-        f"{plan.role}/{plan.instance}: {plan.option}"
+        f"{plan.role}/{plan.instance}: {plan.option}" if plan.role else str(plan.option)
         for job_plan in incident.plans
         for plan in job_plan.instances
     ]

@@ -206,14 +206,19 @@ class ExchangeClient:
         Raises:
             PeerLost: a peer broke off, refused or missed the deadline.
         """
-        for rank, body in bodies.items():
-            frame = Frame(_DISPATCH, self._job, epoch, layer, 0, body)
-            self._talk(peers[rank], frame, None)
+        try:
+            for rank, body in bodies.items():
+                frame = Frame(_DISPATCH, self._job, epoch, layer, 0, body)
+                self._talk(peers[rank], frame, None)
+            found = {rank: self._talk(peers[rank], None, epoch) for rank in bodies}
+        except PeerLost:
+            # The other peers' answers are on their way: nobody may take them for later ones.
+            self.abort()
+            raise
         answers = {}
-        for rank in bodies:
-            found = self._talk(peers[rank], None, epoch)
-            count = int(np.frombuffer(bodies[rank], np.int32, 1)[0])
-            answers[rank] = np.frombuffer(found, F32).reshape(count, -1)
+        for rank, body in bodies.items():
+            count = int(np.frombuffer(body, np.int32, 1)[0])
+            answers[rank] = np.frombuffer(found[rank], F32).reshape(count, -1)
         return answers
 
     def weights(self, peer: Member, layer: int, expert: int) -> bytes:
