@@ -66,6 +66,8 @@ class CuttingProxy:
         self._open.set()
         self.bytes_max: int | None = None
         self.refuse = False
+        #: How many connections were let through.
+        self.connections = 0
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -80,6 +82,7 @@ class CuttingProxy:
         except OSError:
             writer.close()
             return
+        self.connections += 1
         self._writers |= {writer, up_writer}
         for source, sink, limited in ((reader, up_writer, False), (up_reader, writer, True)):
             task = asyncio.create_task(self._pump(source, sink, limited))

@@ -11,9 +11,12 @@ import pytest
 
 from raddle.model.errors import RaddleError, Reason
 from raddle.store.embedded import EmbeddedEtcd
+from raddle.store.etcd.connection import EtcdTls
 from raddle.store.etcd.store import EtcdStore
-from raddle.store.protocol import Change, Put, Transaction
-from tests.support import CuttingProxy, built_etcd, three_members
+from raddle.store.follow import follow
+from raddle.store.protocol import Change, Changes, Delete, Put, Snapshot, Transaction
+from tests.certificates import Authority
+from tests.support import CuttingProxy, built_etcd, eventually, three_members
 
 
 def put(key: str, value: bytes = b"") -> Transaction:
@@ -103,3 +106,71 @@ async def test_a_dead_etcd_is_told_at_the_deadline(tmp_path: Path) -> None:
         assert caught.value.reason is Reason.STORE_UNAVAILABLE
         assert time.monotonic() - began < 5.0
     await store.close()
+
+
+async def test_history_compacted_while_the_watcher_was_away(tmp_path: Path) -> None:
+    """Changed, deleted and new keys behind a compaction are told once, as differences."""
+    server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd())
+    await server.start()
+    writer = EtcdStore([server.endpoint], "t", operation_key="operations/w")
+    proxy = CuttingProxy(server.endpoint)
+    reader = EtcdStore([await proxy.start()], "t", operation_key="operations/r")
+    for name in ("changed", "deleted", "same"):
+        await writer.commit(put(f"k/{name}", b"1"))
+    stream = follow(reader, "k/")
+    snapshot = await anext(stream)
+    assert isinstance(snapshot, Snapshot)
+    assert len(snapshot.records) == 3
+    news = asyncio.ensure_future(anext(stream))
+    await eventually(lambda: proxy.connections > 0, "the watch is connected")
+    proxy.refuse = True
+    proxy.cut()
+    await writer.commit(put("k/changed", b"2"))
+    await writer.commit(Transaction(writes=(Delete("k/deleted"),)))
+    last = 0
+    for number in range(20):
+        last = (await writer.commit(put("k/new", str(number).encode()))).revision
+    await writer.compact(last)
+    proxy.refuse = False
+    changes = await asyncio.wait_for(news, 20)
+    assert isinstance(changes, Changes)
+    told = {c.key: c.record.value if c.record else None for c in changes.changes}
+    assert told == {"k/changed": b"2", "k/deleted": None, "k/new": b"19"}
+    later = (await writer.commit(put("k/later"))).revision
+    more = await asyncio.wait_for(anext(stream), 20)
+    assert isinstance(more, Changes)
+    assert [(c.key, c.mod_revision) for c in more.changes] == [("k/later", later)]
+    await stream.aclose()  # type: ignore[attr-defined]
+    await reader.close()
+    await writer.close()
+    await proxy.stop()
+    await server.stop()
+
+
+async def test_the_store_over_tls_knows_its_clients(tmp_path: Path) -> None:
+    """etcd under certificates: ours is served, none and a foreign one are told as unreachable."""
+    authority = Authority(tmp_path / "certificates")
+    authority.issue("etcd")
+    authority.issue("scheduler")
+    foreign = Authority(tmp_path / "foreign").issue("scheduler")
+    ca = authority.folder / "ca.crt"
+    pair = authority.files("etcd")
+    own = EtcdTls(pair.ca, pair.certificate, pair.key)
+    server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd(), tls=own)
+    await server.start()
+    ours = authority.files("scheduler")
+    good = EtcdTls(ours.ca, ours.certificate, ours.key)
+    store = EtcdStore([server.endpoint], "t", operation_key="operations/a", tls=good)
+    result = await store.commit(put("k", b"1"), timeout_s=5.0)
+    assert result.succeeded
+    async for changes in store.watch("k", from_revision=result.revision):
+        assert changes.changes[0].key == "k"
+        break
+    for tls in (None, EtcdTls(ca), EtcdTls(ca, foreign.certificate, foreign.key)):
+        stranger = EtcdStore([server.endpoint], "t", operation_key="operations/b", tls=tls)
+        with pytest.raises(RaddleError) as caught:
+            await stranger.get("k", timeout_s=1.5)
+        assert caught.value.reason is Reason.STORE_UNAVAILABLE
+        await stranger.close()
+    await store.close()
+    await server.stop()

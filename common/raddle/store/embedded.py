@@ -24,11 +24,11 @@ from pathlib import Path
 import structlog
 
 from raddle.model.errors import PermanentError, Reason
-from raddle.store.etcd.connection import SERVER_VERSION_MIN
+from raddle.store.etcd.connection import SERVER_VERSION_MIN, EtcdTls
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
-_QUOTA_BYTES = 2 * 1024**3
+QUOTA_BYTES = 2 * 1024**3
 _PR_SET_PDEATHSIG = 1
 log = structlog.get_logger()
 
@@ -115,6 +115,8 @@ class EmbeddedEtcd:
         peers: dict[str, int] | None = None,
         client_port: int | None = None,
         election_ms: int = 100,
+        quota_bytes: int = QUOTA_BYTES,
+        tls: EtcdTls | None = None,
     ) -> None:
         self.binary = binary or find_etcd()
         self.folder = data_folder
@@ -123,13 +125,15 @@ class EmbeddedEtcd:
         self.peers = peers or {name: free_port()}
         self.process: subprocess.Popen[bytes] | None = None
         self._election_ms = election_ms
+        self._quota_bytes = quota_bytes
+        self._tls = tls
 
     @property
     def endpoint(self) -> str:
         return f"127.0.0.1:{self.client_port}"
 
     def _command(self) -> list[str]:
-        client = f"http://{self.endpoint}"
+        client = f"{'https' if self._tls else 'http'}://{self.endpoint}"
         peer = f"http://127.0.0.1:{self.peers[self.name]}"
         members = ",".join(f"{n}=http://127.0.0.1:{port}" for n, port in self.peers.items())
         return [
@@ -146,8 +150,20 @@ class EmbeddedEtcd:
             f"--election-timeout={self._election_ms}",
             "--auto-compaction-mode=periodic",
             "--auto-compaction-retention=1h",
-            f"--quota-backend-bytes={_QUOTA_BYTES}",
+            f"--quota-backend-bytes={self._quota_bytes}",
             "--log-level=warn",
+            *self._tls_flags(),
+        ]
+
+    def _tls_flags(self) -> list[str]:
+        """Clients must show a certificate of the same CA."""
+        if self._tls is None:
+            return []
+        return [
+            f"--trusted-ca-file={self._tls.ca}",
+            f"--cert-file={self._tls.certificate}",
+            f"--key-file={self._tls.key}",
+            "--client-cert-auth",
         ]
 
     def launch(self) -> None:
@@ -184,7 +200,7 @@ class EmbeddedEtcd:
 
         assert self.process is not None
         deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
-        connection = Connection([self.endpoint])
+        connection = Connection([self.endpoint], self._tls)
         try:
             while True:
                 if self.process.poll() is not None:

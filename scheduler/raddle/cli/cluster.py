@@ -25,7 +25,7 @@ from raddle.machines import load_machine
 from raddle.model.errors import Reason, TemporaryError
 from raddle.model.kinds import NodeState
 from raddle.model.topology import SuperNode
-from raddle.store.embedded import EmbeddedEtcd, free_port
+from raddle.store.embedded import QUOTA_BYTES, EmbeddedEtcd, free_port
 from raddle.telemetry.channels import make_channel
 from raddle.telemetry.tls import TlsFiles
 from raddle.v1 import scheduler_pb2, scheduler_pb2_grpc, topology_pb2
@@ -63,6 +63,7 @@ class LocalCluster:
     #: Folder with `ca.crt` and a `.crt` and `.key` for each identity (`/` as `-`); empty: no TLS.
     certificates: Path | None = None
     etcd_members: int = 1
+    etcd_quota_bytes: int = QUOTA_BYTES
     etcds: list[EmbeddedEtcd] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
     children: dict[str, Child] = field(default_factory=dict)
@@ -112,7 +113,7 @@ class LocalCluster:
 
     async def _start_etcd(self) -> None:
         if self.etcd_members == 1:
-            self.etcds = [EmbeddedEtcd(self.folder / "etcd")]
+            self.etcds = [EmbeddedEtcd(self.folder / "etcd", quota_bytes=self.etcd_quota_bytes)]
         else:
             peers = {f"m{number}": free_port() for number in range(self.etcd_members)}
             self.etcds = [

@@ -86,6 +86,11 @@ class Session:
                 f"no scheduler answers at {self.context.server}: start one with `raddle up`, or"
                 " name another with --server."
             )
+        if failure.reason is Reason.DEADLINE_EXCEEDED and failure.message == "Deadline Exceeded":
+            failure.message = (
+                f"{self.context.server} did not answer within {self.timeout_s:g} s: repeat with the"
+                " same idempotency key, or wait longer with --timeout."
+            )
         return failure
 
     def show(

@@ -23,6 +23,7 @@ from raddle.telemetry.tls import IDENTITY_METADATA, identity_of
 from raddle.wire.status import abort, code_of, error_from
 
 DEFAULT_TIMEOUT_S = 10.0
+_ANSWER_S = 0.2
 FORWARDED_METADATA = "raddle-forwarded-for"
 # Answered by every replica about itself.
 _LOCAL = {"GetStatus"}
@@ -31,9 +32,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def time_left(context: Context) -> float:
-    """Seconds until the caller's deadline; a default when it gave none."""
+    """Seconds that a call may take: a little less than the caller waits, so that it hears why."""
     left: Any = context.time_remaining()
-    return DEFAULT_TIMEOUT_S if left is None else max(0.0, float(left))
+    if left is None:
+        return DEFAULT_TIMEOUT_S
+    return max(0.0, float(left) - min(_ANSWER_S, float(left) / 10))
 
 
 def caller_of(context: Context) -> str:
