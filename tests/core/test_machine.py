@@ -18,7 +18,13 @@ from raddle.core.events import (
 )
 from raddle.core.instructions import Commit, ProbeNode, Reply
 from raddle.core.machine import Machine
-from raddle.core.requests import ApplySuperNode, CancelJob, Request, SubmitJob
+from raddle.core.requests import (
+    ApplySuperNode,
+    CancelJob,
+    DeclareNodeLost,
+    Request,
+    SubmitJob,
+)
 from raddle.machines import load_machine
 from raddle.model import keys
 from raddle.model.errors import RaddleError, Reason
@@ -305,6 +311,24 @@ def test_the_storm_brake_moves_nothing(world: World) -> None:
     assert world.store[keys.job(uid)].epoch == 1
     states = {world.machine.context.nodes.node(f"sn0/n{n:02d}").state for n in range(8)}
     assert states == {NodeState.UNKNOWN}
+
+
+def test_an_operators_word_lifts_the_storm_brake_for_a_node(world: World) -> None:
+    """A silent node that is declared lost is recovered from; a ready one can't be declared lost."""
+    uid = submit(world)
+    node = world.store[keys.placement(uid)].instances[0].ranks[0].node
+    with pytest.raises(RaddleError, match="only a silent node"):
+        world.ask(DeclareNodeLost(node=node))
+    world.machine.context.nodes.storm_nodes_max = 0
+    world.node_down(node)
+    world.settle()
+    assert world.machine.context.nodes.node(node).state is NodeState.UNKNOWN
+    assert world.store[keys.job(uid)].epoch == 1
+    world.ask(DeclareNodeLost(node=node, message="no power"))
+    world.settle()
+    assert world.machine.context.nodes.node(node).why.message == "no power, says client/test"
+    job = world.store[keys.job(uid)]
+    assert (job.state, job.live_epoch > 1) == (JobState.READY, True)
 
 
 @pytest.mark.parametrize("steps", range(6))

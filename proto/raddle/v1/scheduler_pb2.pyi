@@ -833,6 +833,52 @@ class UncordonResponse(_message.Message):
 Global___UncordonResponse: _TypeAlias = UncordonResponse  # noqa: Y015
 
 @_typing.final
+class DeclareNodeLostRequest(_message.Message):
+    """A node, and why it is known to be gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeclareNodeLostRequest: _TypeAlias = DeclareNodeLostRequest  # noqa: Y015
+
+@_typing.final
+class DeclareNodeLostResponse(_message.Message):
+    """What is believed of the node now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def why(self) -> _types_pb2.Why: ...
+    def __init__(
+        self,
+        *,
+        why: _types_pb2.Why | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeclareNodeLostResponse: _TypeAlias = DeclareNodeLostResponse  # noqa: Y015
+
+@_typing.final
 class CreateMaintenanceRequest(_message.Message):
     """A drain of a position."""
 

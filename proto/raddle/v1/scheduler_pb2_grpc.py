@@ -106,6 +106,11 @@ class SchedulerStub(object):
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.UncordonRequest.SerializeToString,
                 response_deserializer=raddle_dot_v1_dot_scheduler__pb2.UncordonResponse.FromString,
                 _registered_method=True)
+        self.DeclareNodeLost = channel.unary_unary(
+                '/raddle.v1.Scheduler/DeclareNodeLost',
+                request_serializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostResponse.FromString,
+                _registered_method=True)
         self.CreateMaintenance = channel.unary_unary(
                 '/raddle.v1.Scheduler/CreateMaintenance',
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.CreateMaintenanceRequest.SerializeToString,
@@ -261,6 +266,14 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeclareNodeLost(self, request, context):
+        """An operator's word that a silent node is gone: what ran there moves. Refused for a node whose
+        agent reports.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateMaintenance(self, request, context):
         """Begin a maintenance: cordon and move what runs.
         """
@@ -403,6 +416,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.Uncordon,
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.UncordonRequest.FromString,
                     response_serializer=raddle_dot_v1_dot_scheduler__pb2.UncordonResponse.SerializeToString,
+            ),
+            'DeclareNodeLost': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeclareNodeLost,
+                    request_deserializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostResponse.SerializeToString,
             ),
             'CreateMaintenance': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateMaintenance,
@@ -835,6 +853,33 @@ class Scheduler(object):
             '/raddle.v1.Scheduler/Uncordon',
             raddle_dot_v1_dot_scheduler__pb2.UncordonRequest.SerializeToString,
             raddle_dot_v1_dot_scheduler__pb2.UncordonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeclareNodeLost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raddle.v1.Scheduler/DeclareNodeLost',
+            raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostRequest.SerializeToString,
+            raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostResponse.FromString,
             options,
             channel_credentials,
             insecure,

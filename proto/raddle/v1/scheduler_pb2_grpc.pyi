@@ -63,6 +63,10 @@ class SchedulerStub:
     """Forbid new work on a part of the machine; what runs goes on."""
     Uncordon: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.UncordonRequest, _scheduler_pb2.UncordonResponse]
     """Allow work again."""
+    DeclareNodeLost: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.DeclareNodeLostRequest, _scheduler_pb2.DeclareNodeLostResponse]
+    """An operator's word that a silent node is gone: what ran there moves. Refused for a node whose
+    agent reports.
+    """
     CreateMaintenance: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.CreateMaintenanceRequest, _scheduler_pb2.CreateMaintenanceResponse]
     """Begin a maintenance: cordon and move what runs."""
     GetMaintenance: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetMaintenanceRequest, _scheduler_pb2.GetMaintenanceResponse]
@@ -119,6 +123,10 @@ class SchedulerAsyncStub(SchedulerStub):
     """Forbid new work on a part of the machine; what runs goes on."""
     Uncordon: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.UncordonRequest, _scheduler_pb2.UncordonResponse]  # type: ignore[assignment]
     """Allow work again."""
+    DeclareNodeLost: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DeclareNodeLostRequest, _scheduler_pb2.DeclareNodeLostResponse]  # type: ignore[assignment]
+    """An operator's word that a silent node is gone: what ran there moves. Refused for a node whose
+    agent reports.
+    """
     CreateMaintenance: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.CreateMaintenanceRequest, _scheduler_pb2.CreateMaintenanceResponse]  # type: ignore[assignment]
     """Begin a maintenance: cordon and move what runs."""
     GetMaintenance: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetMaintenanceRequest, _scheduler_pb2.GetMaintenanceResponse]  # type: ignore[assignment]
@@ -256,6 +264,16 @@ class SchedulerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.UncordonResponse, _abc.Awaitable[_scheduler_pb2.UncordonResponse]]:
         """Allow work again."""
+
+    @_abc_1.abstractmethod
+    def DeclareNodeLost(
+        self,
+        request: _scheduler_pb2.DeclareNodeLostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.DeclareNodeLostResponse, _abc.Awaitable[_scheduler_pb2.DeclareNodeLostResponse]]:
+        """An operator's word that a silent node is gone: what ran there moves. Refused for a node whose
+        agent reports.
+        """
 
     @_abc_1.abstractmethod
     def CreateMaintenance(

@@ -112,11 +112,14 @@ async def _wait_ready(stub: Any, job_uid: str, timeout_s: float) -> Any:
 def status(
     ctx: typer.Context,
     job: Annotated[str, typer.Argument(help="only this job")] = "",
+    all_namespaces: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="jobs of all namespaces")
+    ] = False,
     output: Output = "",
 ) -> None:
-    """List jobs with their state and why.
+    """List the jobs of the namespace with their state and why.
 
-    Example: `raddle status`
+    Examples: `raddle status`, `raddle status -A`, `raddle -n team-a status`
     """
     from raddle.v1 import scheduler_pb2
 
@@ -130,7 +133,11 @@ def status(
         answer = scheduler_pb2.ListJobsResponse()
         token = ""
         while True:
-            request = scheduler_pb2.ListJobsRequest(page_size=1000, page_token=token)
+            request = scheduler_pb2.ListJobsRequest(
+                namespace="" if all_namespaces else s.context.namespace,
+                page_size=1000,
+                page_token=token,
+            )
             page = await stub.ListJobs(request, timeout=s.timeout_s)
             answer.jobs.extend(page.jobs)
             answer.revision = page.revision
@@ -247,6 +254,40 @@ def scale(
     s.run(work)
 
 
+def update(
+    ctx: typer.Context,
+    job: JobName,
+    priority: Annotated[int | None, typer.Option(help="new priority; higher goes first")] = None,
+    queue: Annotated[str, typer.Option(help="new queue")] = "",
+    expected_generation: Annotated[
+        int, typer.Option(help="refuse if the job has another generation")
+    ] = 0,
+    output: Output = "",
+) -> None:
+    """Change what can be changed of a job while it runs.
+
+    Example: `raddle update deepseek-r1 --priority 10`
+    """
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx, output)
+    paths = [p for p, given in (("priority", priority is not None), ("queue", queue)) if given]
+    if not paths:
+        raise typer.BadParameter("say what to change: --priority or --queue")
+
+    async def work(stub: Any) -> None:
+        found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
+        request = scheduler_pb2.UpdateJobRequest(
+            job_uid=found.uid, expected_generation=expected_generation
+        )
+        request.spec.priority, request.spec.queue = priority or 0, queue
+        request.update_mask.paths.extend(paths)
+        answer = await stub.UpdateJob(request, timeout=s.timeout_s)
+        s.show(answer, _COLUMNS, [_row(answer.job)])
+
+    s.run(work)
+
+
 def cancel(ctx: typer.Context, job: JobName, output: Output = "") -> None:
     """End a job; its record stays until it is deleted.
 
@@ -285,5 +326,5 @@ def delete(ctx: typer.Context, job: JobName) -> None:
 
 
 def register(app: typer.Typer) -> None:
-    for command in (submit, status, describe, explain, watch, scale, cancel, delete):
+    for command in (submit, status, describe, explain, watch, scale, update, cancel, delete):
         app.command()(command)

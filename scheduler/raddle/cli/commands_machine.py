@@ -114,6 +114,28 @@ def uncordon(ctx: typer.Context, subject: Subject) -> None:
     s.run(work)
 
 
+def lost(
+    ctx: typer.Context,
+    node: Annotated[str, typer.Argument(help="position of the node, sn0/n07")],
+    message: Annotated[str, typer.Option("--message", "-m", help="how you know")] = "",
+) -> None:
+    """Say that a silent node is gone: what ran there moves. Refused while its agent reports.
+
+    Example: `raddle lost sn0/n07 -m "no power in rack 2"`
+    """
+    from raddle.cli.session import say
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx)
+
+    async def work(stub: Any) -> None:
+        request = scheduler_pb2.DeclareNodeLostRequest(node=node, message=message)
+        answer = await stub.DeclareNodeLost(request, timeout=s.timeout_s)
+        say(f"{node} is lost: {answer.why.message}")
+
+    s.run(work)
+
+
 _MAINTENANCE = ["ID", "SUBJECT", "STATE", "MOVED", "TOTAL", "WHY"]
 
 
@@ -242,5 +264,5 @@ def supernode(
 
 
 def register(app: typer.Typer) -> None:
-    for command in (nodes, dies, cordon, uncordon, drain, inject, supernode):
+    for command in (nodes, dies, cordon, uncordon, lost, drain, inject, supernode):
         app.command()(command)

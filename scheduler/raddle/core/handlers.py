@@ -20,6 +20,7 @@ from raddle.core.requests import (
     CancelMaintenance,
     Cordon,
     CreateMaintenance,
+    DeclareNodeLost,
     DeleteJob,
     InjectFault,
     ScaleJob,
@@ -32,7 +33,7 @@ from raddle.model.errors import ConflictError, PermanentError, Reason
 from raddle.model.health import ActiveFault, Hold, Injections
 from raddle.model.incident import Maintenance, MaintenanceState
 from raddle.model.job import Job, JobSpec, JobState, NameRecord, Placement
-from raddle.model.kinds import HoldKind
+from raddle.model.kinds import HoldKind, NodeState
 from raddle.model.topology import SuperNode
 from raddle.model.types import Why
 
@@ -289,6 +290,26 @@ def lift_hold(context: Context, subject: str) -> None:
     context.state.delete(keys.hold(subject))
     context.lift_hold(subject)
     context.queue_dirty = True
+
+
+@answer.register
+def declare_node_lost(request: DeclareNodeLost, context: Context, identity: str) -> Why:
+    """An operator is the second witness against a silent node."""
+    if not context.cluster.has_node(request.node):
+        raise PermanentError(
+            Reason.NOT_FOUND, f"There is no node {request.node!r}; `raddle nodes` lists them."
+        )
+    node = context.nodes.node(request.node)
+    if node.state not in (NodeState.SUSPECT, NodeState.UNKNOWN, NodeState.LOST):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"Node {request.node} is {node.state}: only a silent node can be declared lost; use"
+            " `raddle drain` to move work away.",
+        )
+    said = request.message or "declared lost"
+    context.nodes.declared_lost(request.node, f"{said}, says {identity}")
+    note(context, "NODE_DECLARED_LOST", request.node, said, identity=identity)
+    return node.why
 
 
 @answer.register

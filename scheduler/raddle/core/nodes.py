@@ -99,6 +99,10 @@ class NodeTracker:
         elif node.state is NodeState.SUSPECT:
             node.accused = True
 
+    def declared_lost(self, name: str, message: str) -> None:
+        """An operator's word against a silent node needs no probe."""
+        self._set(self.node(name), NodeState.LOST, "DECLARED_LOST", message)
+
     def probed(self, name: str, *, answered: bool, now: float) -> None:
         node = self.node(name)
         node.probing = False

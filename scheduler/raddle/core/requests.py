@@ -70,6 +70,12 @@ class Uncordon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeclareNodeLost:
+    node: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreateMaintenance:
     # Made by the shell.
     maintenance_id: str
@@ -101,6 +107,7 @@ Request = (
     | ApplySuperNode
     | Cordon
     | Uncordon
+    | DeclareNodeLost
     | CreateMaintenance
     | CancelMaintenance
     | InjectFault

@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "ApplySuperNode": "admin",
     "Cordon": "admin",
     "Uncordon": "admin",
+    "DeclareNodeLost": "admin",
     "CreateMaintenance": "admin",
     "CancelMaintenance": "admin",
     "InjectFault": "admin",

@@ -33,6 +33,7 @@ from raddle.v1 import (
     scheduler_pb2,
     scheduler_pb2_grpc,
     topology_pb2,
+    types_pb2,
 )
 from raddle.wire import parse
 from raddle.wire.codec import from_message, to_message
@@ -236,6 +237,15 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     async def Uncordon(self, request: Any, context: Context) -> scheduler_pb2.UncordonResponse:
         await self._ask(requests.Uncordon(subject=request.subject), context)
         return scheduler_pb2.UncordonResponse()
+
+    async def DeclareNodeLost(
+        self, request: Any, context: Context
+    ) -> scheduler_pb2.DeclareNodeLostResponse:
+        parse.require_text("message", request.message)
+        why = await self._ask(
+            requests.DeclareNodeLost(node=request.node, message=request.message), context
+        )
+        return scheduler_pb2.DeclareNodeLostResponse(why=to_message(why, types_pb2.Why))
 
     async def CreateMaintenance(
         self, request: Any, context: Context
