@@ -35,8 +35,9 @@ lint: setup       ## Style, import contracts, proto rules
 	@if git rev-parse --verify --quiet HEAD^ >/dev/null && git cat-file -e HEAD^:buf.yaml; then \
 	    $(BIN)/buf breaking --against '.git#ref=HEAD^'; fi
 
-types: setup      ## mypy, strict
+types: setup      ## mypy on everything and pyright on the core, both strict
 	$(BIN)/mypy
+	$(BIN)/pyright
 
 tools: setup      ## Build the servers that tests need, into a cache outside the checkout
 	$(BIN)/python tools/build.py

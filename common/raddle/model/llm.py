@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from raddle.model.errors import PermanentError, Reason
 
@@ -84,7 +84,7 @@ def parse_config(text: str) -> ModelShape:
         ) from error
     if not isinstance(config, dict):
         raise PermanentError(Reason.INVALID_ARGUMENT, "model.config must be a JSON object.")
-    return _shape(_Reader(config))
+    return _shape(_Reader(cast("dict[str, Any]", config)))
 
 
 class _Reader:
@@ -153,7 +153,7 @@ def _shape(read: _Reader) -> ModelShape:
 def _moe_layers(read: _Reader, layers: int) -> int:
     """DeepSeek counts dense layers first; Qwen lists dense layers and a step."""
     dense = read.number("first_k_dense_replace", default=0, least=0)
-    listed = read.config.get("mlp_only_layers") or []
+    listed: Any = read.config.get("mlp_only_layers") or []
     step = read.number("moe_layer_freq", "decoder_sparse_step", default=1)
     if dense >= layers or not isinstance(listed, list):
         raise _invalid("first_k_dense_replace", f"leaves no layer with experts of {layers}")

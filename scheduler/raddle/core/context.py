@@ -42,30 +42,32 @@ class Context:
     nodes: NodeTracker
     now: float
     #: Jobs whose ranks, nodes or records changed since they were last advanced.
-    touched: dict[str, None] = field(default_factory=dict)
+    touched: dict[str, None] = field(default_factory=dict[str, None])
     #: When the running phase of an incident began, if in this term: other leaders' entries were
     #: timed by another host's clock, and clocks of two hosts are never compared.
-    phase_began: dict[str, float] = field(default_factory=dict)
+    phase_began: dict[str, float] = field(default_factory=dict[str, float])
     #: Since when this leader sees a job wait, or a drain under way.
-    seen_since: dict[str, float] = field(default_factory=dict)
+    seen_since: dict[str, float] = field(default_factory=dict[str, float])
     #: Something became free or waits anew: the queue is worth a look.
     queue_dirty: bool = True
     #: A maintenance may have made progress.
     drains_dirty: bool = False
     #: Subjects being drained and their maintenance.
-    draining: dict[str, str] = field(default_factory=dict)
+    draining: dict[str, str] = field(default_factory=dict[str, str])
     #: Holds by subject.
-    holds: dict[str, Hold] = field(default_factory=dict)
+    holds: dict[str, Hold] = field(default_factory=dict[str, Hold])
     #: Incarnations that peers lost and that do not answer.
-    dead_incarnations: dict[str, None] = field(default_factory=dict)
+    dead_incarnations: dict[str, None] = field(default_factory=dict[str, None])
     #: (job uid, incarnation, epoch) that were probed.
-    asked: dict[tuple[str, str, int], None] = field(default_factory=dict)
+    asked: dict[tuple[str, str, int], None] = field(
+        default_factory=dict[tuple[str, str, int], None]
+    )
     #: What the first accuser of an incarnation said: its name and its reason.
-    accusations: dict[str, str] = field(default_factory=dict)
+    accusations: dict[str, str] = field(default_factory=dict[str, str])
     #: How often an answering rank was reconnected, by incarnation.
-    reconnects: dict[str, int] = field(default_factory=dict)
+    reconnects: dict[str, int] = field(default_factory=dict[str, int])
     #: Jobs that start a new epoch with the same members, and the rank that caused it.
-    to_reconnect: dict[str, str] = field(default_factory=dict)
+    to_reconnect: dict[str, str] = field(default_factory=dict[str, str])
 
     def rebuild_cluster(self) -> None:
         """Build the dies anew from the supernodes, placements, holds and nodes."""
@@ -174,7 +176,7 @@ def set_why(context: Context, job: Job, why: Why) -> Job:
 
 def members(context: Context, job: Job, placement: Placement) -> tuple[Member, ...]:
     """The active ranks with the addresses that their agents reported for these processes."""
-    found = []
+    found: list[Member] = []
     for seat in active_seats(job, placement):
         status = status_of(context, job, seat)
         found.append(

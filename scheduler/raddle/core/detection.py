@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from raddle.core.context import Context, Seat, active_seats, status_of
 from raddle.core.instructions import ProbeRank
-from raddle.model.health import RankStage
+from raddle.model.health import RankStage, RankStatus
 from raddle.model.job import Job, Placement
 from raddle.model.kinds import FaultKind, NodeState
 from raddle.model.types import RankKey
@@ -34,7 +34,7 @@ class Loss:
 
 def losses_of(context: Context, job: Job, placement: Placement) -> list[Loss]:
     """Active ranks of the job that are lost, in order."""
-    found = []
+    found: list[Loss] = []
     for seat in active_seats(job, placement):
         cause = _cause(context, job, seat)
         if cause is not None:
@@ -65,12 +65,12 @@ def _cause(context: Context, job: Job, seat: Seat) -> tuple[FaultKind, str, str]
 
 def probes_for(context: Context, job: Job, placement: Placement) -> list[ProbeRank]:
     """Ask the ranks that peers suspect at the newest epoch, each once an epoch."""
-    by_incarnation = {}
+    by_incarnation: dict[str, tuple[Seat, RankStatus]] = {}
     for seat in active_seats(job, placement):
         status = status_of(context, job, seat)
         if status is not None and status.stage not in (RankStage.EXITED, RankStage.FAILED):
             by_incarnation[status.incarnation] = (seat, status)
-    probes = []
+    probes: list[ProbeRank] = []
     for _, acks in sorted(context.state.acks.get(job.uid, {}).items()):
         for accuser in acks.ranks:
             for suspicion in accuser.suspicions:

@@ -113,7 +113,7 @@ def _with_starts(placement: Placement, epoch: int) -> Placement:
 def _initial_maps(context: Context, job: Job, placement: Placement) -> JobExpertMaps:
     shape = model_shape(job.spec.model)
     roles = {role.name: role for role in job.spec.roles}
-    maps = []
+    maps: list[InstanceExpertMap] = []
     for part in placement.instances:
         role = roles[part.role]
         if role.kind is RoleKind.CACHE or role.slots_per_rank == 0:

@@ -340,9 +340,9 @@ class Machine:
                 self.context.touched[job_uid] = None
 
     def _probes(self) -> list[ProbeNode]:
-        found = []
+        found: list[ProbeNode] = []
         for node in self.context.nodes.take_probes():
-            ranks = []
+            ranks: list[tuple[str, str]] = []
             for item in self.context.state.assignment(node).jobs:
                 ranks += self._rank_addresses(item.job_uid, node)
             found.append(ProbeNode(node, tuple(ranks)))
@@ -353,7 +353,7 @@ class Machine:
         job, placement = context.state.job(job_uid), context.state.placement(job_uid)
         if job is None or placement is None:
             return []
-        found = []
+        found: list[tuple[str, str]] = []
         for seat in active_seats(job, placement):
             status = status_of(context, job, seat) if seat.placement.node == node else None
             if status is not None and status.engine_address:

@@ -149,7 +149,7 @@ class NodeTracker:
 
     def wake(self, *, now: float) -> float | None:
         """Ask silent nodes again when it is time to judge; the time to look again, or None."""
-        later = []
+        later: list[float] = []
         for node in self.nodes.values():
             # A suspect whose ranks answered is judged already.
             if node.state is NodeState.SUSPECT and node.why.reason != "RANKS_ANSWER":

@@ -63,10 +63,12 @@ class Draft:
     job: Job
     placement: Placement
     maps: dict[tuple[str, int], InstanceExpertMap]
-    plans: list[InstancePlan] = field(default_factory=list)
-    moves: dict[RankKey, tuple[ExpertMove, ...]] = field(default_factory=dict)
+    plans: list[InstancePlan] = field(default_factory=list[InstancePlan])
+    moves: dict[RankKey, tuple[ExpertMove, ...]] = field(
+        default_factory=dict[RankKey, tuple[ExpertMove, ...]]
+    )
     starts: bool = False
-    released: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list[str])
 
 
 def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:

@@ -28,7 +28,7 @@ def to_array(expert_map: ExpertMap) -> IntArray:
 
 def check_map(table: IntArray, experts: int, slots_per_rank: int, live: list[int]) -> list[str]:
     """Every defect of a map, in words: uncovered experts, doubles on a rank, wrong numbers."""
-    defects = []
+    defects: list[str] = []
     alive = set(live)
     for layer, row in enumerate(table.tolist()):
         wrong = sorted({e for e in row if not -1 <= e < experts})

@@ -45,7 +45,7 @@ def _copies(loads: FloatArray, slots: int, ranks: int) -> IntArray:
     """Copies [layers, experts]: the next copy always goes where the load a copy is highest."""
     layers, experts = loads.shape
     copies: IntArray = np.ones((layers, experts), dtype=np.int64)
-    rows = np.arange(layers)
+    rows: IntArray = np.arange(layers, dtype=np.int64)
     # More copies than ranks can't be told apart: those slots stay empty.
     for _ in range(min(slots, experts * ranks) - experts):
         share = np.where(copies < ranks, loads / copies, -1.0)
@@ -62,7 +62,7 @@ def _place(loads: FloatArray, slots_per_rank: int, domains: IntArray) -> IntArra
     used = np.zeros((layers, ranks), dtype=np.int64)
     carried = np.zeros((layers, ranks))
     near = np.zeros((layers, ranks))
-    rows = np.arange(layers)
+    rows: IntArray = np.arange(layers, dtype=np.int64)
     # A rank never takes a second copy: it is farther than all domains together can be.
     same_rank = float((len(domains) + 1) * ranks)
     spread_until = int((copies * (copies > 1)).sum(axis=1).max())

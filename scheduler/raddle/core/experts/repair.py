@@ -107,7 +107,7 @@ class _Repair:
         self.added += np.bincount(
             np.flatnonzero(self.fresh_slots & (row >= 0)) // self.width, minlength=len(self.added)
         )
-        chosen = []
+        chosen: list[int] = []
         for expert in np.flatnonzero(counts == 0):
             slot = self._slot_for(row, counts)
             if slot is None:
@@ -121,7 +121,7 @@ class _Repair:
             chosen.append(slot)
             self.added[slot // self.width] += 1
         anew = np.flatnonzero(self.fresh_slots & (row >= 0)).tolist()
-        for slot in sorted({*chosen, *anew}):
+        for slot in sorted({*chosen, *map(int, anew)}):
             self._load(layer, slot, int(row[slot]))
 
     def _slot_for(

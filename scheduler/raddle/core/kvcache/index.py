@@ -22,9 +22,9 @@ class _Owner:
     incarnation: str
     #: Number of the event that comes next; None before the first.
     expected: int | None = None
-    blocks: dict[str, None] = field(default_factory=dict)
+    blocks: dict[str, None] = field(default_factory=dict[str, None])
     #: Earlier processes of this member; what arrives late from them is ignored.
-    retired: list[str] = field(default_factory=list)
+    retired: list[str] = field(default_factory=list[str])
 
 
 class PoolIndex:

@@ -39,7 +39,7 @@ def plan_restores(
     # A full rank is taken only when all are: its sequences then wait their turn.
     heap = [(_is_full(s, s.sequences), s.sequences, _order(s.key), s) for s in survivors]
     heapq.heapify(heap)
-    restores = []
+    restores: list[SequenceRestore] = []
     for sequence in sorted(sequences if heap else (), key=lambda s: (-_tokens(s), s.sequence_id)):
         full, count, order, survivor = heap[0]
         heapq.heapreplace(heap, (_is_full(survivor, count + 1), count + 1, order, survivor))

@@ -42,9 +42,11 @@ class _Draft:
     cluster: Cluster
     supernodes: tuple[int, ...]
     taken: BoolArray
-    found: dict[tuple[str, int], InstancePlacement] = field(default_factory=dict)
+    found: dict[tuple[str, int], InstancePlacement] = field(
+        default_factory=dict[tuple[str, int], InstancePlacement]
+    )
     #: Seats by node, of ranks with a die.
-    load: dict[str, int] = field(default_factory=dict)
+    load: dict[str, int] = field(default_factory=dict[str, int])
 
 
 def place_job(spec: JobSpec, cluster: Cluster) -> PlacedJob | Why:
@@ -137,7 +139,7 @@ def _seats(role: RoleSpec, cluster: Cluster, dies: list[int]) -> tuple[RankPlace
         RankPlacement(
             rank=rank,
             die=cluster.positions[die],
-            node=cluster.node_names[cluster.node_of[die]],
+            node=cluster.node_names[int(cluster.node_of[die])],
             state=SeatState.ACTIVE if rank < role.ranks else SeatState.SPARE,
         )
         for rank, die in enumerate(dies)

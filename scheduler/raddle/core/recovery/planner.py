@@ -34,7 +34,9 @@ class InstanceDecision:
     #: Ranks that need a new process.
     starts: tuple[int, ...] = ()
     expert_map: ExpertMap | None = None
-    moves: Mapping[int, tuple[ExpertMove, ...]] = field(default_factory=dict)
+    moves: Mapping[int, tuple[ExpertMove, ...]] = field(
+        default_factory=dict[int, tuple[ExpertMove, ...]]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +305,7 @@ def _replaced(
     leaving = [rank for rank in sorted(request.lost) if rank not in places]
     if leaving:
         message += f", {_counted(len(leaving), 'rank')} gone"
-    seats = []
+    seats: list[RankPlacement] = []
     for seat in _leave(request, leaving):
         if seat.rank in places:
             place = places[seat.rank]

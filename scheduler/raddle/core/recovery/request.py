@@ -119,7 +119,8 @@ def _fresh(
     whole = (free_in_npu == np.diff(cluster.npu_start))[cluster.npu_of[dies]]
     used = np.array([cluster.node_names[n] in taken for n in cluster.node_of[dies]], dtype=bool)
     order = np.lexsort((dies, ~used, whole))
-    return tuple(cluster.positions[die] for die in dies[order[: len(lost)]])
+    chosen: list[int] = dies[order[: len(lost)]].tolist()
+    return tuple(cluster.positions[die] for die in chosen)
 
 
 def _domains(part: InstancePlacement, cluster: Cluster) -> IntArray | None:
