@@ -321,10 +321,10 @@ def test_a_rank_is_driven_if_it_is_below_its_goal(
     assert agent(assigned(task)) == expected
 
 
-def test_a_rank_ahead_of_its_assignment_is_left_alone(agent: Agent) -> None:
-    """An assignment of an older epoch than the rank's drives nothing back."""
+def test_a_rank_ahead_of_its_assignment_is_told_and_left_alone(agent: Agent) -> None:
+    """An older epoch than the rank's drives nothing back; a store that was set back is told."""
     agent(started(epoch=3))
-    assert agent(assigned(job(epoch=2, stage=LIVE))) == []
+    assert agent(assigned(job(epoch=2, stage=LIVE))) == [acks(status(epoch=3))]
 
 
 def test_one_command_at_a_time_for_a_target(agent: Agent) -> None:

@@ -1,12 +1,14 @@
 """One prefix of a store, followed without end: first all of it, then every change.
 
-When the history behind a watch is gone, the prefix is listed anew at one revision and the
+When the history behind a watch is gone (compacted, or the store was restored from an older
+state), the prefix is listed anew at one revision and the
 difference is told as changes: a follower never has to know.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import structlog
 
@@ -37,8 +39,9 @@ async def follow(store: Store, prefix: str) -> AsyncIterator[Snapshot | Changes]
             if error.reason is not Reason.COMPACTED:
                 raise
         fresh = await store.list(prefix, timeout_s=30.0)
-        log.info("history was compacted; listed anew", prefix=prefix, revision=fresh.revision)
-        changes = _difference(known, fresh)
+        set_back = fresh.revision < revision
+        log.info("listed anew", prefix=prefix, revision=fresh.revision, set_back=set_back)
+        changes = replace(_difference(known, fresh), set_back=set_back)
         _apply(known, changes)
         revision = fresh.revision
         if changes.changes:

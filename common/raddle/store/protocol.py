@@ -88,12 +88,14 @@ class Changes:
     """All changes of one or more whole revisions, in order; never half a revision.
 
     `store_term` grows whenever the store elected a new leader of its own: leases that end just
-    after that prove nothing about their owners.
+    after that prove nothing about their owners. `set_back` means that the store was restored from
+    an older state: the revisions of these changes may be lower than those that were seen before.
     """
 
     revision: int
     changes: tuple[Change, ...] = field(default=())
     store_term: int = 0
+    set_back: bool = False
 
 
 class Lease(Protocol):

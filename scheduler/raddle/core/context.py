@@ -66,6 +66,8 @@ class Context:
     accusations: dict[str, str] = field(default_factory=dict[str, str])
     #: How often an answering rank was reconnected, by incarnation.
     reconnects: dict[str, int] = field(default_factory=dict[str, int])
+    #: When a job stops waiting for a silent agent.
+    control_due: dict[str, float] = field(default_factory=dict[str, float])
     #: Jobs that start a new epoch with the same members, and the rank that caused it.
     to_reconnect: dict[str, str] = field(default_factory=dict[str, str])
 

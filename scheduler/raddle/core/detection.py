@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from raddle.core.context import Context, Seat, active_seats, status_of
 from raddle.core.instructions import ProbeRank
 from raddle.model.health import RankStage, RankStatus
-from raddle.model.job import Job, Placement
+from raddle.model.job import Job, JobState, Placement
 from raddle.model.kinds import FaultKind, NodeState
 from raddle.model.types import RankKey
 
+# A recovery needs every agent. One that is silent while its ranks answer is waited for this long,
+# then its ranks are left behind: fenced by the epoch, they can do no harm.
+CONTROL_LOST_S = 5.0
 # A suspected rank that answers is reconnected this often before its peers are believed.
 RECONNECTS_MAX = 2
 
@@ -51,6 +54,9 @@ def _cause(context: Context, job: Job, seat: Seat) -> tuple[FaultKind, str, str]
     fault = context.cluster.fault_of(seat.placement.die) if seat.placement.die else None
     if fault is not None:
         return FaultKind.DIE_FAULT, fault, f"{seat.placement.die} reports {fault}"
+    if _is_out_of_control(context, job, seat):
+        what = f"the agent of {node.name} is silent and the recovery needs it"
+        return FaultKind.NODE_LOST, "AGENT_SILENT", what
     status = status_of(context, job, seat)
     if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
         what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
@@ -61,6 +67,50 @@ def _cause(context: Context, job: Job, seat: Seat) -> tuple[FaultKind, str, str]
     if context.is_draining(seat.placement.die or seat.placement.node):
         return FaultKind.DRAIN, "DRAIN", f"{seat.placement.die or seat.placement.node} is drained"
     return None
+
+
+def _is_out_of_control(context: Context, job: Job, seat: Seat) -> bool:
+    """Has this epoch waited too long for a rank whose agent is silent?"""
+    if job.state is JobState.READY or not _lags(context, job, seat):
+        return False
+    if context.nodes.node(seat.placement.node).state is not NodeState.SUSPECT:
+        return False
+    return context.seen_for_s(_waiting_name(job)) >= CONTROL_LOST_S
+
+
+def _lags(context: Context, job: Job, seat: Seat) -> bool:
+    status = status_of(context, job, seat)
+    return status is None or status.epoch < job.epoch
+
+
+def _waiting_name(job: Job) -> str:
+    return f"epoch {job.uid} {job.epoch}"
+
+
+def control_due(context: Context, job: Job, placement: Placement) -> float | None:
+    """When a silent agent has been waited for long enough; None if none is waited for."""
+    name = _waiting_name(job)
+    suspect = job.state is not JobState.READY and any(
+        context.nodes.node(seat.placement.node).state is NodeState.SUSPECT
+        and _lags(context, job, seat)
+        for seat in active_seats(job, placement)
+    )
+    if not suspect:
+        context.seen_since.pop(name, None)
+        return None
+    return context.now + CONTROL_LOST_S - context.seen_for_s(name)
+
+
+def rank_ahead(context: Context, job: Job, placement: Placement) -> str:
+    """A rank that lives at an epoch above the job's: the store was set back. Its incarnation."""
+    for seat in active_seats(job, placement):
+        status = status_of(context, job, seat)
+        if status is not None and status.epoch > job.epoch:
+            context.accusations[status.incarnation] = (
+                f"a live rank is at epoch {status.epoch}, above the store's {job.epoch}"
+            )
+            return status.incarnation
+    return ""
 
 
 def probes_for(context: Context, job: Job, placement: Placement) -> list[ProbeRank]:

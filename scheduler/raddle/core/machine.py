@@ -40,6 +40,7 @@ from raddle.model import keys
 from raddle.model.errors import RaddleError
 from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, FaultLedger
 from raddle.model.incident import Maintenance, MaintenanceState
+from raddle.model.job import Job, Placement
 from raddle.model.kinds import NodeState
 from raddle.model.types import Why
 
@@ -179,6 +180,10 @@ class Machine:
     @_take.register
     def _(self, _event: Woken) -> None:
         self._wake_s = None
+        context = self.context
+        for job_uid in [uid for uid, due in context.control_due.items() if due <= context.now]:
+            del context.control_due[job_uid]
+            context.touched[job_uid] = None
 
     def _registered(self, value: AgentRegistration) -> None:
         context = self.context
@@ -250,6 +255,7 @@ class Machine:
                     context.touched[job_uid] = None
                     continue
                 probes += detection.probes_for(context, job, placement)
+                self._watch_over(job, placement)
             lifecycle.advance(context, job)
         self._plan(losses)
         for job_uid, incarnation in context.take_reconnects():
@@ -257,6 +263,18 @@ class Machine:
             if job is not None and job_uid not in context.touched:
                 recover.reconnect(context, job, incarnation)
         return probes
+
+    def _watch_over(self, job: Job, placement: Placement) -> None:
+        """What is wrong without a loss: an agent that is waited for, a store that was set back."""
+        context = self.context
+        ahead = detection.rank_ahead(context, job, placement)
+        if ahead:
+            context.to_reconnect[job.uid] = ahead
+        due = detection.control_due(context, job, placement)
+        if due is None:
+            context.control_due.pop(job.uid, None)
+        else:
+            context.control_due[job.uid] = due
 
     def _plan(self, losses: list[Loss]) -> None:
         """Gather for a moment, then decide everything that is lost at once."""
@@ -369,6 +387,7 @@ class Machine:
             due.append(nodes_due)
         if context.queue_dirty:
             due.append(context.now)
+        due += context.control_due.values()
         due += [
             context.now + self._drain_left_s(m)
             for m in context.state.maintenances()

@@ -52,6 +52,8 @@ class Mirror:
                     if isinstance(item, Snapshot):
                         self._load(item)
                     else:
+                        if item.set_back:
+                            self._set_back(item.revision)
                         self.store_term = max(self.store_term, item.store_term)
                         for change in item.changes:
                             self._apply(change)
@@ -72,6 +74,14 @@ class Mirror:
         for record in snapshot.records:
             self._apply(Change(record.key, record, record.mod_revision))
         self._advance(snapshot.revision)
+
+    def _set_back(self, revision: int) -> None:
+        """The store was restored from an older state: no revision of before counts any more."""
+        log.error("the store was set back to an older state", revision=revision, was=self.revision)
+        self._gone.clear()
+        kept = {key: known if known <= revision else 0 for key, known in self._revisions.items()}
+        self._revisions = kept
+        self.revision = revision
 
     def _apply(self, change: Change) -> None:
         key = change.key

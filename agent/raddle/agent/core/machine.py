@@ -116,6 +116,11 @@ class AgentMachine:
     @_take.register
     def _(self, event: AssignmentChanged) -> None:
         self.assignment = event.assignment
+        for job in event.assignment.jobs:
+            mine = [rank for slot, rank in self.ranks.items() if slot[0] == job.job_uid]
+            if any(rank.status.epoch > job.epoch for rank in mine):
+                # The store was set back to an older state: what is in it of us is old too.
+                self._dirty[job.job_uid] = None
 
     @_take.register
     def _(self, event: RankStarted) -> None:

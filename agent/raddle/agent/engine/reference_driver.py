@@ -40,7 +40,11 @@ from raddle.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from raddle.wire.codec import from_message, to_message
 from raddle.wire.status import error_from
 
-COMMAND_TIMEOUT_S = 30.0
+# A rank that lives answers these at once: one that does not, twice, hangs.
+QUICK_TIMEOUT_S = 1.5
+ATTEMPTS_OF_A_HUNG_RANK = 2
+# Weights and KV blocks take the time that they take.
+LOAD_TIMEOUT_S = 30.0
 _RETRY_S = 0.1
 _FINAL = (Reason.WRONG_JOB, Reason.ENGINE_UNSUPPORTED)
 log = structlog.get_logger()
@@ -254,11 +258,11 @@ class ReferenceDriver:
         fence = to_message(Fence(job_uid=job.job_uid, epoch=job.epoch), types_pb2.Fence)
         try:
             if job.stage is AssignmentStage.LIVE:
-                await self._call(rank.stub.Resume, engine_pb2.ResumeRequest(fence=fence))
+                await self._quick(rank.stub.Resume, engine_pb2.ResumeRequest(fence=fence))
                 self._tell(Driven(*slot, job.epoch, RankStage.LIVE, last=True))
                 return
             keep = engine_pb2.QUIESCE_MODE_KEEP
-            await self._call(rank.stub.Quiesce, engine_pb2.QuiesceRequest(fence=fence, mode=keep))
+            await self._quick(rank.stub.Quiesce, engine_pb2.QuiesceRequest(fence=fence, mode=keep))
             prepare = job.stage is AssignmentStage.PREPARE
             self._tell(Driven(*slot, job.epoch, RankStage.FENCED, last=not prepare))
             if prepare:
@@ -266,12 +270,18 @@ class ReferenceDriver:
                 await self._prepare(rank, job, want, fence, context)
         except grpc.aio.AioRpcError as error:
             failure = error_from(error)
-            self._tell(
-                DriveFailed(*slot, job.epoch, failure.message, final=failure.reason in _FINAL)
+            hangs = (
+                error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                and instruction.attempts + 1 >= ATTEMPTS_OF_A_HUNG_RANK
             )
+            final = hangs or failure.reason in _FINAL
+            self._tell(DriveFailed(*slot, job.epoch, failure.message, final=final))
+
+    async def _quick(self, method: Any, request: Any) -> Any:
+        return await method(request, timeout=QUICK_TIMEOUT_S)
 
     async def _call(self, method: Any, request: Any) -> Any:
-        return await method(request, timeout=COMMAND_TIMEOUT_S)
+        return await method(request, timeout=LOAD_TIMEOUT_S)
 
     async def _prepare(
         self,
@@ -282,7 +292,7 @@ class ReferenceDriver:
         context: JobContext,
     ) -> None:
         members = [to_message(m, types_pb2.Member) for m in context.routes.members]
-        await self._call(
+        await self._quick(
             rank.stub.SetMembers, engine_pb2.SetMembersRequest(fence=fence, members=members)
         )
         loaded = restored = 0

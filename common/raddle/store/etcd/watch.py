@@ -44,6 +44,7 @@ async def watch_prefix(
             await stream.write(rpc.WatchRequest(create_request=create))
             async for response in _responses(stream):
                 _raise_if_over(response)
+                _raise_if_set_back(response, next_revision)
                 if response.canceled:
                     log.info("etcd ended a watch; it is begun again", why=response.cancel_reason)
                     break
@@ -96,6 +97,17 @@ def _raise_if_over(response: rpc.WatchResponse) -> None:
     if response.canceled and "ermission" in response.cancel_reason:
         # A refused watch is no RPC error: it is created and cancelled in one response.
         raise _refused(response.cancel_reason)
+
+
+def _raise_if_set_back(response: rpc.WatchResponse, next_revision: int) -> None:
+    """etcd was restored from an older snapshot: it would stay silent until it caught up."""
+    if 0 < response.header.revision < next_revision - 1:
+        raise PermanentError(
+            Reason.COMPACTED,
+            f"etcd is at revision {response.header.revision}, before {next_revision - 1}: it was"
+            " set back to an older state",
+            compact_revision=str(next_revision - 1),
+        )
 
 
 def _refused(message: str) -> PermanentError:
