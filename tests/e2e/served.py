@@ -13,7 +13,14 @@ from typing import Any
 from raddle import traces
 from raddle.cli.cluster import LocalCluster
 from raddle.cli.demo.client import Answers, get_text, send_all
+from raddle.model import keys
+from raddle.model.incident import IncidentPhase
+from raddle.store.etcd.connection import Connection
+from raddle.store.etcd.store import EtcdStore
+from raddle.store.follow import follow
+from raddle.store.protocol import Snapshot
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
+from raddle.wire import records as codec
 from raddle.wire.parse import job_message
 
 SMALL_MACHINE = str(Path(__file__).parent / "small_machine.yaml")
@@ -38,10 +45,19 @@ class Served:
         self.address = address
         self.requests = traces.load_requests(16, blocks_max=4)
         self.expected = Answers()
+        self.answers = Answers()
 
     async def job(self) -> Any:
+        """The job, from whoever leads; asked again while the lead changes."""
         request = scheduler_pb2.GetJobRequest(job_uid=self.uid)
-        return await self.cluster.stub.GetJob(request, timeout=10.0)
+        found = []
+
+        async def answered() -> bool:
+            found.append(await self.cluster.stub.GetJob(request, timeout=5.0))
+            return True
+
+        await self.cluster.until(answered, "a scheduler answers")
+        return found[0]
 
     async def ready_at(self, epoch: int) -> None:
         async def reached() -> bool:
@@ -54,16 +70,40 @@ class Served:
         request = scheduler_pb2.ListIncidentsRequest()
         return list((await self.cluster.stub.ListIncidents(request, timeout=10.0)).incidents)
 
-    async def same_tokens_while(self, fault: Callable[[], Awaitable[None]]) -> None:
-        """Send all requests, run the fault in mid stream, compare every token."""
-        answers = Answers()
-        sending = asyncio.create_task(send_all(self.address, self.requests, answers, 8))
+    @property
+    def begun(self) -> int:
+        """Requests of the running round that have begun."""
+        return len(self.answers.tokens)
 
-        async def some() -> bool:
-            return answers.count >= 10
+    async def another_begins(self) -> None:
+        """Wait until another request begins, or none is left."""
+        before, whole = self.begun, len(self.requests)
+
+        async def begun() -> bool:
+            return self.begun >= min(before + 1, whole)
+
+        await self.cluster.until(begun, "another request begins")
+
+    async def tokens_flow(self) -> None:
+        """Wait until ten more tokens came, or all of them."""
+        before, whole = self.answers.count, self.expected.count
+
+        async def more() -> bool:
+            return self.answers.count >= min(before + 10, whole)
+
+        await self.cluster.until(more, "tokens flow")
+
+    async def same_tokens_while(
+        self, fault: Callable[[], Awaitable[None]], requests_at_once: int = 8
+    ) -> None:
+        """Send all requests, run the fault in mid stream, compare every token."""
+        answers = self.answers = Answers()
+        sending = asyncio.create_task(
+            send_all(self.address, self.requests, answers, requests_at_once)
+        )
 
         try:
-            await self.cluster.until(some, "tokens flow")
+            await self.tokens_flow()
             await fault()
             await sending
         finally:
@@ -87,9 +127,26 @@ class Served:
 
     async def leader_number(self) -> int:
         """Which of the cluster's schedulers leads."""
+        await self.job()
         request = scheduler_pb2.GetStatusRequest()
         status = await self.cluster.stub.GetStatus(request, timeout=10.0)
         return int(status.leader_identity.rsplit("-", 1)[1])
+
+    async def etcd_leader(self) -> int:
+        """Which of the cluster's etcd members leads etcd."""
+        for number, member in enumerate(self.cluster.etcds):
+            connection = Connection([member.endpoint])
+            status = await connection.status()
+            await connection.close()
+            if status.leader == status.header.member_id:
+                return number
+        raise AssertionError("no etcd member leads")
+
+    async def submit(self) -> None:
+        """Submit the small job."""
+        spec = job_message(JOB, self.cluster.folder)
+        request = scheduler_pb2.SubmitJobRequest(spec=spec)
+        self.uid = (await self.cluster.stub.SubmitJob(request, timeout=10.0)).job.uid
 
     async def kill_leader(self) -> int:
         """SIGKILL the leader, talk to another one; gives the number of the killed one."""
@@ -109,11 +166,8 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[Served]:
     cluster = LocalCluster(folder, **(settings | options))
     try:
         await cluster.start()
-        spec = job_message(JOB, folder)
-        answer = await cluster.stub.SubmitJob(
-            scheduler_pb2.SubmitJobRequest(spec=spec), timeout=10.0
-        )
-        served = Served(cluster, answer.job.uid, "")
+        served = Served(cluster, "", "")
+        await served.submit()
         await served.ready_at(1)
         served.address = cluster.start_front_door("default/small", "raddle-demo")
 
@@ -129,3 +183,30 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[Served]:
         yield served
     finally:
         await cluster.stop()
+
+
+PHASES = [
+    IncidentPhase.DETECT,
+    IncidentPhase.DECIDE,
+    IncidentPhase.FENCE,
+    IncidentPhase.REPAIR,
+    IncidentPhase.PUBLISH,
+]
+
+
+async def phase_seen(store: EtcdStore, phase: IncidentPhase, known: set[str]) -> str:
+    """Wait until a new incident is in the phase or later; gives its id."""
+    async for item in follow(store, keys.INCIDENTS):
+        records = item.records if isinstance(item, Snapshot) else [c.record for c in item.changes]
+        for record in records:
+            if record is None:
+                continue
+            incident = codec.decode(record.key, record.value)
+            reached = PHASES.index(phase) <= _order(incident.phase)
+            if incident.id not in known and reached:
+                return str(incident.id)
+    raise AssertionError("a watch ended")
+
+
+def _order(phase: IncidentPhase) -> int:
+    return PHASES.index(phase) if phase in PHASES else len(PHASES)

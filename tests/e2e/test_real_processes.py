@@ -12,11 +12,9 @@ import pytest
 from raddle.model import keys
 from raddle.model.incident import IncidentPhase
 from raddle.store.etcd.store import EtcdStore
-from raddle.store.follow import follow
-from raddle.store.protocol import Snapshot
 from raddle.v1 import scheduler_pb2
 from raddle.wire import records as codec
-from tests.e2e.served import CLOSED, Served, serving
+from tests.e2e.served import CLOSED, PHASES, Served, phase_seen, serving
 
 
 @pytest.fixture
@@ -95,33 +93,6 @@ async def test_a_leader_killed_in_a_recovery_is_followed(served: Served) -> None
     assert all(incident.phase == CLOSED for incident in await served.incidents())
 
 
-PHASES = [
-    IncidentPhase.DETECT,
-    IncidentPhase.DECIDE,
-    IncidentPhase.FENCE,
-    IncidentPhase.REPAIR,
-    IncidentPhase.PUBLISH,
-]
-
-
-async def _phase_seen(store: EtcdStore, phase: IncidentPhase, known: set[str]) -> str:
-    """Wait until a new incident is in the phase or later; gives its id."""
-    async for item in follow(store, keys.INCIDENTS):
-        records = item.records if isinstance(item, Snapshot) else [c.record for c in item.changes]
-        for record in records:
-            if record is None:
-                continue
-            incident = codec.decode(record.key, record.value)
-            reached = PHASES.index(phase) <= _order(incident.phase)
-            if incident.id not in known and reached:
-                return str(incident.id)
-    raise AssertionError("a watch ended")
-
-
-def _order(phase: IncidentPhase) -> int:
-    return PHASES.index(phase) if phase in PHASES else len(PHASES)
-
-
 @pytest.mark.timeout(180)
 async def test_the_leader_is_killed_in_each_phase(tmp_path: Path) -> None:
     """SIGKILL of the leader in every phase of a recovery: the next one ends it, same tokens."""
@@ -141,7 +112,7 @@ async def test_the_leader_is_killed_in_each_phase(tmp_path: Path) -> None:
                 await served.kill_decode_rank()
                 name = ""
                 if phase is not IncidentPhase.DETECT:
-                    name = await _phase_seen(store, phase, known)
+                    name = await phase_seen(store, phase, known)
                 child.process.kill()
                 child.process.wait()
                 if name:

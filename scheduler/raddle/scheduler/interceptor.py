@@ -135,11 +135,26 @@ class Interceptor(grpc.aio.ServerInterceptor):
             response_deserializer=lambda data: data,
         )
         metadata = ((FORWARDED_METADATA, caller_of(context)), (IDENTITY_METADATA, "scheduler"))
+        calling = asyncio.ensure_future(
+            stub(request, timeout=time_left(context), metadata=metadata)
+        )
+        moved = asyncio.create_task(self._replica.wait_leader_changed(record))
         try:
-            data = await stub(request, timeout=time_left(context), metadata=metadata)
+            await asyncio.wait({calling, moved}, return_when=asyncio.FIRST_COMPLETED)
+            if calling.done():
+                return _Raw(calling.result())
         except grpc.aio.AioRpcError as error:
             raise error_from(error) from error
-        return _Raw(data)
+        finally:
+            moved.cancel()
+            calling.cancel()
+        if VERBS.get(path.rsplit("/", 1)[1], "read") == "read":
+            return await self._forward(path, handler, request, context)
+        raise TemporaryError(
+            Reason.NO_LEADER,
+            f"the leader changed from {record.identity} while it was asked; repeat with the same"
+            " idempotency key.",
+        )
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:

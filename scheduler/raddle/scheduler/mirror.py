@@ -145,6 +145,10 @@ class Mirror:
         while self.revision < revision:
             await self._moved.wait()
 
+    async def wait_moved(self) -> None:
+        """Return after the next change."""
+        await self._moved.wait()
+
     @property
     def warm(self) -> bool:
         return self.revision > 0

@@ -63,6 +63,11 @@ class Replica:
     def tell(self, event: Event) -> None:
         self.require_leader().tell(event)
 
+    async def wait_leader_changed(self, known: LeaderRecord) -> None:
+        """Return once another one leads, in this process or elsewhere."""
+        while self.leader is None and self.leader_record() in (known, None):
+            await self.mirror.wait_moved()
+
     async def wait_leader_known(self, timeout_s: float) -> LeaderRecord | None:
         """The leader's record, waiting a while for one; None when we lead ourselves.
 

@@ -168,11 +168,14 @@ class Connection:
         )
         return method(metadata=(("hasleader", "true"),))
 
+    async def status(self, *, timeout_s: float = 5.0) -> rpc.StatusResponse:
+        """What the member that answers says of itself and of its leader."""
+        path = "/etcdserverpb.Maintenance/Status"
+        return await self.read(path, rpc.StatusRequest(), rpc.StatusResponse, timeout_s)
+
     async def server_version(self, *, timeout_s: float = 5.0) -> str:
         """Version of the member that answers; an old one is warned about."""
-        status = await self.read(
-            "/etcdserverpb.Maintenance/Status", rpc.StatusRequest(), rpc.StatusResponse, timeout_s
-        )
+        status = await self.status(timeout_s=timeout_s)
         version = tuple(int(part) for part in status.version.split("-")[0].split("."))
         if version < SERVER_VERSION_MIN:
             log.warning(
