@@ -57,9 +57,9 @@ async def three_members(folder: Path, binary: EtcdBinary) -> list[EmbeddedEtcd]:
 class CuttingProxy:
     """A TCP proxy in front of one address that can cut connections and stop the bytes."""
 
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+    def __init__(self, target: str = "") -> None:
+        #: `host:port`; may be set later, before the first connection.
+        self.target = target
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._open = asyncio.Event()
@@ -78,7 +78,8 @@ class CuttingProxy:
             writer.close()
             return
         try:
-            up_reader, up_writer = await asyncio.open_connection(*self._target)
+            host, _, port = self.target.rpartition(":")
+            up_reader, up_writer = await asyncio.open_connection(host, int(port))
         except OSError:
             writer.close()
             return

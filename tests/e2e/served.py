@@ -160,10 +160,13 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **options: Any) -> AsyncIterator[Served]:
+async def serving(
+    folder: Path, on_made: Callable[[LocalCluster], None] = lambda _: None, **options: Any
+) -> AsyncIterator[Served]:
     """Start a cluster, the small job and its front door; all of it ends with the block."""
     settings: dict[str, Any] = {"machine": SMALL_MACHINE, "real_nodes": 4, "schedulers": 2}
     cluster = LocalCluster(folder, **(settings | options))
+    on_made(cluster)
     try:
         await cluster.start()
         served = Served(cluster, "", "")

@@ -310,7 +310,7 @@ async def test_a_job_of_the_same_name_is_another_job(served: Served) -> None:
 
 
 async def test_history_is_compacted_while_a_scheduler_is_stopped(tmp_path: Path) -> None:
-    """A scheduler that wakes behind a compaction lists anew, and leads next from that."""
+    """A scheduler that wakes behind a compaction has missed nothing when it leads next."""
     async with serving(tmp_path) as served:
         number = await served.leader_number()
         store = EtcdStore([served.cluster.etcd_endpoints], "default", operation_key="operations/t")
@@ -327,8 +327,6 @@ async def test_history_is_compacted_while_a_scheduler_is_stopped(tmp_path: Path)
             await served.ready_at(3)
 
         await served.same_tokens_while(compact)
-        log = served.cluster.folder / "logs" / f"scheduler-{1 - number}.log"
-        assert "listed anew" in log.read_text()
         await store.close()
 
 

@@ -64,6 +64,8 @@ class LocalCluster:
     certificates: Path | None = None
     etcd_members: int = 1
     etcd_quota_bytes: int = QUOTA_BYTES
+    #: More flags for a daemon, by its name; the last of a kind counts.
+    more_flags: Callable[[str], list[str]] = lambda _: []
     etcds: list[EmbeddedEtcd] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
     children: dict[str, Child] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class LocalCluster:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [sys.executable, "-m", *command, *self.more_flags(name)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

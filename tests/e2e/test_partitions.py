@@ -1,0 +1,262 @@
+"""Parts that cannot reach each other, and nodes that fall silent together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raddle.cli.cluster import LocalCluster
+from raddle.v1 import job_pb2, scheduler_pb2
+from raddle.wire.parse import job_message
+from tests.e2e.history import assert_one_writer
+from tests.e2e.served import Served, serving
+from tests.support import CuttingProxy
+
+pytestmark = pytest.mark.timeout(180)
+
+SIXTEEN = str(Path(__file__).parent / "sixteen_nodes.yaml")
+JOB = """
+name: wide
+model: {config: raddle-demo, kv_block_tokens: 16}
+roles:
+  - {name: decode, kind: decode, ranks: 32, slots_per_rank: 2, spread_nodes: 16,
+     engine: {driver: simulated}}
+"""
+
+
+class Proxies:
+    """A proxy before each scheduler, and one between each scheduler and etcd."""
+
+    def __init__(self) -> None:
+        self.front = [CuttingProxy(), CuttingProxy()]
+        self.etcd = [CuttingProxy(), CuttingProxy()]
+        self._addresses: dict[int, str] = {}
+        self.cluster: LocalCluster | None = None
+
+    async def start(self) -> None:
+        for proxy in (*self.front, *self.etcd):
+            self._addresses[id(proxy)] = await proxy.start()
+
+    async def stop(self) -> None:
+        for proxy in (*self.front, *self.etcd):
+            await proxy.stop()
+
+    def flags(self, name: str) -> list[str]:
+        """Flags of a scheduler: it is reached, and reaches etcd, through its proxies."""
+        if not name.startswith("scheduler-"):
+            return []
+        assert self.cluster is not None
+        number = int(name.rsplit("-", 1)[1])
+        front, etcd = self.front[number], self.etcd[number]
+        front.target = self.cluster.addresses[number]
+        etcd.target = self.cluster.etcd_endpoints
+        advertise = self._addresses[id(front)]
+        return ["--advertise", advertise, "--etcd", self._addresses[id(etcd)]]
+
+
+@asynccontextmanager
+async def partitioned(folder: Path, **options: Any) -> AsyncIterator[tuple[Served, Proxies]]:
+    proxies = Proxies()
+    await proxies.start()
+
+    def adopt(cluster: LocalCluster) -> None:
+        proxies.cluster = cluster
+
+    try:
+        async with serving(folder, on_made=adopt, more_flags=proxies.flags, **options) as served:
+            yield served, proxies
+    finally:
+        await proxies.stop()
+
+
+async def test_schedulers_that_cannot_reach_each_other_do_not_duel(tmp_path: Path) -> None:
+    """Both reach etcd, neither the other: one takes over once, never two writers, no duel."""
+    async with partitioned(tmp_path) as (served, proxies):
+
+        async def cut() -> None:
+            leader = await served.leader_number()
+            for proxy in proxies.front:
+                proxy.freeze()
+            await served.cluster.connect(1 - leader)
+            other = 1 - leader
+
+            async def other_leads() -> bool:
+                request = scheduler_pb2.GetStatusRequest()
+                status = await served.cluster.stub.GetStatus(request, timeout=2.0)
+                return bool(status.leader_identity == f"scheduler-{other}")
+
+            await served.cluster.until(other_leads, "the standby took over")
+            for proxy in proxies.front:
+                proxy.thaw()
+            await served.kill_decode_rank()
+            await served.ready_at(2)
+
+        await served.same_tokens_while(cut)
+        terms = await assert_one_writer(served.cluster.etcd_endpoints)
+        assert 2 <= len(terms) <= 4, terms
+
+
+async def test_a_leader_cut_off_from_etcd_alone_is_followed(tmp_path: Path) -> None:
+    """A leader that lost etcd stops deciding before its lease ends; the standby goes on."""
+    async with partitioned(tmp_path) as (served, proxies):
+
+        async def cut() -> None:
+            leader = await served.leader_number()
+            await served.cluster.connect(1 - leader)
+            proxies.etcd[leader].freeze()
+            await served.kill_decode_rank()
+            await served.ready_at(2)
+            proxies.etcd[leader].thaw()
+
+        await served.same_tokens_while(cut)
+        terms = await assert_one_writer(served.cluster.etcd_endpoints)
+        assert len(terms) == 2, terms
+
+
+async def test_a_leader_cut_off_from_agents_alone_moves_nothing(tmp_path: Path) -> None:
+    """All streams to the only scheduler are silent, leases live: no epoch changes."""
+    async with partitioned(tmp_path, schedulers=1) as (served, proxies):
+
+        async def cut() -> None:
+            proxies.front[0].freeze()
+            await served.tokens_flow()
+            proxies.front[0].cut()
+            await served.tokens_flow()
+            proxies.front[0].thaw()
+
+        await served.same_tokens_while(cut)
+        assert (await served.job()).job.epoch == 1
+
+
+# --- the storm brake -----------------------------------------------------------------------------
+
+
+class Wide:
+    """Sixteen simulated nodes in two agent processes, with a job over all of them."""
+
+    def __init__(self, cluster: LocalCluster, uid: str) -> None:
+        self.cluster = cluster
+        self.uid = uid
+
+    async def job(self) -> Any:
+        request = scheduler_pb2.GetJobRequest(job_uid=self.uid)
+        return (await self.cluster.stub.GetJob(request, timeout=5.0)).job
+
+    async def states(self) -> dict[str, int]:
+        nodes = (await self.cluster.stub.ListNodes(scheduler_pb2.ListNodesRequest())).nodes
+        found = [str(node.state) for node in nodes]
+        return {state: found.count(state) for state in found}
+
+    async def until_states(self, **expected: int) -> None:
+        async def reached() -> bool:
+            return await self.states() == expected
+
+        await self.cluster.until(reached, f"nodes are {expected}")
+
+
+@asynccontextmanager
+async def wide(folder: Path, **options: Any) -> AsyncIterator[Wide]:
+    cluster = LocalCluster(folder, machine=SIXTEEN, **options)
+    try:
+        await cluster.start()
+        request = scheduler_pb2.SubmitJobRequest(spec=job_message(JOB, folder))
+        uid = (await cluster.stub.SubmitJob(request, timeout=10.0)).job.uid
+        found = Wide(cluster, uid)
+
+        async def ready() -> bool:
+            return bool((await found.job()).state == job_pb2.JOB_STATE_READY)
+
+        await cluster.until(ready, "the job is ready")
+        yield found
+    finally:
+        await cluster.stop()
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_eight_leases_that_lapse_together_move_nothing(tmp_path: Path) -> None:
+    """More than a rack falls silent in one window: unknown, nothing moves, and all come back."""
+    async with wide(tmp_path) as found:
+        agent = found.cluster.children["agent-simulated-0"].process.pid
+        with stopped(agent):
+            await found.until_states(UNKNOWN=8, READY=8)
+            assert (await found.job()).epoch == 1
+        await found.until_states(READY=16)
+        assert (await found.job()).epoch == 1
+
+
+async def test_leases_that_lapse_after_an_etcd_election_move_nothing(tmp_path: Path) -> None:
+    """Eight leases end within one TTL of a new etcd leader: the same."""
+    async with wide(tmp_path, etcd_members=3) as found:
+        served = Served(found.cluster, found.uid, "")
+        agent = found.cluster.children["agent-simulated-1"].process.pid
+        with stopped(agent):
+            member = found.cluster.etcds[await served.etcd_leader()].process
+            assert member is not None
+            member.kill()
+            await found.until_states(UNKNOWN=8, READY=8)
+            assert (await found.job()).epoch == 1
+        await found.until_states(READY=16)
+        assert (await found.job()).epoch == 1
+
+
+async def test_an_operator_judges_an_unknown_node(tmp_path: Path) -> None:
+    """Behind the storm brake, a node that is declared lost is recovered from, the others wait."""
+    async with wide(tmp_path) as found:
+        agent = found.cluster.children["agent-simulated-0"].process.pid
+        with stopped(agent):
+            await found.until_states(UNKNOWN=8, READY=8)
+            request = scheduler_pb2.DeclareNodeLostRequest(node="sn0/n00", message="no power")
+            await found.cluster.stub.DeclareNodeLost(request, timeout=5.0)
+            await found.until_states(UNKNOWN=7, LOST=1, READY=8)
+
+            async def decided() -> bool:
+                return bool((await found.job()).epoch >= 2)
+
+            await found.cluster.until(decided, "the job moved on")
+
+
+# --- disks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_logs(tmp_path: Path) -> Iterator[Path]:
+    """The logs' folder on a file system of 256 KiB."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(logs)]
+    subprocess.run(mount, check=True, timeout=10)
+    yield logs
+    subprocess.run(["umount", "-l", str(logs)], check=True, timeout=10)
+
+
+async def test_a_full_disk_under_the_logs_costs_lines_only(tmp_path: Path, tiny_logs: Path) -> None:
+    """Daemons whose logs cannot be written go on: a rank dies and is recovered."""
+    async with serving(tmp_path) as served:
+        ballast = tiny_logs / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+
+        async def kill_rank() -> None:
+            await served.kill_decode_rank()
+            await served.ready_at(2)
+
+        await served.same_tokens_while(kill_rank)
+        await asyncio.to_thread(ballast.unlink)
