@@ -1,6 +1,6 @@
 # One vocabulary for people and CI. `make verify` is what CI enforces. Every target sets up what it
 # needs by itself: Python 3.11 or newer, make and git are enough.
-.PHONY: help docs setup proto lint format types tools test bench demo verify clean
+.PHONY: help docs setup proto lint format types tools test soak bench demo verify clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +44,9 @@ tools: setup      ## Build the servers that tests need, into a cache outside the
 
 test: tools       ## All tests
 	$(BIN)/pytest -n 2 --dist loadfile
+
+soak: tools       ## Faults drawn from a seed against the demo's cluster, MINUTES=n [SEED=n]
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 bench: setup      ## Measure; one JSON object on stdout
 	@if [ -d benchmarks ]; then $(BIN)/python -m benchmarks; \

@@ -158,3 +158,5 @@ class LeaderRecord:
     identity: str = ""
     address: str = ""
     version: str = ""
+    # Names one process: another one at the same address is not the leader.
+    incarnation: str = ""

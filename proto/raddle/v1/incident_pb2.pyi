@@ -437,10 +437,13 @@ class LeaderRecord(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     identity: _builtins.str
     address: _builtins.str
     version: _builtins.str
+    incarnation: _builtins.str
+    """Names one process: another one at the same address is not the leader."""
     def __init__(
         self,
         *,
@@ -448,10 +451,11 @@ class LeaderRecord(_message.Message):
         identity: _builtins.str = ...,
         address: _builtins.str = ...,
         version: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "identity", b"identity", "schema_version", b"schema_version", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "identity", b"identity", "incarnation", b"incarnation", "schema_version", b"schema_version", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

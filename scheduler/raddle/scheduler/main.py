@@ -101,6 +101,7 @@ class SchedulerProcess:
         )
         self.mirror.listen(self.replica.metrics.record_changed)
         self.health = health.aio.HealthServicer()
+        self._incarnation = secrets.token_hex(6)
         self._probe_channels: dict[str, grpc.aio.Channel] = {}
         self._had_connection: dict[str, bool] = {}
 
@@ -158,7 +159,8 @@ class SchedulerProcess:
             host = (self.settings.advertise or listen).rsplit(":", 1)[0]
             self.replica.address = f"{host}:{port}"
         await server.start()
-        await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for name in ("", self._incarnation):
+            await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._leads(None)
         log.info("serving", address=self.replica.address, identity=self.replica.identity)
         return server, interceptor
@@ -169,6 +171,7 @@ class SchedulerProcess:
             identity=self.replica.identity,
             address=self.replica.address,
             version=self.replica.version,
+            incarnation=self._incarnation,
         )
         election = Election(self.store, wire.encode("leader", record), self._probe)
         await campaign(self.store, self.mirror, election, self._leader, self._leads)
@@ -201,8 +204,12 @@ class SchedulerProcess:
             )
         stub: Any = health_pb2_grpc.HealthStub(self._probe_channels[address])
         try:
-            await stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=0.5)
+            request = health_pb2.HealthCheckRequest(service=leader.incarnation)
+            await stub.Check(request, timeout=0.5)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                # Another process listens there now: the leader's is gone.
+                return Probe.GONE
             refused = error.code() is grpc.StatusCode.UNAVAILABLE and await _is_refused(address)
             return Probe.GONE if refused and self._had_connection.get(address) else Probe.SILENT
         self._had_connection[address] = True

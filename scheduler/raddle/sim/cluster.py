@@ -13,6 +13,7 @@ from typing import Any
 from raddle.core.requests import ApplySuperNode, Request
 from raddle.model import keys
 from raddle.model.errors import TemporaryError
+from raddle.model.incident import LeaderRecord
 from raddle.model.topology import SuperNode
 from raddle.sim.checks import CheckedBackend
 from raddle.sim.front_door import SimulatedFrontDoor
@@ -65,9 +66,9 @@ class SimulatedCluster:
         base_s = _EPOCH_S + self._clocks.uniform(-CLOCK_SKEW_MAX_S, CLOCK_SKEW_MAX_S)
         return lambda: base_s + asyncio.get_running_loop().time()
 
-    def _probe(self, asking: SimulatedScheduler, identity: str) -> Probe:
-        asked = self.schedulers[identity]
-        if not asked.is_running:
+    def _probe(self, asking: SimulatedScheduler, leader: LeaderRecord) -> Probe:
+        asked = self.schedulers[leader.identity]
+        if not asked.is_running or asked.incarnation != leader.incarnation:
             return Probe.GONE
         return Probe.SILENT if asked.store.is_cut or asking.store.is_cut else Probe.ALIVE
 

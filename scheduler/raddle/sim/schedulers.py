@@ -37,7 +37,7 @@ class SimulatedScheduler:
         backend: MemoryBackend,
         hosts: Hosts,
         wire: Wire,
-        probe: Callable[[SimulatedScheduler, str], Probe],
+        probe: Callable[[SimulatedScheduler, LeaderRecord], Probe],
         clock: Callable[[], float],
     ) -> None:
         self.identity = identity
@@ -50,7 +50,13 @@ class SimulatedScheduler:
         self._tasks: list[asyncio.Task[None]] = []
         self.store = MemoryStore(backend, delay=wire.delay)
         self.terms = 0
+        self.starts = 0
         self.leader: Leader | None = None
+
+    @property
+    def incarnation(self) -> str:
+        """Names one process of this replica."""
+        return f"{self.identity}-{self.starts}"
 
     @property
     def is_running(self) -> bool:
@@ -59,7 +65,13 @@ class SimulatedScheduler:
     def start(self) -> None:
         self.store = MemoryStore(self._backend, delay=self._wire.delay)
         mirror = Mirror(self.store)
-        record = LeaderRecord(identity=self.identity, address=self.identity, version="sim")
+        self.starts += 1
+        record = LeaderRecord(
+            identity=self.identity,
+            address=self.identity,
+            version="sim",
+            incarnation=self.incarnation,
+        )
         election = Election(self.store, codec.encode("leader", record), self._probe)
 
         def make_leader(term: Term) -> Leader:
@@ -91,7 +103,7 @@ class SimulatedScheduler:
     async def _probe(self, record: Record) -> Probe:
         await self._wire.delay()
         leader: LeaderRecord = codec.decode("leader", record.value)
-        return self._probe_of(self, leader.identity)
+        return self._probe_of(self, leader)
 
     async def kill(self) -> None:
         """SIGKILL: nothing is resigned or revoked."""
