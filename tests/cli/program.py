@@ -44,15 +44,14 @@ CHANGED_BY_COMMANDS = (
 )
 
 
-def job_text(name: str, ranks: int = 4, more: str = "") -> str:
+def job_text(name: str, ranks: int = 4, slots: int = 16) -> str:
     """A job file for simulated nodes."""
     return (
         f"name: {name}\n"
         "model: {config: raddle-demo, kv_block_tokens: 16}\n"
         "roles:\n"
-        f"  - {{name: decode, kind: decode, ranks: {ranks}, slots_per_rank: 16,"
+        f"  - {{name: decode, kind: decode, ranks: {ranks}, slots_per_rank: {slots},"
         " engine: {driver: simulated}}\n"
-        f"{more}"
     )
 
 
@@ -201,10 +200,11 @@ class Small:
 
     async def tidy(self) -> None:
         """Take back what a test did: faults, drains, cordons and jobs."""
-        for injection in await self.records(keys.INJECTIONS):
+        set_ones = [f for node in await self.records(keys.INJECTIONS) for f in node.faults]
+        for fault in set_ones:
             gone = scheduler_pb2.InjectFaultRequest(
-                subject=injection.subject,
-                code=injection.code,
+                subject=fault.subject,
+                code=fault.code,
                 level=health_pb2.FAULT_LEVEL_SEPARATE_NPU,
                 clear=True,
             )
@@ -216,24 +216,32 @@ class Small:
             lifted = scheduler_pb2.UncordonRequest(subject=hold.subject)
             await self.stub.Uncordon(lifted, timeout=10.0)
         for job in await self.jobs():
-            await self.stub.CancelJob(
-                scheduler_pb2.CancelJobRequest(job_uid=job.uid), timeout=10.0
-            )
+            await self.stub.CancelJob(scheduler_pb2.CancelJobRequest(job_uid=job.uid), timeout=10.0)
             await self.state_is(job.uid, *ENDED)
-            await self.stub.DeleteJob(
-                scheduler_pb2.DeleteJobRequest(job_uid=job.uid), timeout=10.0
-            )
-        await eventually(self._is_quiet, "all dies are healthy and free, all incidents closed")
+            await self.stub.DeleteJob(scheduler_pb2.DeleteJobRequest(job_uid=job.uid), timeout=10.0)
+        await eventually(self._is_quiet, "all incidents are closed, all dies healthy and free")
+
+    async def incidents(self) -> list[Any]:
+        request = scheduler_pb2.ListIncidentsRequest()
+        return list((await self.stub.ListIncidents(request, timeout=10.0)).incidents)
+
+    async def closed_incidents(self, subject: str) -> list[Any]:
+        closed = incident_pb2.INCIDENT_PHASE_CLOSED
+        return [i for i in await self.incidents() if (i.subject, i.phase) == (subject, closed)]
+
+    async def _dies(self) -> list[Any]:
+        request = scheduler_pb2.ListDiesRequest()
+        return list((await self.stub.ListDies(request, timeout=10.0)).dies)
+
+    async def is_healthy(self) -> bool:
+        return not any(die.health or die.faults for die in await self._dies())
 
     async def _is_quiet(self) -> bool:
-        dies = await self.stub.ListDies(scheduler_pb2.ListDiesRequest(), timeout=10.0)
-        incidents = await self.stub.ListIncidents(scheduler_pb2.ListIncidentsRequest())
-        open_ones = [
-            i for i in incidents.incidents if i.phase != incident_pb2.INCIDENT_PHASE_CLOSED
-        ]
-        return not open_ones and not any(
-            die.hold or die.job_uid or die.health or die.faults for die in dies.dies
-        )
+        closed = incident_pb2.INCIDENT_PHASE_CLOSED
+        if any(incident.phase != closed for incident in await self.incidents()):
+            return False
+        free = not any(die.hold or die.job_uid for die in await self._dies())
+        return free and await self.is_healthy()
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from raddle.model.job import (
     Job,
     JobAssignment,
     JobExpertMaps,
+    JobSpec,
     JobState,
     Placement,
     RankAssignment,
@@ -68,6 +69,10 @@ class Context:
     reconnects: dict[str, int] = field(default_factory=dict[str, int])
     #: When a job stops waiting for a silent agent.
     control_due: dict[str, float] = field(default_factory=dict[str, float])
+    #: Active seats of each job, with the placement and the spec that they are of.
+    seats: dict[str, tuple[Placement, JobSpec, list[Seat]]] = field(
+        default_factory=dict[str, tuple[Placement, JobSpec, list["Seat"]]]
+    )
     #: Jobs that start a new epoch with the same members, and the rank that caused it.
     to_reconnect: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -147,8 +152,20 @@ def seats(job: Job, placement: Placement) -> Iterator[Seat]:
             yield Seat(key, role, rank)
 
 
-def active_seats(job: Job, placement: Placement) -> list[Seat]:
-    return [s for s in seats(job, placement) if s.placement.state is SeatState.ACTIVE]
+def active_seats(context: Context, job: Job, placement: Placement) -> list[Seat]:
+    """The seats of ranks that take part; remembered, since every acknowledgement asks for them."""
+    known = context.seats.get(job.uid)
+    if known is None or known[0] is not placement or known[1] is not job.spec:
+        active = [s for s in seats(job, placement) if s.placement.state is SeatState.ACTIVE]
+        context.seats[job.uid] = known = (placement, job.spec, active)
+    return known[2]
+
+
+def active_ranks(
+    context: Context, job: Job, placement: Placement
+) -> list[tuple[Seat, RankStatus | None]]:
+    """Each active seat with what its agent says of the process in it."""
+    return [(s, status_of(context, job, s)) for s in active_seats(context, job, placement)]
 
 
 def status_of(context: Context, job: Job, seat: Seat) -> RankStatus | None:
@@ -179,7 +196,7 @@ def set_why(context: Context, job: Job, why: Why) -> Job:
 def members(context: Context, job: Job, placement: Placement) -> tuple[Member, ...]:
     """The active ranks with the addresses that their agents reported for these processes."""
     found: list[Member] = []
-    for seat in active_seats(job, placement):
+    for seat in active_seats(context, job, placement):
         status = status_of(context, job, seat)
         found.append(
             Member(
@@ -234,7 +251,7 @@ def put_assignments(
 ) -> None:
     """Tell every node what its ranks of this job have to reach, merged with its other jobs."""
     by_node: dict[str, list[Seat]] = {}
-    for seat in active_seats(job, placement):
+    for seat in active_seats(context, job, placement):
         by_node.setdefault(seat.placement.node, []).append(seat)
     for node in _nodes_with(context, job.uid, placement):
         if node not in by_node:

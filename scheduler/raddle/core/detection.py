@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raddle.core.context import Context, Seat, active_seats, status_of
+from raddle.core.context import Context, Seat
 from raddle.core.instructions import ProbeRank
 from raddle.model.health import RankStage, RankStatus
-from raddle.model.job import Job, JobState, Placement
+from raddle.model.job import Job, JobState
 from raddle.model.kinds import FaultKind, NodeState
 from raddle.model.types import RankKey
 
@@ -35,11 +35,14 @@ class Loss:
     message: str
 
 
-def losses_of(context: Context, job: Job, placement: Placement) -> list[Loss]:
+Ranks = list[tuple[Seat, RankStatus | None]]
+
+
+def losses_of(context: Context, job: Job, ranks: Ranks) -> list[Loss]:
     """Active ranks of the job that are lost, in order."""
     found: list[Loss] = []
-    for seat in active_seats(job, placement):
-        cause = _cause(context, job, seat)
+    for seat, status in ranks:
+        cause = _cause(context, job, seat, status)
         if cause is not None:
             kind, code, message = cause
             position = seat.placement.die or seat.placement.node
@@ -47,17 +50,18 @@ def losses_of(context: Context, job: Job, placement: Placement) -> list[Loss]:
     return found
 
 
-def _cause(context: Context, job: Job, seat: Seat) -> tuple[FaultKind, str, str] | None:
+def _cause(
+    context: Context, job: Job, seat: Seat, status: RankStatus | None
+) -> tuple[FaultKind, str, str] | None:
     node = context.nodes.node(seat.placement.node)
     if node.state is NodeState.LOST:
         return FaultKind.NODE_LOST, node.why.reason, f"node {node.name}: {node.why.message}"
     fault = context.cluster.fault_of(seat.placement.die) if seat.placement.die else None
     if fault is not None:
         return FaultKind.DIE_FAULT, fault, f"{seat.placement.die} reports {fault}"
-    if _is_out_of_control(context, job, seat):
+    if job.state is not JobState.READY and _is_out_of_control(context, job, seat, status):
         what = f"the agent of {node.name} is silent and the recovery needs it"
         return FaultKind.NODE_LOST, "AGENT_SILENT", what
-    status = status_of(context, job, seat)
     if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
         what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
         text = f"rank process ended: {what} {status.message}".strip()
@@ -69,31 +73,28 @@ def _cause(context: Context, job: Job, seat: Seat) -> tuple[FaultKind, str, str]
     return None
 
 
-def _is_out_of_control(context: Context, job: Job, seat: Seat) -> bool:
+def _is_out_of_control(context: Context, job: Job, seat: Seat, status: RankStatus | None) -> bool:
     """Has this epoch waited too long for a rank whose agent is silent?"""
-    if job.state is JobState.READY or not _lags(context, job, seat):
-        return False
-    if context.nodes.node(seat.placement.node).state is not NodeState.SUSPECT:
+    if not _is_waited_for(context, job, seat, status):
         return False
     return context.seen_for_s(_waiting_name(job)) >= CONTROL_LOST_S
 
 
-def _lags(context: Context, job: Job, seat: Seat) -> bool:
-    status = status_of(context, job, seat)
-    return status is None or status.epoch < job.epoch
+def _is_waited_for(context: Context, job: Job, seat: Seat, status: RankStatus | None) -> bool:
+    if status is not None and status.epoch >= job.epoch:
+        return False
+    return context.nodes.node(seat.placement.node).state is NodeState.SUSPECT
 
 
 def _waiting_name(job: Job) -> str:
     return f"epoch {job.uid} {job.epoch}"
 
 
-def control_due(context: Context, job: Job, placement: Placement) -> float | None:
+def control_due(context: Context, job: Job, ranks: Ranks) -> float | None:
     """When a silent agent has been waited for long enough; None if none is waited for."""
     name = _waiting_name(job)
     suspect = job.state is not JobState.READY and any(
-        context.nodes.node(seat.placement.node).state is NodeState.SUSPECT
-        and _lags(context, job, seat)
-        for seat in active_seats(job, placement)
+        _is_waited_for(context, job, seat, status) for seat, status in ranks
     )
     if not suspect:
         context.seen_since.pop(name, None)
@@ -101,10 +102,9 @@ def control_due(context: Context, job: Job, placement: Placement) -> float | Non
     return context.now + CONTROL_LOST_S - context.seen_for_s(name)
 
 
-def rank_ahead(context: Context, job: Job, placement: Placement) -> str:
+def rank_ahead(context: Context, job: Job, ranks: Ranks) -> str:
     """A rank that lives at an epoch above the job's: the store was set back. Its incarnation."""
-    for seat in active_seats(job, placement):
-        status = status_of(context, job, seat)
+    for _, status in ranks:
         if status is not None and status.epoch > job.epoch:
             context.accusations[status.incarnation] = (
                 f"a live rank is at epoch {status.epoch}, above the store's {job.epoch}"
@@ -113,11 +113,12 @@ def rank_ahead(context: Context, job: Job, placement: Placement) -> str:
     return ""
 
 
-def probes_for(context: Context, job: Job, placement: Placement) -> list[ProbeRank]:
+def probes_for(context: Context, job: Job, ranks: Ranks) -> list[ProbeRank]:
     """Ask the ranks that peers suspect at the newest epoch, each once an epoch."""
     by_incarnation: dict[str, tuple[Seat, RankStatus]] = {}
-    for seat in active_seats(job, placement):
-        status = status_of(context, job, seat)
+    if not any(status is not None and status.suspicions for _, status in ranks):
+        return []
+    for seat, status in ranks:
         if status is not None and status.stage not in (RankStage.EXITED, RankStage.FAILED):
             by_incarnation[status.incarnation] = (seat, status)
     probes: list[ProbeRank] = []

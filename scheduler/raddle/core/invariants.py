@@ -5,7 +5,7 @@ Run after every test of the core and every simulated step.
 
 from __future__ import annotations
 
-from raddle.core.context import Context, active_seats, is_ended, role_of
+from raddle.core.context import Context, is_ended, role_of, seats
 from raddle.core.state import State
 from raddle.model.incident import IncidentPhase
 from raddle.model.job import Job, JobState, Placement
@@ -50,7 +50,8 @@ def _job_is_consistent(state: State, job: Job) -> None:
     if placement is None or job.state is JobState.STOPPING:
         return
     assert placement.epoch == job.epoch, f"job {job.uid}: {placement.epoch} != {job.epoch}"
-    assert active_seats(job, placement), f"job {job.uid} runs without a rank"
+    active = [s for s in seats(job, placement) if s.placement.state is SeatState.ACTIVE]
+    assert active, f"job {job.uid} runs without a rank"
     _experts_are_covered(state, job, placement)
 
 

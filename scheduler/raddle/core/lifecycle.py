@@ -141,7 +141,7 @@ def advance(context: Context, job: Job) -> None:
     placement = context.state.placement(job.uid)
     if job.state not in _RUNNING or placement is None:
         return
-    statuses = [status_of(context, job, seat) for seat in active_seats(job, placement)]
+    statuses = [status_of(context, job, seat) for seat in active_seats(context, job, placement)]
     _, stage = context.state.stages.get(job.uid, (0, AssignmentStage.UNSPECIFIED))
     if stage is AssignmentStage.START:
         if all(_has_started(job, status) for status in statuses):

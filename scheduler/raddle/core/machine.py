@@ -14,7 +14,7 @@ from typing import Any
 
 from raddle.core import detection, lifecycle, recover, timeline
 from raddle.core.cluster import Cluster
-from raddle.core.context import Context, active_seats, status_of
+from raddle.core.context import Context, active_ranks, active_seats, status_of
 from raddle.core.detection import Loss
 from raddle.core.events import (
     AgentStreamBroken,
@@ -40,7 +40,7 @@ from raddle.model import keys
 from raddle.model.errors import RaddleError
 from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, FaultLedger
 from raddle.model.incident import Maintenance, MaintenanceState
-from raddle.model.job import Job, Placement
+from raddle.model.job import Job
 from raddle.model.kinds import NodeState
 from raddle.model.types import Why
 
@@ -248,14 +248,15 @@ class Machine:
                 continue
             placement = context.state.placement(job_uid)
             if placement is not None and job.state in recover.RECOVERABLE:
-                lost = detection.losses_of(context, job, placement)
+                ranks = active_ranks(context, job, placement)
+                lost = detection.losses_of(context, job, ranks)
                 losses += lost
                 if lost:
                     # Looked at again when the plan is made, and until then at every call.
                     context.touched[job_uid] = None
                     continue
-                probes += detection.probes_for(context, job, placement)
-                self._watch_over(job, placement)
+                probes += detection.probes_for(context, job, ranks)
+                self._watch_over(job, ranks)
             lifecycle.advance(context, job)
         self._plan(losses)
         for job_uid, incarnation in context.take_reconnects():
@@ -264,13 +265,13 @@ class Machine:
                 recover.reconnect(context, job, incarnation)
         return probes
 
-    def _watch_over(self, job: Job, placement: Placement) -> None:
+    def _watch_over(self, job: Job, ranks: detection.Ranks) -> None:
         """What is wrong without a loss: an agent that is waited for, a store that was set back."""
         context = self.context
-        ahead = detection.rank_ahead(context, job, placement)
+        ahead = detection.rank_ahead(context, job, ranks)
         if ahead:
             context.to_reconnect[job.uid] = ahead
-        due = detection.control_due(context, job, placement)
+        due = detection.control_due(context, job, ranks)
         if due is None:
             context.control_due.pop(job.uid, None)
         else:
@@ -311,7 +312,9 @@ class Machine:
             placement = context.state.placement(job.uid)
             if placement is None:
                 continue
-            positions = [s.placement.die or s.placement.node for s in active_seats(job, placement)]
+            positions = [
+                s.placement.die or s.placement.node for s in active_seats(context, job, placement)
+            ]
             count = sum(1 for p in positions if context.is_under(p, record.subject))
             if count:
                 context.touched[job.uid] = None
@@ -372,7 +375,7 @@ class Machine:
         if job is None or placement is None:
             return []
         found: list[tuple[str, str]] = []
-        for seat in active_seats(job, placement):
+        for seat in active_seats(context, job, placement):
             status = status_of(context, job, seat) if seat.placement.node == node else None
             if status is not None and status.engine_address:
                 found.append((status.engine_address, status.incarnation))

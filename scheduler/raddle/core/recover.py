@@ -97,7 +97,7 @@ def reconnect(context: Context, job: Job, incarnation: str) -> None:
     """Peers lost a rank that answers: the same members start a new epoch together."""
     placement = context.state.placement(job.uid)
     assert placement is not None, job.uid
-    for seat in active_seats(job, placement):
+    for seat in active_seats(context, job, placement):
         status = status_of(context, job, seat)
         if status is not None and status.incarnation == incarnation:
             position = seat.placement.die or seat.placement.node
@@ -358,7 +358,7 @@ def _restores(
     mine = [s for s in sequences if s.rank in lost]
     if not mine:
         return ()
-    seats = active_seats(job, placement)
+    seats = active_seats(context, job, placement)
     counts: dict[RankKey, int] = {}
     for sequence in sequences:
         if sequence.rank not in lost:

@@ -40,6 +40,8 @@ class State:
         self.job_uids: dict[str, None] = {}
         #: acks[job_uid][node]
         self.acks: dict[str, dict[str, AgentAcks]] = {}
+        #: The same by rank: statuses[job_uid][node][rank key]
+        self._statuses: dict[str, dict[str, dict[RankKey, RankStatus]]] = {}
         #: sequences[job_uid][front_door_id][sequence_id]
         self.sequences: dict[str, dict[str, dict[str, SequenceReport]]] = {}
         #: Pool blocks of each job.
@@ -63,7 +65,7 @@ class State:
             if value.idempotency_key:
                 self.idempotency[value.created_by, value.idempotency_key] = value.uid
         elif key.startswith(keys.AGENTS) and isinstance(value, AgentAcks):
-            self.acks.setdefault(value.job_uid, {})[value.node] = value
+            self._index_acks(value)
         elif key.startswith(keys.AUDIT):
             self._event_ids.append(value.id)
         elif key.startswith(keys.INCIDENTS):
@@ -75,6 +77,12 @@ class State:
                 self._open_incidents[value.id] = None
         elif key.startswith(keys.ASSIGNMENTS):
             self._index_assignment(value)
+
+    def _index_acks(self, acks: AgentAcks) -> None:
+        self.acks.setdefault(acks.job_uid, {})[acks.node] = acks
+        self._statuses.setdefault(acks.job_uid, {})[acks.node] = {
+            RankKey(role=s.role, instance=s.instance, rank=s.rank): s for s in acks.ranks
+        }
 
     def _index_assignment(self, assignment: Assignment) -> None:
         now_here = {item.job_uid for item in assignment.jobs}
@@ -144,10 +152,11 @@ class State:
             old = self.records.pop(key, None)
             if isinstance(old, AgentAcks):
                 self.acks.get(old.job_uid, {}).pop(old.node, None)
+                self._statuses.get(old.job_uid, {}).pop(old.node, None)
             return
         self.records[key] = value
         if isinstance(value, AgentAcks):
-            self.acks.setdefault(value.job_uid, {})[value.node] = value
+            self._index_acks(value)
 
     # --- typed reads ---------------------------------------------------------------------------
 
@@ -208,11 +217,7 @@ class State:
         return [self.records[keys.incident(name)] for name in self._open_incidents]
 
     def rank_status(self, job_uid: str, node: str, key: RankKey) -> RankStatus | None:
-        acks = self.acks.get(job_uid, {}).get(node)
-        for status in acks.ranks if acks else ():
-            if (status.role, status.instance, status.rank) == (key.role, key.instance, key.rank):
-                return status
-        return None
+        return self._statuses.get(job_uid, {}).get(node, {}).get(key)
 
     def pool(self, job_uid: str) -> PoolIndex:
         return self.pools.setdefault(job_uid, PoolIndex())
