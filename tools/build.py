@@ -62,7 +62,7 @@ def main() -> None:
     target = folder / hashlib.sha256(pins).hexdigest()[:16]
     if not target.exists():
         build(target, folder)
-    print(target)
+    print(target, file=sys.stderr)
 
 
 if __name__ == "__main__":

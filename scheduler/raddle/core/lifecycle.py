@@ -54,17 +54,23 @@ _REPAIRED_OR_LATER = (RankStage.REPAIRED, RankStage.LIVE)
 
 def schedule(context: Context) -> bool:
     """Place waiting jobs by priority, then age. True if the commit is full and more may fit."""
-    waiting = [job for job in context.state.jobs() if job.state is JobState.PENDING]
-    waiting.sort(key=lambda job: (-job.spec.priority, job.create_time, job.uid))
-    for job in waiting:
-        if context.state.staged and context.state.staged + _writes_of(job) > WRITES_A_COMMIT_MAX:
-            return True
-        placed = place_job(job.spec, context.cluster)
-        if isinstance(placed, PlacedJob):
-            start(context, job, placed)
-            continue
-        set_why(context, job, placed)
-        if context.seen_for_s(job.uid) > RESERVE_AFTER_S:
+    unfit: dict[int, Why] = {}
+    for job_uid, shape in context.state.waiting:
+        why = unfit.get(shape)
+        if why is None or context.state.require_job(job_uid).why.reason != why.reason:
+            job = context.state.require_job(job_uid)
+            staged = context.state.staged
+            if staged and staged + _writes_of(job) > WRITES_A_COMMIT_MAX:
+                return True
+            placed = why or place_job(job.spec, context.cluster)
+            if isinstance(placed, PlacedJob):
+                start(context, job, placed)
+                continue
+            # Dies only get fewer in one pass: what does not fit now, fits for no job like it.
+            unfit[shape] = placed
+            if job.why.reason != placed.reason:
+                set_why(context, job, placed)
+        if context.seen_for_s(job_uid) > RESERVE_AFTER_S:
             break
     return False
 

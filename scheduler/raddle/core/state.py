@@ -13,11 +13,19 @@ from typing import Any
 
 from raddle.core.instructions import Commit, Reply, Write
 from raddle.core.kvcache.index import PoolIndex
+from raddle.core.waiting import WaitingJobs
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, RankStatus
 from raddle.model.incident import Event, Incident, IncidentPhase, Maintenance
-from raddle.model.job import Assignment, AssignmentStage, Job, JobExpertMaps, Placement
+from raddle.model.job import (
+    Assignment,
+    AssignmentStage,
+    Job,
+    JobExpertMaps,
+    JobState,
+    Placement,
+)
 from raddle.model.routes import Routes, SequenceReport
 from raddle.model.topology import SuperNode
 from raddle.model.types import RankKey
@@ -38,6 +46,7 @@ class State:
         self._stimulus: dict[str, None] = {}
         #: Job uids in the order of their keys, then of their arrival.
         self.job_uids: dict[str, None] = {}
+        self.waiting = WaitingJobs()
         #: acks[job_uid][node]
         self.acks: dict[str, dict[str, AgentAcks]] = {}
         #: The same by rank: statuses[job_uid][node][rank key]
@@ -62,6 +71,10 @@ class State:
     def _index(self, key: str, value: Any) -> None:
         if key.startswith(keys.JOBS):
             self.job_uids[value.uid] = None
+            if value.state is JobState.PENDING:
+                self.waiting.put(value)
+            else:
+                self.waiting.drop(value.uid)
             if value.idempotency_key:
                 self.idempotency[value.created_by, value.idempotency_key] = value.uid
         elif key.startswith(keys.AGENTS) and isinstance(value, AgentAcks):
@@ -116,6 +129,7 @@ class State:
         self._writes[key] = None
         if isinstance(value, Job):
             self.job_uids.pop(value.uid, None)
+            self.waiting.drop(value.uid)
             self.idempotency.pop((value.created_by, value.idempotency_key), None)
 
     def reply(self, reply: Reply) -> None:
