@@ -56,7 +56,11 @@ class TimedCluster(LocalCluster):
         command += ["--machine", self.machine, "--etcd", self.etcd_endpoints]
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, limit=1 << 24
+                *command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                limit=1 << 24,
             )
         handle = _Handle(process)
         self.children[name] = Child(name, handle, log)  # type: ignore[arg-type]

@@ -197,9 +197,35 @@ def _repeated_writer(field: FieldDescriptor) -> Callable[[Any, Any], None]:
 
 
 def _fill_present(value: Any, message: Any) -> None:
-    if value is not None:
-        message.SetInParent()
+    if value is None:
+        return
+    message.SetInParent()
+    if type(value) in _SHARED:
+        _fill_shared(value, message)
+    else:
         _fill(value, message)
+
+
+def share(*value_types: type) -> None:
+    """Remember the bytes of values of these classes: frozen, large, and in many records."""
+    _SHARED.update(value_types)
+
+
+_SHARED: set[type] = set()
+_SHARED_MAX = 32_768
+_shared_bytes: dict[int, tuple[Any, bytes]] = {}
+
+
+def _fill_shared(value: Any, message: Any) -> None:
+    known = _shared_bytes.get(id(value))
+    # The value is kept with its bytes, so that its id can't be another's.
+    if known is not None and known[0] is value:
+        message.MergeFromString(known[1])
+        return
+    _fill(value, message)
+    if len(_shared_bytes) >= _SHARED_MAX:
+        _shared_bytes.clear()
+    _shared_bytes[id(value)] = (value, message.SerializeToString(deterministic=True))
 
 
 @cache

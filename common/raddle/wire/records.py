@@ -16,7 +16,7 @@ from raddle.model import health, incident, job, keys, routes
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.topology import SuperNode
 from raddle.v1 import health_pb2, incident_pb2, job_pb2, router_pb2, topology_pb2
-from raddle.wire.codec import CodecError, from_message, to_message
+from raddle.wire.codec import CodecError, from_message, share, to_message
 
 SCHEMA_VERSION = 1
 
@@ -48,6 +48,10 @@ _LEADER = RecordType(incident.LeaderRecord, incident_pb2.LeaderRecord)
 _REGISTRATION = RecordType(health.AgentRegistration, topology_pb2.AgentRegistration)
 _HEALTH = RecordType(health.AgentHealth, health_pb2.AgentHealth)
 _ACKS = RecordType(health.AgentAcks, health_pb2.AgentAcks)
+
+
+# A job's record is written at each of its steps, its spec never changes: nor does its model.
+share(job.JobSpec, job.ModelSpec)
 
 
 def record_type(key: str) -> RecordType | None:

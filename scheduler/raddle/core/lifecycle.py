@@ -55,9 +55,9 @@ _REPAIRED_OR_LATER = (RankStage.REPAIRED, RankStage.LIVE)
 def schedule(context: Context) -> bool:
     """Place waiting jobs by priority, then age. True if the commit is full and more may fit."""
     unfit: dict[int, Why] = {}
-    for job_uid, shape in context.state.waiting:
+    for job_uid, shape, told in context.state.waiting:
         why = unfit.get(shape)
-        if why is None or context.state.require_job(job_uid).why.reason != why.reason:
+        if why is None or told != why.reason:
             job = context.state.require_job(job_uid)
             staged = context.state.staged
             if staged and staged + _writes_of(job) > WRITES_A_COMMIT_MAX:
@@ -68,7 +68,7 @@ def schedule(context: Context) -> bool:
                 continue
             # Dies only get fewer in one pass: what does not fit now, fits for no job like it.
             unfit[shape] = placed
-            if job.why.reason != placed.reason:
+            if told != placed.reason:
                 set_why(context, job, placed)
         if context.seen_for_s(job_uid) > RESERVE_AFTER_S:
             break

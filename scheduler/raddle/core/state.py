@@ -34,6 +34,7 @@ EVENTS_MAX = 10_000
 INCIDENTS_MAX = 1_000
 # Below etcd's 128 operations a transaction, with room for what one more decision adds.
 WRITES_A_COMMIT_MAX = 120
+_INDEXED = (keys.JOBS, keys.INCIDENTS, keys.ASSIGNMENTS, keys.TOPOLOGY, keys.MAINTENANCE)
 
 
 class State:
@@ -47,6 +48,8 @@ class State:
         #: Job uids in the order of their keys, then of their arrival.
         self.job_uids: dict[str, None] = {}
         self.waiting = WaitingJobs()
+        #: Keys under prefixes with few records that are asked for often.
+        self._few: dict[str, dict[str, None]] = {keys.TOPOLOGY: {}, keys.MAINTENANCE: {}}
         #: acks[job_uid][node]
         self.acks: dict[str, dict[str, AgentAcks]] = {}
         #: The same by rank: statuses[job_uid][node][rank key]
@@ -69,6 +72,9 @@ class State:
         self._next_incident = _next_number(self._incident_ids)
 
     def _index(self, key: str, value: Any) -> None:
+        few = self._few.get(key[: key.find("/") + 1])
+        if few is not None:
+            few[key] = None
         if key.startswith(keys.JOBS):
             self.job_uids[value.uid] = None
             if value.state is JobState.PENDING:
@@ -119,7 +125,7 @@ class State:
             return
         self.records[key] = value
         self._writes[key] = value
-        if key.startswith((keys.JOBS, keys.INCIDENTS, keys.ASSIGNMENTS)):
+        if key.startswith(_INDEXED):
             self._index(key, value)
 
     def delete(self, key: str) -> None:
@@ -127,6 +133,7 @@ class State:
         if value is None:
             return
         self._writes[key] = None
+        self._few.get(key[: key.find("/") + 1], {}).pop(key, None)
         if isinstance(value, Job):
             self.job_uids.pop(value.uid, None)
             self.waiting.drop(value.uid)
@@ -214,15 +221,11 @@ class State:
         found: AgentHealth | None = self.records.get(keys.health(node))
         return found
 
-    def under(self, prefix: str) -> list[Any]:
-        """Values under a prefix, by key. A full pass: not for a hot path."""
-        return [self.records[key] for key in sorted(self.records) if key.startswith(prefix)]
-
     def supernodes(self) -> list[SuperNode]:
-        return self.under(keys.TOPOLOGY)
+        return [self.records[key] for key in sorted(self._few[keys.TOPOLOGY])]
 
     def maintenances(self) -> list[Maintenance]:
-        return self.under(keys.MAINTENANCE)
+        return [self.records[key] for key in sorted(self._few[keys.MAINTENANCE])]
 
     def incidents(self) -> list[Incident]:
         return [self.records[keys.incident(name)] for name in self._incident_ids]

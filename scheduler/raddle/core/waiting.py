@@ -17,16 +17,17 @@ class WaitingJobs:
     def __init__(self) -> None:
         self._order: list[_Place] = []
         self._places: dict[str, _Place] = {}
-        self._shapes: dict[str, int] = {}
+        #: Shape and told reason of each.
+        self._known: dict[str, tuple[int, str]] = {}
         #: Jobs of one shape ask for the same: what does not fit for one fits for none.
-        self._known_shapes: dict[Any, int] = {}
+        self._shapes: dict[Any, int] = {}
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        """(job uid, shape), the next to be placed first."""
-        return iter([(uid, self._shapes[uid]) for _, _, uid in self._order])
+    def __iter__(self) -> Iterator[tuple[str, int, str]]:
+        """(job uid, shape, reason that it was told), the next to be placed first."""
+        return iter([(uid, *self._known[uid]) for _, _, uid in self._order])
 
     def put(self, job: Job) -> None:
         """A job waits, perhaps at another place than before."""
@@ -37,13 +38,14 @@ class WaitingJobs:
             self._places[job.uid] = place
         model = job.spec.model
         asked = (job.spec.roles, model.config_digest, model.weight_dtype, model.kv_dtype)
-        self._shapes[job.uid] = self._known_shapes.setdefault(asked, len(self._known_shapes))
+        shape = self._shapes.setdefault(asked, len(self._shapes))
+        self._known[job.uid] = (shape, job.why.reason)
 
     def drop(self, job_uid: str) -> None:
         place = self._places.pop(job_uid, None)
         if place is None:
             return
         del self._order[bisect_left(self._order, place)]
-        del self._shapes[job_uid]
+        del self._known[job_uid]
         if not self._order:
-            self._known_shapes.clear()
+            self._shapes.clear()

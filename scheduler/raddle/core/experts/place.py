@@ -7,6 +7,8 @@ rank that shares the fewest failure domains with the copies that are there alrea
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +33,30 @@ def initial_map(
         loads: [layers, experts], any unit; None means equal.
         shared_expert_ranks: the last so many ranks hold shared experts only: their slots stay -1.
     """
+    if loads is None:
+        # Ranks share a domain or they don't: its number has no say. So many instances, one map.
+        same = np.stack([np.unique(row, return_inverse=True)[1] for row in domains])
+        shape = (layers, experts, slots_per_rank, shared_expert_ranks)
+        return _map_of_equal_loads(*shape, same.shape, same.astype(np.int64).tobytes()).copy()
+    return _initial_map(layers, experts, slots_per_rank, domains, loads, shared_expert_ranks)
+
+
+@lru_cache(maxsize=256)
+def _map_of_equal_loads(
+    layers: int, experts: int, slots_per_rank: int, shared: int, shape: tuple[int, ...], data: bytes
+) -> IntArray:
+    domains: IntArray = np.frombuffer(data, dtype=np.int64).reshape(shape)
+    return _initial_map(layers, experts, slots_per_rank, domains, None, shared)
+
+
+def _initial_map(
+    layers: int,
+    experts: int,
+    slots_per_rank: int,
+    domains: IntArray,
+    loads: FloatArray | None,
+    shared_expert_ranks: int,
+) -> IntArray:
     ranks = domains.shape[1]
     routed = ranks - shared_expert_ranks
     assert routed * slots_per_rank >= experts, (routed, slots_per_rank, experts)
