@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,12 +85,11 @@ class TimedCluster(LocalCluster):
         writer.write(json.dumps({"die": die, "present": present}).encode() + b"\n")
         await writer.drain()
 
-    async def until_heard(self, condition: Any, what: str, timeout_s: float = 60.0) -> None:
+    async def until_heard(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Wait for something that agents say."""
         async with asyncio.timeout(timeout_s):
             while not condition():
                 await self.moved.wait()
-        del what
 
     async def submit(self, text: str) -> str:
         spec = job_message(text, self.folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raddle.agent.engine.reference.exchange import ExchangeClient, ExchangeServer
 from raddle.agent.engine.reference.model import Decoder, History, Span
-from raddle.agent.engine.reference.shape import Shape, parse_shape
+from raddle.agent.engine.reference.shape import parse_shape
 from raddle.agent.engine.reference.slots import Experts, Slots
 from raddle.agent.engine.reference.weights import load_shared, write_checkpoint
 from raddle.model.kinds import RoleKind
@@ -63,11 +63,8 @@ def make_member(
 def expert_map(holders: Sequence[Sequence[int]], ranks: int) -> ExpertMap:
     """A map, the same in every layer, by the ranks that hold each expert."""
     width = len(holders)
-    row = tuple(
-        expert if rank in holders[expert] else -1
-        for rank in range(ranks)
-        for expert in range(width)
-    )
+    slots = [(rank, expert) for rank in range(ranks) for expert in range(width)]
+    row = tuple(expert if rank in holders[expert] else -1 for rank, expert in slots)
     layers = (ExpertMapLayer(physical_to_logical=row),) * SHAPE.layers
     return ExpertMap(slots_per_rank=width, experts=width, layers=layers)
 
@@ -76,7 +73,7 @@ EVERYTHING_HERE = expert_map([(0,)] * SHAPE.experts, 1)
 
 
 class Ranks:
-    """Ranks that talk over loopback; each has all experts loaded and obeys whatever map is given."""
+    """Ranks that talk over loopback; each has all experts and obeys whatever map is given."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self._shared = load_shared(SHAPE, folder)

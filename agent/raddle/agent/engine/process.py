@@ -41,7 +41,7 @@ def launch(
     with (folder / LOG_FILE).open("ab") as output:
         return subprocess.Popen(
             # Ranks yield to the agent: a busy host must not cost the agent its lease.
-            ["nice", "-n", "5", sys.executable, "-m", _MODULE, str(folder)],
+            ["nice", "-n", "15", sys.executable, "-m", _MODULE, str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from raddle.traces import TraceRequest
 
@@ -37,8 +38,8 @@ async def send_all(
             answers.tokens[number] = []
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                    async for tokens in _stream(address, request):
-                        answers.tokens[number] += tokens
+                    async for event in stream_events(address, request):
+                        answers.tokens[number] += event["choices"][0]["tokens"]
                 if len(answers.tokens[number]) == request.output_tokens:
                     answers.finished += 1
                 else:
@@ -49,8 +50,13 @@ async def send_all(
     await asyncio.gather(*(one(n, r) for n, r in enumerate(requests)))
 
 
-async def _stream(address: str, request: TraceRequest) -> AsyncIterator[list[int]]:
-    """Tokens of one streamed completion, event by event."""
+async def stream_events(address: str, request: TraceRequest) -> AsyncIterator[dict[str, Any]]:
+    """One streamed completion, event by event.
+
+    Raises:
+        OSError: the connection broke.
+        ValueError: the front door told an error.
+    """
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
     try:
@@ -73,7 +79,7 @@ async def _stream(address: str, request: TraceRequest) -> AsyncIterator[list[int
             event = json.loads(line[6:])
             if "error" in event:
                 raise ValueError(event["error"]["message"])
-            yield event["choices"][0]["tokens"]
+            yield event
     finally:
         writer.close()
         with contextlib.suppress(OSError):

@@ -165,6 +165,7 @@ class FrontDoor:
             "object": "text_completion",
             "model": self._model,
             "choices": [choice],
+            "served_by": self._routing.served_by(state.sequence_id),
             "usage": {"prompt_tokens": len(state.prompt), "completion_tokens": len(state.sent)},
         }
 

@@ -206,6 +206,11 @@ class Routing:
         self._placed[sequence_id] = member
         self._tell(sequence_id)
 
+    def served_by(self, sequence_id: str) -> str:
+        """The process that decodes a sequence now, by its incarnation."""
+        member = self._placed.get(sequence_id)
+        return member.incarnation if member is not None else ""
+
     def sequence_grew(self, sequence_id: str) -> None:
         self._tell(sequence_id)
 
