@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import subprocess
 import sys
 from collections import defaultdict
@@ -91,14 +92,31 @@ class TimedCluster(LocalCluster):
             while not condition():
                 await self.moved.wait()
 
+    async def _answer(self, call: Callable[[], Any], what: str) -> Any:
+        """What a scheduler answers; asked again while the lead changes."""
+        found: list[Any] = []
+
+        async def answered() -> bool:
+            found.append(await call())
+            return True
+
+        await self.until(answered, what)
+        return found[0]
+
     async def submit(self, text: str) -> str:
+        key = secrets.token_hex(8)
         spec = job_message(text, self.folder)
-        request = scheduler_pb2.SubmitJobRequest(spec=spec)
-        return str((await self.stub.SubmitJob(request, timeout=30.0)).job.uid)
+        request = scheduler_pb2.SubmitJobRequest(spec=spec, idempotency_key=key)
+        answer = await self._answer(
+            lambda: self.stub.SubmitJob(request, timeout=10.0), "the job is accepted"
+        )
+        return str(answer.job.uid)
 
     async def job(self, uid: str) -> Any:
         request = scheduler_pb2.GetJobRequest(job_uid=uid)
-        return await self.stub.GetJob(request, timeout=10.0)
+        return await self._answer(
+            lambda: self.stub.GetJob(request, timeout=5.0), "a scheduler answers"
+        )
 
     async def ready(self, uid: str, epoch: int = 1) -> None:
         async def reached() -> bool:
@@ -109,7 +127,10 @@ class TimedCluster(LocalCluster):
 
     async def remove(self, uid: str) -> None:
         """Cancel a job, wait for its end, delete it."""
-        await self.stub.CancelJob(scheduler_pb2.CancelJobRequest(job_uid=uid), timeout=10.0)
+        request = scheduler_pb2.CancelJobRequest(job_uid=uid)
+        await self._answer(
+            lambda: self.stub.CancelJob(request, timeout=10.0), "the job is cancelled"
+        )
 
         async def deleted() -> bool:
             await self.stub.DeleteJob(scheduler_pb2.DeleteJobRequest(job_uid=uid), timeout=5.0)

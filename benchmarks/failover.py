@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.cluster import TimedCluster, say, timed_cluster
 from benchmarks.figures import figure
+from raddle.core.nodes import LEASE_TTL_S
 from raddle.model import keys
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.follow import follow
@@ -163,6 +164,8 @@ async def nodes() -> dict[str, Any]:
                 incidents = Incidents(cluster.etcd_endpoints)
                 uid = await cluster.submit(JOB)
                 await cluster.ready(uid)
+                # A new leader believes no silence for one lease time.
+                await asyncio.sleep(LEASE_TTL_S + 0.5)
                 for _ in range(5):
                     die = await _some_die(cluster, uid)
                     node = "/".join(die.split("/")[:2])

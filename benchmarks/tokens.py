@@ -25,9 +25,11 @@ KILLS = 52
 HANGS = 10
 HOSTS = 5
 STREAMS = 16
+# The demonstration's model with two layers: 20 ranks share the two cores of this measurement.
+MODEL = str(Path(__file__).parent / "two_layers.json")
 SPEC = """
 name: small
-model: {config: raddle-demo, kv_block_tokens: 16}
+model: {config: %s, kv_block_tokens: 16}
 roles:
   - {name: prefill, kind: prefill, ranks: 2, slots_per_rank: 32, engine: {driver: reference}}
   - {name: decode, kind: decode, ranks: 16, slots_per_rank: 4, spread_nodes: 4,
@@ -44,6 +46,7 @@ class Streams:
         self._requests = traces.load_requests(STREAMS, blocks_max=4)
         #: Incarnation that serves each stream, and when its first token of that one came.
         self.served: dict[int, tuple[str, float]] = {}
+        self._changed = asyncio.Event()
         self._tasks = [asyncio.create_task(self._run(n)) for n in range(STREAMS)]
 
     async def _run(self, number: int) -> None:
@@ -56,10 +59,16 @@ class Streams:
                     known = self.served.get(number)
                     if event["choices"][0]["tokens"] and (known is None or known[0] != name):
                         self.served[number] = (name, time.monotonic())
+                        self._changed.set()
 
     async def all_flow(self) -> None:
         while len(self.served) < STREAMS:
-            await asyncio.sleep(0.01)
+            await self._moved()
+
+    async def _moved(self) -> None:
+        """Until the next stream begins to be served by another process."""
+        self._changed.clear()
+        await self._changed.wait()
 
     def on(self, incarnations: set[str]) -> list[int]:
         return [n for n, (name, _) in self.served.items() if name in incarnations]
@@ -67,7 +76,7 @@ class Streams:
     async def moved(self, streams: list[int], lost: set[str]) -> float:
         """When the last of these streams had its first token from another process."""
         while any(self.served[n][0] in lost for n in streams):
-            await asyncio.sleep(0.001)
+            await self._moved()
         return max(self.served[n][1] for n in streams)
 
     async def stop(self) -> None:
@@ -131,11 +140,11 @@ async def serving(**options: Any) -> AsyncIterator[Serving]:
         cluster = LocalCluster(Path(folder), machine=machine, real_nodes=4, **options)
         try:
             await cluster.start()
-            request = scheduler_pb2.SubmitJobRequest(spec=job_message(SPEC, Path(folder)))
+            request = scheduler_pb2.SubmitJobRequest(spec=job_message(SPEC % MODEL, Path(folder)))
             uid = (await cluster.stub.SubmitJob(request, timeout=10.0)).job.uid
             found = Serving(cluster, uid, "")
             await found.settled(1)
-            found.address = cluster.start_front_door("default/small", "raddle-demo")
+            found.address = cluster.start_front_door("default/small", MODEL)
 
             async def live() -> bool:
                 with suppress(OSError):

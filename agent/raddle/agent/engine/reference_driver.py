@@ -298,13 +298,7 @@ class ReferenceDriver:
         loaded = restored = 0
         if want.kind is not RoleKind.CACHE:
             loaded = await self._load(rank, want, fence, context)
-            answer = await self._call(
-                rank.stub.RestoreKv,
-                engine_pb2.RestoreKvRequest(
-                    fence=fence, sequences=_messages(want.restores, types_pb2.SequenceRestore)
-                ),
-            )
-            restored = answer.tokens_restored
+            restored = await self._restore(rank, want, fence)
         slot = (job.job_uid, want.rank, want.start_count)
         self._tell(
             Driven(
@@ -335,6 +329,17 @@ class ReferenceDriver:
             ),
         )
         return int(answer.experts_loaded)
+
+    async def _restore(self, rank: ReferenceRank, want: RankAssignment, fence: Any) -> int:
+        if not want.restores:
+            return 0
+        answer = await self._call(
+            rank.stub.RestoreKv,
+            engine_pb2.RestoreKvRequest(
+                fence=fence, sequences=_messages(want.restores, types_pb2.SequenceRestore)
+            ),
+        )
+        return int(answer.tokens_restored)
 
     async def close(self) -> None:
         for rank in list(self._ranks.values()):

@@ -233,11 +233,10 @@ class ExchangeClient:
     def _talk(self, peer: Member, frame: Frame | None, epoch: int | None) -> bytes:
         """Send a frame, or receive the answer to the one before."""
         try:
-            connection = self._connection(peer)
             if frame is not None:
-                _send(connection, frame)
+                _send(self._connection(peer), frame)
                 return b""
-            answer = _receive(connection)
+            answer = _receive(self._asked(peer))
         except TimeoutError as error:
             self._drop(peer)
             raise PeerLost(peer, "STEP_DEADLINE") from error
@@ -264,6 +263,18 @@ class ExchangeClient:
                 found = self._context.wrap_socket(found)
             with self._lock:
                 self._connections[peer.data_address] = found
+        return found
+
+    def _asked(self, peer: Member) -> socket.socket:
+        """The connection on which the request went out: no other one will ever be answered.
+
+        Raises:
+            ConnectionError: it was broken off since.
+        """
+        with self._lock:
+            found = self._connections.get(peer.data_address)
+        if found is None:
+            raise ConnectionError("broken off")
         return found
 
     def _drop(self, peer: Member) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -44,7 +45,7 @@ class Settings:
 
     schedulers: list[str] = setting([], "addresses of the schedulers, comma-separated")
     job: str = setting("", "namespace/name of the job to serve")
-    model: str = setting("raddle-demo", "built-in model that the job serves")
+    model: str = setting("raddle-demo", "model that the job serves: built-in, or a config.json")
     listen: str = setting("127.0.0.1:7480", "address for HTTP")
     request_timeout_s: float = setting(120.0, "longest time of one request")
     log_json: bool = setting(False, "JSON log lines even on a terminal")
@@ -199,6 +200,23 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
+def _config_text(model: str) -> str:
+    """The config.json of a built-in model or of a file.
+
+    Raises:
+        PermanentError: NOT_FOUND.
+    """
+    if model in models.names():
+        return models.config_text(model)
+    try:
+        return Path(model).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(models.names())
+        raise PermanentError(
+            Reason.NOT_FOUND, f"{model} is neither a built-in model ({known}) nor a readable file."
+        ) from error
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
@@ -207,7 +225,7 @@ async def serve(settings: Settings) -> None:
             Reason.PERMISSION_DENIED,
             f"{settings.listen} is not loopback: give --http-certificate and --http-key.",
         )
-    shape = parse_shape(models.config_text(settings.model))
+    shape = parse_shape(_config_text(settings.model))
     namespace, _, name = settings.job.rpartition("/")
     routing = Routing(
         f"frontdoor-{secrets.token_hex(3)}",
