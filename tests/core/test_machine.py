@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,9 +22,12 @@ from raddle.core.machine import Machine
 from raddle.core.requests import (
     ApplySuperNode,
     CancelJob,
+    Cordon,
+    CreateMaintenance,
     DeclareNodeLost,
     Request,
     SubmitJob,
+    Uncordon,
 )
 from raddle.machines import load_machine
 from raddle.model import keys
@@ -37,7 +41,7 @@ from raddle.model.health import (
     RankStage,
     RankStatus,
 )
-from raddle.model.incident import IncidentPhase
+from raddle.model.incident import IncidentPhase, MaintenanceState
 from raddle.model.job import AssignmentStage, EngineSpec, JobSpec, JobState, ModelSpec, RoleSpec
 from raddle.model.kinds import NodeState, RoleKind
 from raddle.models import config_text
@@ -311,6 +315,29 @@ def test_the_storm_brake_moves_nothing(world: World) -> None:
     assert world.store[keys.job(uid)].epoch == 1
     states = {world.machine.context.nodes.node(f"sn0/n{n:02d}").state for n in range(8)}
     assert states == {NodeState.UNKNOWN}
+
+
+def test_a_drain_with_nowhere_to_go_takes_no_job_down(world: World) -> None:
+    """Ranks that a drain cannot move stay, with a reason; they move once there is room."""
+    tight = spec("tight", ranks=32)
+    roles = tuple(replace(r, slots_per_rank=min(1, r.slots_per_rank)) for r in tight.roles)
+    request = SubmitJob(spec=replace(tight, roles=roles), job_uid="j-tight", spec_digest="d")
+    world.ask(request)
+    world.settle()
+    for number in range(18):
+        world.ask(Cordon(subject=f"sn0/n{number:02d}"))
+    die = world.store[keys.placement("j-tight")].instances[0].ranks[0].die
+    world.ask(CreateMaintenance(maintenance_id="m-1", subject=die, timeout_s=600.0))
+    world.settle()
+    job, drain = world.store[keys.job("j-tight")], world.store[keys.maintenance("m-1")]
+    assert (job.state, job.epoch, drain.why.reason) == (JobState.READY, 1, "NO_ROOM")
+    assert not [key for key in world.store if key.startswith(keys.INCIDENTS)]
+    for number in range(18):
+        world.ask(Uncordon(subject=f"sn0/n{number:02d}"))
+    world.settle()
+    job, drain = world.store[keys.job("j-tight")], world.store[keys.maintenance("m-1")]
+    assert (job.state, drain.state) == (JobState.READY, MaintenanceState.DRAINED)
+    assert job.live_epoch > 1
 
 
 def test_an_operators_word_lifts_the_storm_brake_for_a_node(world: World) -> None:

@@ -67,6 +67,8 @@ class Context:
     accusations: dict[str, str] = field(default_factory=dict[str, str])
     #: How often an answering rank was reconnected, by incarnation.
     reconnects: dict[str, int] = field(default_factory=dict[str, int])
+    #: Jobs that a drain would take down: nothing moves until something becomes free.
+    drain_blocked: dict[str, None] = field(default_factory=dict[str, None])
     #: When a job stops waiting for a silent agent.
     control_due: dict[str, float] = field(default_factory=dict[str, float])
     #: Active seats of each job, with the placement and the spec that they are of.

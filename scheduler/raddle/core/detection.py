@@ -68,6 +68,8 @@ def _cause(
         return FaultKind.RANK_EXITED, status.stage, text
     if status is not None and status.incarnation in context.dead_incarnations:
         return FaultKind.PEER_REPORTS, "NO_ANSWER", "peers lost it and it does not answer"
+    if job.uid in context.drain_blocked:
+        return None
     if context.is_draining(seat.placement.die or seat.placement.node):
         return FaultKind.DRAIN, "DRAIN", f"{seat.placement.die or seat.placement.node} is drained"
     return None

@@ -230,6 +230,9 @@ class Machine:
         for node in context.nodes.take_changed():
             self._sync_node(node)
             self._touch_jobs_on(node)
+        if context.queue_dirty and context.drain_blocked:
+            context.drain_blocked.clear()
+            context.drains_dirty = True
         if context.drains_dirty:
             self._look_at_drains()
         out: list[Instruction] = list(self._recover_and_advance())
@@ -307,7 +310,7 @@ class Machine:
 
     def _advance_drain(self, record: Maintenance) -> None:
         context = self.context
-        here = 0
+        here = blocked = 0
         for job in context.state.jobs():
             placement = context.state.placement(job.uid)
             if placement is None:
@@ -319,6 +322,7 @@ class Machine:
             if count:
                 context.touched[job.uid] = None
             here += count
+            blocked += count if job.uid in context.drain_blocked else 0
         total = max(record.ranks_total, here)
         new = replace(record, ranks_total=total, ranks_moved=total - here)
         if here == 0:
@@ -330,6 +334,11 @@ class Machine:
             new = replace(new, state=MaintenanceState.EXPIRED, why=why)
             context.draining.pop(record.subject, None)
             lift_hold(context, record.subject)
+        elif blocked:
+            message = (
+                f"{blocked} of {total} ranks have nowhere to go: free dies or cancel the drain"
+            )
+            new = replace(new, why=Why(reason="NO_ROOM", message=message))
         if new.state is not MaintenanceState.DRAINING:
             context.seen_since.pop(record.id, None)
         context.state.put(keys.maintenance(record.id), new)

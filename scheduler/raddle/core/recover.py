@@ -76,6 +76,13 @@ def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
     by_job: dict[str, list[Loss]] = {}
     for loss in losses:
         by_job.setdefault(loss.job_uid, []).append(loss)
+    for job_uid in [uid for uid, lost in by_job.items() if _must_stay(context, uid, lost)]:
+        context.drain_blocked[job_uid] = None
+        context.drains_dirty = True
+        losses = [loss for loss in losses if loss.job_uid != job_uid]
+        del by_job[job_uid]
+    if not losses:
+        return
     incident = _incident(context, by_job, losses, first_seen_s)
     for job_uid, lost in by_job.items():
         plan = _recover_job(context, context.state.require_job(job_uid), lost, incident.id)
@@ -91,6 +98,34 @@ def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
         incident_id=incident.id,
         epoch=max(plan.epoch for plan in incident.plans),
     )
+
+
+def _must_stay(context: Context, job_uid: str, lost: list[Loss]) -> bool:
+    """Would a mere drain end the job? Then its ranks stay where they are."""
+    if any(loss.kind is not FaultKind.DRAIN for loss in lost):
+        return False
+    job = context.state.require_job(job_uid)
+    placement = context.state.placement(job_uid)
+    assert placement is not None, job_uid
+    maps = context.state.expert_maps(job_uid, placement.epoch)
+    by_instance = {(m.role, m.instance): m for m in (maps.instances if maps else ())}
+    for name, instance in {(loss.key.role, loss.key.instance): None for loss in lost}:
+        request = recovery_request(
+            job,
+            role_of(job, name),
+            instance_of(placement, name, instance),
+            by_instance.get((name, instance)),
+            {
+                loss.key.rank: loss.kind
+                for loss in lost
+                if (loss.key.role, loss.key.instance) == (name, instance)
+            },
+            context.cluster,
+            demand=0.0,
+        )
+        if plan_instance(request).option is None:
+            return True
+    return False
 
 
 def reconnect(context: Context, job: Job, incarnation: str) -> None:
