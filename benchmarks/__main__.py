@@ -42,7 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
     chosen = parser.parse_args().parts or list(PARTS)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+        # Nothing but the figures goes to stdout.
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     result: dict[str, Any] = {}
     for name in chosen:
         began = time.monotonic()

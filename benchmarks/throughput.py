@@ -19,6 +19,7 @@ from raddle.core.requests import ApplySuperNode, CancelJob, Cordon, SubmitJob, U
 from raddle.machines import load_machine
 from raddle.model import keys
 from raddle.model.health import AgentHealth, AgentRegistration
+from raddle.model.incident import LeaderRecord
 from raddle.model.job import JobState
 from raddle.scheduler.leader import Leader
 from raddle.scheduler.metrics import Metrics
@@ -101,7 +102,8 @@ async def gangs_committed() -> dict[str, Any]:
         mirror = Mirror(store)
         following = asyncio.create_task(mirror.run())
         await mirror.wait_revision(1)
-        term = await Election(store, b"", _alive).campaign()
+        record = wire.encode(keys.LEADER, LeaderRecord(identity="bench"))
+        term = await Election(store, record, _alive).campaign()
         leader = Leader(store, mirror, term, _NobodyAnswers(), Metrics())
         leading = asyncio.create_task(leader.run())
         try:
