@@ -58,7 +58,8 @@ async def _one_fault(cluster: TimedCluster, uid: str, nodes: int) -> tuple[float
 async def fault_to_delivered(cluster: TimedCluster) -> dict[str, Any]:
     """`fault_to_delivered_ms`."""
     nodes = cluster.supernode.nodes
-    samples, phases = [], []
+    samples: list[float] = []
+    phases: list[dict[str, float]] = []
     while len(samples) < FAULTS:
         uid = await cluster.submit(WIDE)
         await cluster.ready(uid)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raddle.agent.core.events import Event
+from raddle.agent.core.events import AssignmentChanged, Event
 from raddle.agent.engine.driver import EngineDriver
 from raddle.agent.engine.simulated import SimulatedDriver
 from raddle.agent.health.simulated import SimulatedSource
@@ -23,11 +23,9 @@ from raddle.agent.leader_link import LeaderAddress, StatsStream
 from raddle.agent.node import NodeAgent, NodeFacts, new_boot_id
 from raddle.machines import load_machine
 from raddle.model import keys
-from raddle.model.job import Assignment
 from raddle.sim.nodes import Devices
 from raddle.store.etcd.store import EtcdStore
 from raddle.telemetry.logging import configure_logging
-from raddle.wire import records as wire
 
 
 def tell(**what: Any) -> None:
@@ -38,13 +36,11 @@ def tell(**what: Any) -> None:
 class TimedAgent(NodeAgent):
     """Says when an assignment was decoded."""
 
-    def _assigned(self, key: str, data: bytes | None) -> None:
-        super()._assigned(key, data)
-        at = time.monotonic_ns()
-        assignment = wire.decode(key, data) if data else Assignment()
-        jobs = [[job.job_uid, job.epoch, job.stage] for job in assignment.jobs]
-        sys.stdout.write(json.dumps({"node": self._facts.name, "jobs": jobs, "t": at}) + "\n")
-        sys.stdout.flush()
+    def tell(self, event: Event) -> None:
+        if isinstance(event, AssignmentChanged):
+            jobs = [[job.job_uid, job.epoch, job.stage] for job in event.assignment.jobs]
+            tell(node=self._facts.name, jobs=jobs)
+        super().tell(event)
 
 
 def drivers(tell_agent: Callable[[Event], None]) -> list[EngineDriver]:

@@ -148,4 +148,7 @@ def rank_probed(context: Context, job: Job, incarnation: str, *, answered: bool)
         context.to_reconnect[job.uid] = incarnation
     else:
         context.dead_incarnations[incarnation] = None
+        for acks in context.state.acks.get(job.uid, {}).values():
+            if any(status.incarnation == incarnation for status in acks.ranks):
+                context.nodes.rank_gone(acks.node, now=context.now)
     context.touched[job.uid] = None

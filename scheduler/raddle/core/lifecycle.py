@@ -8,6 +8,7 @@ from wherever the last one stopped, with no memory but the records.
 from __future__ import annotations
 
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 
 from raddle.core import timeline
 from raddle.core.admission import model_shape
@@ -54,24 +55,41 @@ _REPAIRED_OR_LATER = (RankStage.REPAIRED, RankStage.LIVE)
 
 def schedule(context: Context) -> bool:
     """Place waiting jobs by priority, then age. True if the commit is full and more may fit."""
+    waiting = context.state.waiting
+    heads = waiting.heads()
+    heapify(heads)
     unfit: dict[int, Why] = {}
-    for job_uid, shape, told in context.state.waiting:
-        why = unfit.get(shape)
-        if why is None or told != why.reason:
-            job = context.state.require_job(job_uid)
-            staged = context.state.staged
-            if staged and staged + _writes_of(job) > WRITES_A_COMMIT_MAX:
-                return True
-            placed = why or place_job(job.spec, context.cluster)
-            if isinstance(placed, PlacedJob):
-                start(context, job, placed)
-                continue
-            # Dies only get fewer in one pass: what does not fit now, fits for no job like it.
-            unfit[shape] = placed
-            if told != placed.reason:
-                set_why(context, job, placed)
+    while heads:
+        (_, _, job_uid), shape = heappop(heads)
+        job = context.state.require_job(job_uid)
+        staged = context.state.staged
+        if staged and staged + _writes_of(job) > WRITES_A_COMMIT_MAX:
+            return True
+        placed = place_job(job.spec, context.cluster)
+        if isinstance(placed, PlacedJob):
+            start(context, job, placed)
+            following = waiting.head(shape)
+            if following is not None:
+                heappush(heads, (following, shape))
+            continue
+        # Dies only get fewer in one pass: what does not fit now, fits for no job like it.
+        unfit[shape] = placed
         if context.seen_for_s(job_uid) > RESERVE_AFTER_S:
             break
+    return _tell(context, unfit)
+
+
+def _tell(context: Context, unfit: dict[int, Why]) -> bool:
+    """Tell jobs what they wait for, once. True if the commit is full and more are to be told."""
+    waiting = context.state.waiting
+    for job_uid in list(waiting.untold):
+        why = unfit.get(waiting.shape_of(job_uid))
+        if why is None:
+            continue
+        if context.state.staged >= WRITES_A_COMMIT_MAX:
+            return True
+        context.seen_for_s(job_uid)
+        set_why(context, context.state.require_job(job_uid), why)
     return False
 
 

@@ -99,6 +99,16 @@ class NodeTracker:
         elif node.state is NodeState.SUSPECT:
             node.accused = True
 
+    def rank_gone(self, name: str, *, now: float) -> None:
+        """A rank there answers nobody. If its agent has not come to this leader, ask the others.
+
+        After a takeover a dead node's lease lives on for a while, and no stream of it can break.
+        """
+        node = self.node(name)
+        if node.state is NodeState.READY and not node.has_stream:
+            self._fall_silent(node, "NO_STREAM", "its agent does not stream to this leader", now)
+            node.accused = True
+
     def declared_lost(self, name: str, message: str) -> None:
         """An operator's word against a silent node needs no probe."""
         self._set(self.node(name), NodeState.LOST, "DECLARED_LOST", message)

@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from typing import Any
 
 from raddle.model.job import Job
 
-_Place = tuple[int, float, str]
+#: (negated priority, time of creation, uid): the smallest is placed first.
+Place = tuple[int, float, str]
+_TOLD = "WAITS_FOR_"
 
 
 class WaitingJobs:
-    """Kept in order as jobs come and go, so that a decision need not sort thousands of them."""
+    """Kept in order as jobs come and go, so that a decision looks at shapes, not at jobs."""
 
     def __init__(self) -> None:
-        self._order: list[_Place] = []
-        self._places: dict[str, _Place] = {}
-        #: Shape and told reason of each.
-        self._known: dict[str, tuple[int, str]] = {}
-        #: Jobs of one shape ask for the same: what does not fit for one fits for none.
+        #: Places of each shape in order. Jobs of one shape ask for the same: what does not fit
+        #: for one fits for none.
+        self._by_shape: dict[int, list[Place]] = {}
+        self._known: dict[str, tuple[int, Place]] = {}
         self._shapes: dict[Any, int] = {}
+        #: Jobs that were not told yet what they wait for.
+        self.untold: dict[str, None] = {}
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._known)
 
-    def __iter__(self) -> Iterator[tuple[str, int, str]]:
-        """(job uid, shape, reason that it was told), the next to be placed first."""
-        return iter([(uid, *self._known[uid]) for _, _, uid in self._order])
+    def heads(self) -> list[tuple[Place, int]]:
+        """The first job of each shape."""
+        return [(places[0], shape) for shape, places in self._by_shape.items()]
+
+    def head(self, shape: int) -> Place | None:
+        places = self._by_shape.get(shape)
+        return places[0] if places else None
+
+    def shape_of(self, job_uid: str) -> int:
+        return self._known[job_uid][0]
 
     def put(self, job: Job) -> None:
         """A job waits, perhaps at another place than before."""
-        place = (-job.spec.priority, job.create_time, job.uid)
-        if self._places.get(job.uid) != place:
-            self.drop(job.uid)
-            insort(self._order, place)
-            self._places[job.uid] = place
         model = job.spec.model
         asked = (job.spec.roles, model.config_digest, model.weight_dtype, model.kv_dtype)
         shape = self._shapes.setdefault(asked, len(self._shapes))
-        self._known[job.uid] = (shape, job.why.reason)
+        known = (shape, (-job.spec.priority, job.create_time, job.uid))
+        if self._known.get(job.uid) != known:
+            self.drop(job.uid)
+            insort(self._by_shape.setdefault(shape, []), known[1])
+            self._known[job.uid] = known
+        if job.why.reason.startswith(_TOLD):
+            self.untold.pop(job.uid, None)
+        else:
+            self.untold[job.uid] = None
 
     def drop(self, job_uid: str) -> None:
-        place = self._places.pop(job_uid, None)
-        if place is None:
+        self.untold.pop(job_uid, None)
+        known = self._known.pop(job_uid, None)
+        if known is None:
             return
-        del self._order[bisect_left(self._order, place)]
-        del self._known[job_uid]
-        if not self._order:
+        shape, place = known
+        places = self._by_shape[shape]
+        del places[bisect_left(places, place)]
+        if not places:
+            del self._by_shape[shape]
+        if not self._by_shape:
             self._shapes.clear()
