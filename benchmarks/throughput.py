@@ -21,6 +21,7 @@ from raddle.model import keys
 from raddle.model.health import AgentHealth, AgentRegistration
 from raddle.model.incident import LeaderRecord
 from raddle.model.job import JobState
+from raddle.scheduler.collector import calm_collector
 from raddle.scheduler.leader import Leader
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
@@ -133,6 +134,8 @@ async def _measure(leader: Leader, mirror: Mirror) -> list[float]:
         ]
         await asyncio.gather(*(leader.ask(ask, "bench", 60.0) for ask in asks))
     say(f"gangs_committed_per_s: {ACCEPTED} gangs are accepted")
+    # As the daemon does at the start of each term.
+    calm_collector()
     placing = Placing(leader, mirror)
     await leader.ask(Uncordon(subject=supernode.name), "bench", 10.0)
     await asyncio.sleep(1.0)

@@ -21,6 +21,7 @@ from raddle.model.errors import RaddleError
 from raddle.model.incident import LeaderRecord
 from raddle.scheduler.authorization import DEFAULT, LOOPBACK, Policy, load_policy
 from raddle.scheduler.campaign import campaign
+from raddle.scheduler.collector import calm_collector
 from raddle.scheduler.interceptor import Interceptor
 from raddle.scheduler.leader import Leader
 from raddle.scheduler.metrics import Metrics
@@ -177,6 +178,7 @@ class SchedulerProcess:
         await campaign(self.store, self.mirror, election, self._leader, self._leads)
 
     def _leader(self, term: Term) -> Leader:
+        calm_collector()
         return Leader(self.store, self.mirror, term, Prober(self.tls), self.replica.metrics)
 
     async def _leads(self, leader: Leader | None) -> None:
