@@ -652,7 +652,6 @@ async def test_config_check_finds_it(alone: Program, case: str) -> None:
     refused_somehow(await alone("config", "check"))
 
 
-@pytest.mark.xfail(reason="save_config lets OSError through")
 async def test_a_configuration_that_cannot_be_written(alone: Program) -> None:
     """`config set-context` into a file that cannot be written says so in one sentence."""
     odd = alone.having(RADDLE_CONFIG="/proc/none/config.yaml")
@@ -661,14 +660,12 @@ async def test_a_configuration_that_cannot_be_written(alone: Program) -> None:
     assert "Traceback" not in done.err, done
 
 
-@pytest.mark.xfail(reason="cells of tables are read as markup of rich")
 @pytest.mark.parametrize("text", ["[bold]x[/bold] :smile:", "[/x]"])
 async def test_tables_hold_texts_as_they_are(raddle: Program, text: str) -> None:
     """What an operator wrote stands in a table as written."""
     assert text in (await raddle("cordon", "sn0/n03", "-m", text)).plain()
 
 
-@pytest.mark.xfail(reason="the deadline is cut to whole seconds, and 0 means an hour")
 async def test_a_short_deadline_is_short(raddle: Program) -> None:
     """`drain --deadline 0.5` is half a second, not the usual hour."""
     done = await raddle("drain", "sn0/n01", "--dry-run", "--deadline", "0.5", "-o", "json")
@@ -676,7 +673,6 @@ async def test_a_short_deadline_is_short(raddle: Program) -> None:
     assert (ends[1] - ends[0]).total_seconds() == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.xfail(reason="the job is requeued, and its ranks are called moved")
 async def test_a_drain_that_cannot_move_a_job_fails(raddle: Program) -> None:
     """`drain --wait` of a job that fits nowhere else gives up at its deadline with exit code 1."""
     await submitted(raddle, "stuck", ranks=32, slots=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def matrices(folder: Path) -> list[Matrix]:
     """All of a checkpoint's matrices."""
     shared = load_shared(SHAPE, folder)
-    owners = [*shared.layers, *(load_expert(folder, *pair) for pair in PAIRS)]
+    owners: list[Any] = [*shared.layers, *(load_expert(folder, *pair) for pair in PAIRS)]
     parts = [getattr(owner, f.name) for owner in owners for f in dataclasses.fields(owner)]
     return [shared.head, *parts]
 

@@ -61,7 +61,12 @@ def job_message(text: str, folder: Path) -> job_pb2.JobSpec:
 
 def _config_text(config: Any, folder: Path) -> str:
     if isinstance(config, dict):
-        return json.dumps(config, sort_keys=True)
+        try:
+            return json.dumps(config, sort_keys=True)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PermanentError(
+                Reason.INVALID_ARGUMENT, f"model.config is no JSON: {error}."
+            ) from error
     if not isinstance(config, str):
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
@@ -76,6 +81,10 @@ def _config_text(config: Any, folder: Path) -> str:
         if path.stat().st_size > FILE_BYTES_MAX:
             raise PermanentError(Reason.LIMIT_EXCEEDED, f"{path} is over {FILE_BYTES_MAX} bytes.")
         return path.read_text()
+    except ValueError as error:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"model.config {config!r} is no text file: {error}."
+        ) from error
     except OSError as error:
         names = ", ".join(models.names())
         raise PermanentError(

@@ -257,7 +257,10 @@ def scale(
 def update(
     ctx: typer.Context,
     job: JobName,
-    priority: Annotated[int | None, typer.Option(help="new priority; higher goes first")] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(help="new priority; higher goes first", min=-(2**31), max=2**31 - 1),
+    ] = None,
     queue: Annotated[str, typer.Option(help="new queue")] = "",
     expected_generation: Annotated[
         int, typer.Option(help="refuse if the job has another generation")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raddle.cli.options import Output, session
+from raddle.cli.options import Output, seconds, session
 from raddle.model.errors import RaddleError
 
 Subject = Annotated[str, typer.Argument(help="position: sn0/n07, sn0/n07/npu3, sn0/n07/npu3/die1")]
@@ -152,7 +152,9 @@ def drain(
     subject: Annotated[
         str, typer.Argument(help="position, or with --cancel a maintenance id")
     ] = "",
-    deadline: Annotated[float, typer.Option(help="seconds until the drain gives up")] = 3600.0,
+    deadline: Annotated[
+        float, typer.Option(help="seconds until the drain gives up", callback=seconds)
+    ] = 3600.0,
     message: Annotated[str, typer.Option("--message", "-m", help="why")] = "",
     wait: Annotated[bool, typer.Option(help="wait until nothing runs there")] = False,
     dry_run: Annotated[bool, typer.Option(help="change nothing")] = False,
@@ -181,7 +183,7 @@ def drain(
         else:
             made = scheduler_pb2.CreateMaintenanceRequest(
                 subject=subject,
-                timeout=Duration(seconds=int(deadline)),
+                timeout=Duration(seconds=int(deadline), nanos=int(deadline % 1 * 1e9)),
                 message=message,
                 dry_run=dry_run,
             )

@@ -61,9 +61,19 @@ def load_config() -> CliConfig:
 
 
 def save_config(config: CliConfig) -> None:
+    """Write the whole file.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the file.
+    """
     path = config_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.yaml.encode(msgspec.to_builtins(config)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.yaml.encode(msgspec.to_builtins(config)))
+    except OSError as error:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"{path} cannot be written: {error.strerror}."
+        ) from error
 
 
 def choose_context(name: str, server: str, namespace: str) -> CliContext:

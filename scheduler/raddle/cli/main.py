@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from raddle.model.errors import RaddleError
+from raddle.cli.options import seconds
+from raddle.model.errors import PermanentError, RaddleError, Reason
 
 app = typer.Typer(
     name="raddle",
@@ -37,7 +38,9 @@ def root(
     ] = "",
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="namespace of jobs")] = "",
     output: Annotated[str, typer.Option("--output", "-o", help="table, json or yaml")] = "table",
-    timeout: Annotated[float, typer.Option(help="seconds that a call may take")] = 10.0,
+    timeout: Annotated[
+        float, typer.Option(help="seconds that a call may take", callback=seconds)
+    ] = 10.0,
     version: Annotated[  # noqa: ARG001 - the callback acts
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="version")
     ] = False,
@@ -67,11 +70,27 @@ def _register() -> None:
 _register()
 
 
+def require_text_arguments(arguments: list[str]) -> None:
+    """Refuse bytes that are no UTF-8: they fit into no message.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise PermanentError(
+                Reason.INVALID_ARGUMENT, f"argument {argument!r} is no UTF-8."
+            ) from error
+
+
 def main() -> None:
     """Entry point."""
     from raddle.cli.session import fail
 
     try:
+        require_text_arguments(sys.argv[1:])
         app(prog_name="raddle")
     except RaddleError as error:
         fail(error)

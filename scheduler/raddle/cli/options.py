@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -24,3 +25,17 @@ def session(ctx: typer.Context, output: str = "") -> Any:
     except RaddleError as error:
         fail(error)
     return Session(chosen, output or given["output"], given["timeout"])
+
+
+SECONDS_MAX = 10 * 365 * 86_400.0
+
+
+def seconds(value: float) -> float:
+    """A time that one can wait for.
+
+    Raises:
+        BadParameter: not finite, not above 0, or more than ten years.
+    """
+    if not math.isfinite(value) or not 0 < value <= SECONDS_MAX:
+        raise typer.BadParameter(f"must be a number of seconds above 0, at most {SECONDS_MAX:g}")
+    return value

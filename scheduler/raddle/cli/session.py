@@ -117,15 +117,22 @@ def to_data(message: Message) -> dict[str, Any]:
     return found
 
 
+def printable(text: str) -> str:
+    """The text with control characters escaped: what others wrote must not steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        # As text: a cell is nobody's markup.
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     # Without a terminal nothing is cut to a width: scripts read it.
     console = Console() if sys.stdout.isatty() else Console(width=400)
     console.print(table)
@@ -133,7 +140,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def say(text: str) -> None:
     """A line for people, on stderr."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(printable(text) + "\n")
 
 
 def fail(error: RaddleError) -> NoReturn:

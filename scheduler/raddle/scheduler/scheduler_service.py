@@ -225,7 +225,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         return scheduler_pb2.ListNodesResponse(nodes=inventory.nodes(self._mirror, self._replica))
 
     async def ListDies(self, request: Any, _context: Context) -> scheduler_pb2.ListDiesResponse:
-        return scheduler_pb2.ListDiesResponse(dies=inventory.dies(self._mirror, request.node))
+        dies = inventory.dies(self._mirror, request.node)
+        if request.node and not dies:
+            raise PermanentError(
+                Reason.NOT_FOUND, f"There is no node {request.node!r}; `raddle nodes` lists them."
+            )
+        return scheduler_pb2.ListDiesResponse(dies=dies)
 
     async def Cordon(self, request: Any, context: Context) -> scheduler_pb2.CordonResponse:
         parse.require_text("message", request.message)
