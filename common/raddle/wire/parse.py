@@ -26,6 +26,18 @@ TEXT_CHARACTERS_MAX = 512
 _DEFAULT_KV_BLOCK_TOKENS = 128
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, which takes a key twice, made to refuse that."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"{name!r} is there twice in the mapping at line {line}")
+        return dict(super().construct_mapping(node, deep))
+
+
 def read_document(text: str) -> dict[str, Any]:
     """One YAML or JSON mapping.
 
@@ -35,7 +47,7 @@ def read_document(text: str) -> dict[str, Any]:
     if len(text.encode()) > FILE_BYTES_MAX:
         raise PermanentError(Reason.LIMIT_EXCEEDED, f"the file is over {FILE_BYTES_MAX} bytes.")
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a safe loader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = " ".join(str(error).split())[:300]
         raise PermanentError(Reason.INVALID_ARGUMENT, f"the file is no YAML: {first}") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from raddle.cli.options import Output, session
-from raddle.model.errors import RaddleError
+from raddle.model.errors import PermanentError, RaddleError, Reason
 
 config_app = typer.Typer(help="Contexts of the command line.", no_args_is_help=True)
 
@@ -107,7 +107,12 @@ def config_check() -> None:
     from raddle.cli.session import fail, say
 
     try:
-        config = load_config()
+        config = load_config(strict=True)
+        if config.current and config.current not in config.contexts:
+            raise PermanentError(
+                Reason.INVALID_ARGUMENT,
+                f"{config_path()}: the current context {config.current!r} does not exist.",
+            )
         for context in config.contexts.values():
             context.tls()
     except RaddleError as error:
@@ -151,6 +156,9 @@ def config_set_context(
     from raddle.cli.contexts import CliConfig, CliContext, load_config, save_config
     from raddle.cli.session import fail
 
+    for what, text in (("name", name), ("--server", server)):
+        if not text or not text.isprintable() or (what == "name" and "/" in text):
+            raise typer.BadParameter(f"{what} must be a printable text, and a name has no slash")
     try:
         config = load_config()
     except RaddleError as error:

@@ -45,19 +45,35 @@ def config_path() -> Path:
     return Path(named) if named else Path.home() / ".config" / "raddle" / "config.yaml"
 
 
-def load_config() -> CliConfig:
-    """The configuration, empty when there is no file.
+_FIELDS = {"server", "namespace", "ca", "certificate", "key"}
+
+
+def _unknown_fields(data: bytes) -> list[str]:
+    document = msgspec.yaml.decode(data)
+    found = sorted(set(document) - {"current", "contexts"})
+    for name, context in (document.get("contexts") or {}).items():
+        found += [f"contexts.{name}.{field}" for field in sorted(set(context) - _FIELDS)]
+    return found
+
+
+def load_config(*, strict: bool = False) -> CliConfig:
+    """The configuration, empty when there is no file; `strict` refuses fields it does not know.
 
     Raises:
         PermanentError: INVALID_ARGUMENT naming the file and the path in it.
     """
     path = config_path()
     try:
-        return msgspec.yaml.decode(path.read_bytes(), type=CliConfig)
+        data = path.read_bytes()
+        config = msgspec.yaml.decode(data, type=CliConfig)
+        unknown = _unknown_fields(data) if strict else []
     except FileNotFoundError:
         return CliConfig()
     except (OSError, msgspec.DecodeError) as error:
         raise PermanentError(Reason.INVALID_ARGUMENT, f"{path}: {error}.") from error
+    if unknown:
+        raise PermanentError(Reason.UNKNOWN_FIELD, f"{path}: unknown fields: {', '.join(unknown)}.")
+    return config
 
 
 def save_config(config: CliConfig) -> None:

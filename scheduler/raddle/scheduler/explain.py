@@ -5,6 +5,7 @@ from __future__ import annotations
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.incident import Event, Incident, InstancePlan
+from raddle.model.topology import parse_position
 from raddle.model.types import Why
 from raddle.scheduler.mirror import Mirror
 from raddle.v1 import types_pb2
@@ -28,6 +29,12 @@ def explain(mirror: Mirror, subject: str) -> tuple[Why, list[str]]:
     elif kind == "incident":
         why, story = _incident(mirror, name)
     elif kind in ("die", "node"):
+        parse_position(name)
+        node = "/".join(name.split("/")[:2])
+        if not any(node in s.node_names() for _, s in mirror.under(keys.TOPOLOGY)):
+            raise PermanentError(
+                Reason.NOT_FOUND, f"{name} is not part of the machine; `raddle nodes` lists it."
+            )
         why, story = _place(mirror, name)
     else:
         raise PermanentError(
@@ -50,6 +57,10 @@ def _event_line(event: Event) -> str:
 def _job(mirror: Mirror, job_uid: str) -> tuple[Why, list[str]]:
     job = mirror.get(keys.job(job_uid))
     if job is None:
+        space, _, short = job_uid.rpartition("/")
+        owner = mirror.get(keys.name(space or "default", short))
+        if owner is not None:
+            return _job(mirror, owner.job_uid)
         raise PermanentError(
             Reason.NOT_FOUND, f"There is no job {job_uid}; `raddle status` lists jobs."
         )
