@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 from importlib import resources
 from pathlib import Path
 
-from raddle.store.embedded import EmbeddedEtcd, EtcdBinary, free_port, pins_digest, tools_folder
+from raddle.store.embedded import EmbeddedEtcd, EtcdBinary, pins_digest, tools_folder
+from raddle.store.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 

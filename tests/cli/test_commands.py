@@ -6,10 +6,12 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 import typer
@@ -25,7 +27,7 @@ from raddle.cli.session import (
     EXIT_UNAVAILABLE,
     EXIT_USAGE,
 )
-from raddle.store.embedded import free_port
+from raddle.store.ports import free_port
 from raddle.v1 import job_pb2
 from tests.cli.nonsense import (
     ACCEPTED_CALLS,
@@ -525,7 +527,7 @@ async def test_a_bad_configuration_is_never_overwritten(alone: Program) -> None:
 # --- errors ------------------------------------------------------------------------------------
 
 
-async def test_no_server_and_no_answer(alone: Program, raddle: Program) -> None:
+async def test_no_server_and_no_answer(alone: Program) -> None:
     """A missing server and a passed deadline have exit codes of their own and say what to do."""
     nowhere = f"127.0.0.1:{free_port()}"
     for done in await alone.all(
@@ -534,8 +536,30 @@ async def test_no_server_and_no_answer(alone: Program, raddle: Program) -> None:
         ("--server", nowhere, "version", "-o", "json"),
     ):
         done.refused(EXIT_UNAVAILABLE, nowhere, "raddle up", "--server")
-    late = await raddle("--timeout", "0.00001", "status")
-    late.refused(EXIT_DEADLINE, raddle.server, "--timeout")
+    async with never_answering() as address:
+        late = await alone("--server", address, "--timeout", "0.5", "status")
+    late.refused(EXIT_DEADLINE, address, "--timeout")
+
+
+@asynccontextmanager
+async def never_answering() -> AsyncIterator[str]:
+    """The address of a server that takes every call and answers none."""
+
+    class Silent(grpc.GenericRpcHandler):
+        def service(self, _details: object) -> grpc.RpcMethodHandler[bytes, bytes]:
+            return grpc.unary_unary_rpc_method_handler(self.wait)
+
+        async def wait(self, _request: bytes, _context: object) -> bytes:
+            await asyncio.Event().wait()
+            return b""
+
+    server = grpc.aio.server(handlers=[Silent()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(grace=None)
 
 
 async def test_what_is_named_must_exist(raddle: Program, small: Small) -> None:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import hashlib
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,11 +23,20 @@ import structlog
 
 from raddle.model.errors import PermanentError, Reason
 from raddle.store.etcd.connection import SERVER_VERSION_MIN, EtcdTls
+from raddle.store.ports import free_port
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
 QUOTA_BYTES = 2 * 1024**3
-_PR_SET_PDEATHSIG = 1
+# Asks the kernel for SIGKILL at the parent's end (PR_SET_PDEATHSIG), then becomes the server. Not a
+# `preexec_fn`: that would fork, and gRPC's fork handlers can abort a child of a busy process.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 log = structlog.get_logger()
 
 
@@ -92,17 +99,6 @@ def _version(path: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups()) if match else (0,)
 
 
-def free_port() -> int:
-    """A port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 class EmbeddedEtcd:
     """One member of an etcd cluster as our child. `await start()`, later `await stop()`."""
 
@@ -137,6 +133,7 @@ class EmbeddedEtcd:
         peer = f"http://127.0.0.1:{self.peers[self.name]}"
         members = ",".join(f"{n}=http://127.0.0.1:{port}" for n, port in self.peers.items())
         return [
+            *(sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())),
             str(self.binary.path),
             f"--name={self.name}",
             f"--data-dir={self.folder / 'data'}",
@@ -182,7 +179,6 @@ class EmbeddedEtcd:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - only a prctl, before any thread
             )
 
     async def start(self) -> None:

@@ -25,7 +25,8 @@ from raddle.machines import load_machine
 from raddle.model.errors import Reason, TemporaryError
 from raddle.model.kinds import NodeState
 from raddle.model.topology import SuperNode
-from raddle.store.embedded import QUOTA_BYTES, EmbeddedEtcd, free_port
+from raddle.store.embedded import QUOTA_BYTES, EmbeddedEtcd
+from raddle.store.ports import free_port
 from raddle.telemetry.channels import make_channel
 from raddle.telemetry.tls import TlsFiles
 from raddle.v1 import scheduler_pb2, scheduler_pb2_grpc, topology_pb2
