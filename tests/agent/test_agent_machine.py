@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raddle.agent.core.events import (
+    AcksFound,
     AssignmentChanged,
     Drive,
     DriveFailed,
@@ -322,9 +323,10 @@ def test_a_rank_is_driven_if_it_is_below_its_goal(
 
 
 def test_a_rank_ahead_of_its_assignment_is_told_and_left_alone(agent: Agent) -> None:
-    """An older epoch than the rank's drives nothing back; a store that was set back is told."""
+    """An older epoch than the rank's drives nothing back; a store that was set back is told all."""
     agent(started(epoch=3))
-    assert agent(assigned(job(epoch=2, stage=LIVE))) == [acks(status(epoch=3))]
+    assert agent(assigned(job(epoch=2, stage=LIVE))) == []
+    assert agent(AcksFound(("j-9",))) == [WriteAcks("j-9", None), acks(status(epoch=3))]
 
 
 def test_one_command_at_a_time_for_a_target(agent: Agent) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -93,14 +93,26 @@ async def test_a_leader_killed_in_a_recovery_is_followed(served: Served) -> None
     assert all(incident.phase == CLOSED for incident in await served.incidents())
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_the_leader_is_killed_in_each_phase(tmp_path: Path) -> None:
     """SIGKILL of the leader in every phase of a recovery: the next one ends it, same tokens."""
-    async with serving(tmp_path, schedulers=3) as served:
+    hit = await leaders_killed_in(PHASES, tmp_path)
+    # A phase may be over before the signal arrives, on a busy machine more often than not.
+    for attempt in range(5):
+        missed = [p for p in (IncidentPhase.FENCE, IncidentPhase.PUBLISH) if p not in hit]
+        if missed:
+            (folder := tmp_path / str(attempt)).mkdir()
+            hit |= await leaders_killed_in(missed, folder)
+    assert {IncidentPhase.FENCE, IncidentPhase.PUBLISH} <= hit
+
+
+async def leaders_killed_in(phases: Sequence[IncidentPhase], folder: Path) -> set[IncidentPhase]:
+    """Kill one leader a phase; gives the phases in which recoveries stood when it was dead."""
+    hit = set()
+    async with serving(folder, schedulers=3) as served:
         cluster = served.cluster
         store = EtcdStore([cluster.etcd_endpoints], "default", operation_key="operations/test")
-        hit = set()
-        for phase in PHASES:
+        for phase in phases:
             known = {incident.id for incident in await served.incidents()}
             epoch = (await served.job()).job.epoch
 
@@ -125,9 +137,8 @@ async def test_the_leader_is_killed_in_each_phase(tmp_path: Path) -> None:
 
             await served.same_tokens_while(kill_in)
             assert all(incident.phase == CLOSED for incident in await served.incidents())
-        # The long phases are surely met; the short ones may be over before the signal arrives.
-        assert {IncidentPhase.FENCE, IncidentPhase.PUBLISH} <= hit
         await store.close()
+    return hit
 
 
 @pytest.mark.timeout(180)

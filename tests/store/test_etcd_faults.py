@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ async def test_a_dead_etcd_is_told_at_the_deadline(tmp_path: Path) -> None:
 
 
 async def test_history_compacted_while_the_watcher_was_away(tmp_path: Path) -> None:
-    """Changed, deleted and new keys behind a compaction are told once, as differences."""
+    """What changed, vanished and came behind a compaction is told: everything is listed anew."""
     server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd())
     await server.start()
     writer = EtcdStore([server.endpoint], "t", operation_key="operations/w")
@@ -132,15 +133,60 @@ async def test_history_compacted_while_the_watcher_was_away(tmp_path: Path) -> N
         last = (await writer.commit(put("k/new", str(number).encode()))).revision
     await writer.compact(last)
     proxy.refuse = False
-    changes = await asyncio.wait_for(news, 20)
-    assert isinstance(changes, Changes)
-    told = {c.key: c.record.value if c.record else None for c in changes.changes}
-    assert told == {"k/changed": b"2", "k/deleted": None, "k/new": b"19"}
+    anew = await asyncio.wait_for(news, 20)
+    assert isinstance(anew, Snapshot)
+    told = {record.key: record.value for record in anew.records}
+    assert told == {"k/changed": b"2", "k/same": b"1", "k/new": b"19"}
     later = (await writer.commit(put("k/later"))).revision
     more = await asyncio.wait_for(anext(stream), 20)
     assert isinstance(more, Changes)
     assert [(c.key, c.mod_revision) for c in more.changes] == [("k/later", later)]
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
+    await reader.close()
+    await writer.close()
+    await proxy.stop()
+    await server.stop()
+
+
+@pytest.mark.parametrize("overtakes", [False, True])
+async def test_a_store_that_was_set_back_is_listed_anew(tmp_path: Path, overtakes: bool) -> None:
+    """After a restore from an older state a follower is told all, even if revisions overtook it."""
+    server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd())
+    await server.start()
+    proxy = CuttingProxy(server.endpoint)
+    writer = EtcdStore([server.endpoint], "t", operation_key="operations/w")
+    reader = EtcdStore([await proxy.start()], "t", operation_key="operations/r")
+    await writer.commit(put("k/kept", b"1"))
+    await server.stop()
+    shutil.copytree(server.folder / "data", tmp_path / "backup")
+    await server.start()
+    await writer.commit(put("k/forgotten", b"1"), timeout_s=10.0)
+    stream = follow(reader, "k/")
+    before = await anext(stream)
+    assert isinstance(before, Snapshot)
+    assert [record.key for record in before.records] == ["k/forgotten", "k/kept"]
+    news = asyncio.ensure_future(anext(stream))
+    await eventually(lambda: proxy.connections > 0, "the watch is connected")
+    proxy.refuse = True
+    proxy.cut()
+    await server.stop()
+    shutil.rmtree(server.folder / "data")
+    (tmp_path / "backup").rename(server.folder / "data")
+    await server.start()
+    last = 0
+    for number in range(5 if overtakes else 1):
+        result = await writer.commit(put("k/kept", str(number).encode()), timeout_s=10.0)
+        last = result.revision
+    assert (last > before.revision) is overtakes
+    proxy.refuse = False
+    anew = await asyncio.wait_for(news, 20)
+    assert isinstance(anew, Snapshot)
+    assert anew == await writer.list("k/")
+    later = (await writer.commit(put("k/later"))).revision
+    more = await asyncio.wait_for(anext(stream), 20)
+    assert isinstance(more, Changes)
+    assert [(c.key, c.mod_revision) for c in more.changes] == [("k/later", later)]
+    await stream.aclose()
     await reader.close()
     await writer.close()
     await proxy.stop()

@@ -35,8 +35,8 @@ from raddle.model.errors import RaddleError
 from raddle.model.health import AgentAcks, AgentRegistration
 from raddle.model.job import Assignment, AssignmentStage, JobExpertMaps
 from raddle.model.routes import Routes
-from raddle.store.follow import follow_key
-from raddle.store.protocol import Delete, Lease, Put, Store, Transaction
+from raddle.store.follow import follow
+from raddle.store.protocol import Delete, Lease, Put, Record, Snapshot, Store, Transaction
 from raddle.wire import records as wire
 
 LEASE_TTL_S = 4.0
@@ -79,6 +79,9 @@ class NodeAgent:
         self._contexts: dict[str, tuple[int, asyncio.Task[JobContext | None]]] = {}
         self._unwritten: dict[str, AgentAcks | None] = {}
         self._ack_wanted = asyncio.Event()
+        #: What we wrote may be gone from the store: it is told again.
+        self._acks_doubtful = asyncio.Event()
+        self._health_doubtful = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._faults = FaultLog(facts.name, facts.boot_id)
 
@@ -93,7 +96,7 @@ class NodeAgent:
             self._work(),
             self._report_health(),
             self._follow_assignment(),
-            self._find_old_acks(),
+            self._find_acks(),
             self._write_acks(),
             self._stream.run(),
         ]
@@ -181,29 +184,37 @@ class NodeAgent:
         key = keys.assignment(self._facts.name)
         while True:
             try:
-                async for value in follow_key(self._store, key):
-                    self._assigned(key, value)
+                async for item in follow(self._store, key):
+                    if isinstance(item, Snapshot):
+                        self._assigned(key, item.records)
+                        self._acks_doubtful.set()
+                        self._health_doubtful.set()
+                        continue
+                    for change in item.changes:
+                        self._assigned(key, (change.record,) if change.record else ())
             except RaddleError as error:
                 log.warning("cannot follow the assignment; ranks go on", why=str(error))
             await asyncio.sleep(_RETRY_S)
 
-    async def _find_old_acks(self) -> None:
-        """Tell what an earlier life acknowledged: nobody else would ever take it back."""
+    async def _find_acks(self) -> None:
+        """Tell anew what an earlier life or an older store says of us: nobody else would."""
         prefix = keys.acks(self._facts.name, "")
         while True:
+            await self._acks_doubtful.wait()
             try:
                 found = await self._store.list(prefix)
             except RaddleError as error:
                 log.warning("cannot read old acknowledgements", why=str(error))
                 await asyncio.sleep(_RETRY_S)
                 continue
+            self._acks_doubtful.clear()
             self.tell(AcksFound(tuple(r.key.removeprefix(prefix) for r in found.records)))
-            return
 
-    def _assigned(self, key: str, data: bytes | None) -> None:
+    def _assigned(self, key: str, records: tuple[Record, ...]) -> None:
         assignment = Assignment(node=self._facts.name)
-        if data:
-            assignment = wire.decode(key, data)
+        for record in records:
+            if record.key == key:
+                assignment = wire.decode(key, record.value)
         self.tell(AssignmentChanged(assignment))
 
     async def _write_acks(self) -> None:
@@ -230,6 +241,7 @@ class NodeAgent:
         """Registration, then health under a lease, again whenever the lease is lost."""
         while True:
             try:
+                self._health_doubtful.clear()
                 await self._register()
                 lease = await self._store.grant(LEASE_TTL_S)
                 await self._report_under(lease)
@@ -254,20 +266,27 @@ class NodeAgent:
         lost = asyncio.create_task(lease.wait_lost())
         faults = self._source.follow()
         change = asyncio.ensure_future(anext(faults))
+        doubt = asyncio.create_task(self._health_doubtful.wait())
         try:
             while True:
-                await asyncio.wait({lost, change}, return_when=asyncio.FIRST_COMPLETED)
-                if not change.done():
+                await asyncio.wait({lost, change, doubt}, return_when=asyncio.FIRST_COMPLETED)
+                if lost.done():
                     log.warning("lease lost; reporting anew", node=self._facts.name)
                     return
+                if doubt.done():
+                    self._health_doubtful.clear()
+                    doubt = asyncio.create_task(self._health_doubtful.wait())
+                    await self._register()
+                    await self._put_health(lease)
+                    continue
                 self._faults.update(change.result(), now=self._clock())
                 await self._put_health(lease)
                 change = asyncio.ensure_future(anext(faults))
         finally:
-            lost.cancel()
-            change.cancel()
+            for task in (lost, change, doubt):
+                task.cancel()
             # A generator that runs can't be closed.
-            await asyncio.gather(lost, change, return_exceptions=True)
+            await asyncio.gather(lost, change, doubt, return_exceptions=True)
             await faults.aclose()
             await lease.revoke()
 

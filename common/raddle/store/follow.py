@@ -1,81 +1,84 @@
-"""One prefix of a store, followed without end: first all of it, then every change.
+"""One prefix of a store, followed without end: all of it, then every change.
 
-When the history behind a watch is gone (compacted, or the store was restored from an older
-state), the prefix is listed anew at one revision and the
-difference is told as changes: a follower never has to know.
+A connection that broke may have led back to another store: one restored from an older state, whose
+revisions may even have overtaken ours meanwhile. So all of it is told anew after every break, and
+likewise when the history behind a watch is compacted. Who follows takes each `Snapshot` as the
+truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import replace
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import structlog
 
-from raddle.model.errors import PermanentError, Reason
-from raddle.store.protocol import Change, Changes, Record, Snapshot, Store
+from raddle.model.errors import PermanentError, Reason, TemporaryError
+from raddle.store.protocol import Changes, Snapshot, Store
 
+_LIST_TIMEOUT_S = 10.0
+_RETRY_S = 0.2
 log = structlog.get_logger()
 
 
-async def follow(store: Store, prefix: str) -> AsyncIterator[Snapshot | Changes]:
-    """A `Snapshot`, then `Changes` for ever.
+async def follow(store: Store, prefix: str) -> AsyncGenerator[Snapshot | Changes, None]:
+    """A `Snapshot`, then `Changes` for ever, with a new `Snapshot` wherever a gap may be.
 
     Raises:
         TemporaryError: the first list did not succeed.
         PermanentError: PERMISSION_DENIED.
     """
-    snapshot = await store.list(prefix, timeout_s=10.0)
-    known = {record.key: record for record in snapshot.records}
-    revision = snapshot.revision
-    yield snapshot
+    snapshot = await store.list(prefix, timeout_s=_LIST_TIMEOUT_S)
+    while True:
+        yield snapshot
+        async for changes in unbroken(store, prefix, snapshot.revision):
+            yield changes
+        snapshot = await _list_again(store, prefix)
+        log.info("listed anew", prefix=prefix, revision=snapshot.revision)
+
+
+async def unbroken(store: Store, prefix: str, revision: int) -> AsyncGenerator[Changes, None]:
+    """Changes after a revision, for as long as nothing can have been missed.
+
+    Raises:
+        PermanentError: PERMISSION_DENIED.
+    """
+    try:
+        async with aclosing(store.watch(prefix, from_revision=revision + 1)) as watch:
+            async for changes in watch:
+                if changes.resumed:
+                    return
+                yield changes
+    except PermanentError as error:
+        if error.reason is not Reason.COMPACTED:
+            raise
+
+
+async def _list_again(store: Store, prefix: str) -> Snapshot:
     while True:
         try:
-            async for changes in store.watch(prefix, from_revision=revision + 1):
-                _apply(known, changes)
-                revision = changes.revision
-                yield changes
-        except PermanentError as error:
-            if error.reason is not Reason.COMPACTED:
-                raise
-        fresh = await store.list(prefix, timeout_s=30.0)
-        set_back = fresh.revision < revision
-        log.info("listed anew", prefix=prefix, revision=fresh.revision, set_back=set_back)
-        changes = replace(_difference(known, fresh), set_back=set_back)
-        _apply(known, changes)
-        revision = fresh.revision
-        if changes.changes:
-            yield changes
+            return await store.list(prefix, timeout_s=_LIST_TIMEOUT_S)
+        except TemporaryError as error:
+            log.warning("cannot list anew; the store is away", prefix=prefix, why=str(error))
+            await asyncio.sleep(_RETRY_S)
 
 
-async def follow_key(store: Store, key: str) -> AsyncIterator[bytes | None]:
+async def follow_key(store: Store, key: str) -> AsyncGenerator[bytes | None, None]:
     """One key's value without end: as it is now, then after each change; None while absent.
 
     Raises what `follow` raises.
     """
+    last: bytes | None = None
+    is_first = True
     async for item in follow(store, key):
         if isinstance(item, Snapshot):
-            yield next((r.value for r in item.records if r.key == key), None)
+            value = next((r.value for r in item.records if r.key == key), None)
+            if is_first or value != last:
+                yield value
+            last, is_first = value, False
             continue
         for change in item.changes:
             if change.key == key:
-                yield change.record.value if change.record is not None else None
-
-
-def _apply(known: dict[str, Record], changes: Changes) -> None:
-    for change in changes.changes:
-        if change.record is None:
-            known.pop(change.key, None)
-        else:
-            known[change.key] = change.record
-
-
-def _difference(known: dict[str, Record], fresh: Snapshot) -> Changes:
-    now = {record.key: record for record in fresh.records}
-    gone = [Change(key, None, fresh.revision) for key in sorted(known) if key not in now]
-    new = [
-        Change(key, record, record.mod_revision)
-        for key, record in now.items()
-        if known.get(key) is None or known[key].mod_revision != record.mod_revision
-    ]
-    return Changes(fresh.revision, (*gone, *new))
+                last = change.record.value if change.record is not None else None
+                yield last

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 
 from raddle.model.errors import PermanentError, Reason, TemporaryError
@@ -205,6 +205,8 @@ class MemoryStore:
         self._delay = delay
         self._connected = asyncio.Event()
         self._connected.set()
+        self._cuts = 0
+        self._watches: set[asyncio.Event] = set()
         self._leases: list[MemoryLease] = []
 
     @property
@@ -214,9 +216,12 @@ class MemoryStore:
     def cut(self) -> None:
         """Every call fails, watches are silent and leases are not renewed, until `mend`."""
         self._connected.clear()
+        self._cuts += 1
 
     def mend(self) -> None:
         self._connected.set()
+        for changed in self._watches:
+            changed.set()
 
     async def _reach(self) -> None:
         await self._delay()
@@ -246,20 +251,26 @@ class MemoryStore:
         await self._reach()
         return result
 
-    async def watch(self, prefix: str, *, from_revision: int) -> AsyncIterator[Changes]:
+    async def watch(self, prefix: str, *, from_revision: int) -> AsyncGenerator[Changes, None]:
         changed = asyncio.Event()
         stop = self.backend.on_change(changed.set)
+        self._watches.add(changed)
+        cuts = self._cuts
         try:
             while True:
                 changed.clear()
                 await self._delay()
                 await self._connected.wait()
+                if cuts != self._cuts:
+                    cuts = self._cuts
+                    yield Changes(from_revision - 1, (), self.backend.term, resumed=True)
                 for changes in self.backend.since(prefix, from_revision):
                     from_revision = changes.revision + 1
                     yield changes
                 await changed.wait()
         finally:
             stop()
+            self._watches.discard(changed)
 
     async def grant(self, ttl_s: float, *, timeout_s: float = 5.0) -> MemoryLease:  # noqa: ARG002
         await self._reach()

@@ -8,7 +8,7 @@ slash); values are bytes that the store does not read.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -88,14 +88,15 @@ class Changes:
     """All changes of one or more whole revisions, in order; never half a revision.
 
     `store_term` grows whenever the store elected a new leader of its own: leases that end just
-    after that prove nothing about their owners. `set_back` means that the store was restored from
-    an older state: the revisions of these changes may be lower than those that were seen before.
+    after that prove nothing about their owners. `resumed` (with no changes) says that the watch
+    goes on over a new connection: if the store was restored from an older state in between, then
+    what was seen before and what comes now belong to two histories.
     """
 
     revision: int
     changes: tuple[Change, ...] = field(default=())
     store_term: int = 0
-    set_back: bool = False
+    resumed: bool = False
 
 
 class Lease(Protocol):
@@ -142,7 +143,7 @@ class Store(Protocol):
         """
         ...
 
-    def watch(self, prefix: str, *, from_revision: int) -> AsyncIterator[Changes]:
+    def watch(self, prefix: str, *, from_revision: int) -> AsyncGenerator[Changes, None]:
         """All changes with mod_revision >= from_revision, in order, each once, without end.
 
         Survives lost connections, member changes and silence (probed). Raises PermanentError

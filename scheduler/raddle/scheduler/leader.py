@@ -106,27 +106,41 @@ class Leader:
             self._replies.pop(name, None)
 
     async def run(self) -> None:
-        """Lead until the lease is lost or another replica took over.
+        """Lead until the lease is lost, another replica took over or the store was set back.
 
         Raises:
             Deposed: always, in the end.
         """
-        await self._mirror.wait_revision(self._term.revision)
-        stop = self._mirror.listen(self._record_changed)
-        lost = asyncio.create_task(self._term.lease.wait_lost())
-        work = asyncio.create_task(self._work())
+        parts = {
+            asyncio.create_task(self._end_with_lease()),
+            asyncio.create_task(self._end_with_history()),
+            asyncio.create_task(self._work()),
+        }
         try:
-            await asyncio.wait({lost, work}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            raise Deposed("the leader's lease is past its local deadline")
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
         finally:
-            stop()
-            for task in (lost, work, *self._tasks):
+            for task in (*parts, *self._tasks):
                 task.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
             if self._timer is not None:
                 self._timer.cancel()
             self._fail_all()
+
+    async def _end_with_lease(self) -> None:
+        await self._term.lease.wait_lost()
+        raise Deposed("the leader's lease is past its local deadline")
+
+    async def _end_with_history(self) -> None:
+        """A store restored from an older state forgot decisions that this term stands on."""
+        await self._mirror_holds_term()
+        await self._mirror.wait_set_back()
+        raise Deposed("the store was set back to an older state; a new term begins from there")
+
+    async def _mirror_holds_term(self) -> None:
+        """No decision before what we know is at least as new as our taking the lead."""
+        await self._mirror.wait_record(keys.LEADER, self._term.revision)
 
     def _record_changed(self, key: str, value: Any, _revision: int) -> None:
         if self._mirror.store_term > self._store_term:
@@ -138,6 +152,14 @@ class Leader:
             self.tell(RecordChanged(key, value))
 
     async def _work(self) -> None:
+        await self._mirror_holds_term()
+        stop = self._mirror.listen(self._record_changed)
+        try:
+            await self._decide()
+        finally:
+            stop()
+
+    async def _decide(self) -> None:
         machine = self._machine()
         events: list[Event] = []
         while True:

@@ -16,7 +16,7 @@ import structlog
 from raddle.core.instructions import Write
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason, TemporaryError
-from raddle.store.follow import follow
+from raddle.store.follow import unbroken
 from raddle.store.protocol import Change, Snapshot, Store
 from raddle.wire import records as wire
 
@@ -32,11 +32,16 @@ class Mirror:
         self._store = store
         self._values: dict[str, Any] = {}
         self._revisions: dict[str, int] = {}
-        #: Revisions of our own deletions whose echo has not come yet: older echoes are ignored.
+        #: Revisions of deletions that an older echo or list may still contradict.
         self._gone: dict[str, int] = {}
         self._listeners: list[Listener] = []
         self._moved = asyncio.Event()
         self.revision = 0
+        #: The revision of the last complete list; a watch tells nothing new of before.
+        self._read_at = 0
+        self._refreshes = 0
+        #: How often the store was found restored from an older state.
+        self.set_backs = 0
         #: Counts elections of the store's own leader.
         self.store_term = 0
         #: Keys whose record could not be read, with the reason.
@@ -48,56 +53,76 @@ class Mirror:
         """Follow the store for ever; troubles are waited out and told."""
         while True:
             try:
-                async for item in follow(self._store, ""):
-                    if isinstance(item, Snapshot):
-                        self._load(item)
-                    else:
-                        if item.set_back:
-                            self._set_back(item.revision)
-                        self.store_term = max(self.store_term, item.store_term)
-                        for change in item.changes:
-                            self._apply(change)
-                        self._advance(item.revision)
+                revision = await self.refresh()
+                async for changes in unbroken(self._store, "", revision):
+                    self.store_term = max(self.store_term, changes.store_term)
+                    for change in changes.changes:
+                        self._apply(change)
+                    self._advance(changes.revision)
+                log.info("the watch was broken; everything is read anew", revision=self.revision)
             except TemporaryError as error:
                 log.warning("the store is away; the mirror waits", why=str(error))
-            await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(_RETRY_S)
 
-    async def refresh(self) -> None:
-        """Read everything anew; after a commit whose outcome is unknown."""
-        self._load(await self._store.list("", timeout_s=10.0))
+    async def refresh(self) -> int:
+        """Read everything anew: where changes may have been missed or an outcome is unknown.
 
-    def _load(self, snapshot: Snapshot) -> None:
-        present = {record.key for record in snapshot.records}
-        gone = [key for key in list(self._revisions) if key not in present]
-        for key in gone:
-            self._apply(Change(key, None, snapshot.revision))
-        for record in snapshot.records:
-            self._apply(Change(record.key, record, record.mod_revision))
-        self._advance(snapshot.revision)
+        Returns the revision of what was read.
+        """
+        known = self.revision
+        self._refreshes += 1
+        try:
+            snapshot = await self._store.list("", timeout_s=10.0)
+        finally:
+            self._refreshes -= 1
+        if self._is_set_back(snapshot, known):
+            self._set_back(snapshot.revision)
+        if snapshot.revision >= self._read_at:
+            self._load(snapshot)
+        return snapshot.revision
+
+    def _is_set_back(self, snapshot: Snapshot, known: int) -> bool:
+        """Does it contradict what was known at `known`, a revision before it was asked for?"""
+        if snapshot.revision < known:
+            return True
+        return any(
+            record.mod_revision < self._revisions.get(record.key, 0) <= known
+            for record in snapshot.records
+        )
 
     def _set_back(self, revision: int) -> None:
         """The store was restored from an older state: no revision of before counts any more."""
         log.error("the store was set back to an older state", revision=revision, was=self.revision)
         self._gone.clear()
-        kept = {key: known if known <= revision else 0 for key, known in self._revisions.items()}
-        self._revisions = kept
-        self.revision = revision
+        self._revisions = dict.fromkeys(self._revisions, 0)
+        self.revision, self._read_at = revision, 0
+        self.set_backs += 1
+
+    def _load(self, snapshot: Snapshot) -> None:
+        present = {record.key for record in snapshot.records}
+        for key in [key for key in self._revisions if key not in present]:
+            self._apply(Change(key, None, snapshot.revision))
+        for record in snapshot.records:
+            if self._gone.get(record.key, 0) <= snapshot.revision:
+                self._apply(Change(record.key, record, record.mod_revision))
+        # Whatever a watch still tells of before is in the snapshot.
+        self._read_at = snapshot.revision
+        self._gone = {key: gone for key, gone in self._gone.items() if gone > self._read_at}
+        self._advance(snapshot.revision)
 
     def _apply(self, change: Change) -> None:
         key = change.key
-        if change.mod_revision <= max(self._revisions.get(key, 0), self._gone.get(key, 0)):
-            if change.mod_revision == self._gone.get(key):
+        if change.mod_revision <= max(
+            self._read_at, self._revisions.get(key, 0), self._gone.get(key, 0)
+        ):
+            if change.mod_revision == self._gone.get(key) and not self._refreshes:
                 del self._gone[key]
             return
         self._gone.pop(key, None)
         if key.startswith(keys.OPERATIONS) or key.endswith("/operation"):
             return
         if change.record is None:
-            self._revisions.pop(key, None)
-            self.set_aside.pop(key, None)
-            self.too_new.pop(key, None)
-            if self._values.pop(key, None) is not None:
-                self._tell(key, None, change.mod_revision)
+            self._drop(key, change.mod_revision)
             return
         self._revisions[key] = change.mod_revision
         try:
@@ -109,6 +134,16 @@ class Mirror:
         self.too_new.pop(key, None)
         self._values[key] = value
         self._tell(key, value, change.mod_revision)
+
+    def _drop(self, key: str, revision: int) -> None:
+        self._revisions.pop(key, None)
+        self.set_aside.pop(key, None)
+        self.too_new.pop(key, None)
+        if self._refreshes:
+            # The list under way may be of before.
+            self._gone[key] = revision
+        if self._values.pop(key, None) is not None:
+            self._tell(key, None, revision)
 
     def _set_aside(self, key: str, error: PermanentError) -> None:
         self._values.pop(key, None)
@@ -144,6 +179,17 @@ class Mirror:
         """Return once the picture is at least as new as this revision."""
         while self.revision < revision:
             await self._moved.wait()
+
+    async def wait_record(self, key: str, revision: int) -> None:
+        """Return once the picture holds this very version of a record."""
+        while self.mod_revision(key) != revision:
+            await self.wait_moved()
+
+    async def wait_set_back(self) -> None:
+        """Return when the store is next found restored from an older state."""
+        count = self.set_backs
+        while self.set_backs == count:
+            await self.wait_moved()
 
     async def wait_moved(self) -> None:
         """Return after the next change."""

@@ -49,6 +49,9 @@ class SimulatedFrontDoor:
         async for item in follow(self._store, keys.ROUTES):
             if isinstance(item, Snapshot):
                 changed = [(record.key, record.value) for record in item.records]
+                present = {record.key for record in item.records}
+                for job_uid in [uid for uid in self.routes if keys.routes(uid) not in present]:
+                    self._gone(job_uid)
             else:
                 changed = [(c.key, c.record.value) for c in item.changes if c.record is not None]
                 for gone in [c.key for c in item.changes if c.record is None]:

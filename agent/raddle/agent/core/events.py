@@ -83,7 +83,10 @@ class PeerSuspected:
 
 @dataclass(frozen=True, slots=True)
 class AcksFound:
-    """Jobs of which an earlier life of this agent left acknowledgements in the store."""
+    """Jobs of which the store holds acknowledgements, by an earlier life or of an older state.
+
+    What is true of them, and of every other job here, is told again.
+    """
 
     job_uids: tuple[str, ...]
 

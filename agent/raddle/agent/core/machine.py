@@ -116,11 +116,6 @@ class AgentMachine:
     @_take.register
     def _(self, event: AssignmentChanged) -> None:
         self.assignment = event.assignment
-        for job in event.assignment.jobs:
-            mine = [rank for slot, rank in self.ranks.items() if slot[0] == job.job_uid]
-            if any(rank.status.epoch > job.epoch for rank in mine):
-                # The store was set back to an older state: what is in it of us is old too.
-                self._dirty[job.job_uid] = None
 
     @_take.register
     def _(self, event: RankStarted) -> None:
@@ -223,8 +218,8 @@ class AgentMachine:
 
     @_take.register
     def _(self, event: AcksFound) -> None:
-        for job_uid in event.job_uids:
-            self._dirty[job_uid] = None
+        known = (slot[0] for slot in (*self.ranks, *(slot for slot, _ in self.ending)))
+        self._dirty.update(dict.fromkeys((*event.job_uids, *known)))
 
     # --- deciding ------------------------------------------------------------------------------
 

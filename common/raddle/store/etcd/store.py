@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import grpc
 
@@ -93,7 +93,7 @@ class EtcdStore:
         except StoreCallError as error:
             raise translate(error) from error
 
-    def watch(self, prefix: str, *, from_revision: int) -> AsyncIterator[Changes]:
+    def watch(self, prefix: str, *, from_revision: int) -> AsyncGenerator[Changes, None]:
         key = self._key(prefix)
         return watch_prefix(
             self.connection, key, prefix_end(key), from_revision, len(self._prefix.encode())

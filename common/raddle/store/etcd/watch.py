@@ -8,7 +8,7 @@ when none comes. Only a compacted history or a refusal ends it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
@@ -26,13 +26,16 @@ log = structlog.get_logger()
 
 async def watch_prefix(
     connection: Connection, key: bytes, end: bytes, from_revision: int, strip: int
-) -> AsyncIterator[Changes]:
+) -> AsyncGenerator[Changes, None]:
     """Changes of a key range from a revision on; `strip` bytes of each key are left away.
+
+    Each new connection is told by empty changes that say `resumed`.
 
     Raises:
         PermanentError: COMPACTED (details compact_revision) or PERMISSION_DENIED.
     """
     next_revision = from_revision
+    resumed = False
     while True:
         endpoint = connection.endpoint
         stream = connection.stream("/etcdserverpb.Watch/Watch", rpc.WatchRequest, rpc.WatchResponse)
@@ -48,6 +51,8 @@ async def watch_prefix(
                 if response.canceled:
                     log.info("etcd ended a watch; it is begun again", why=response.cancel_reason)
                     break
+                if resumed and response.created:
+                    yield Changes(next_revision - 1, (), response.header.raft_term, resumed=True)
                 pending += response.events
                 if response.fragment or not pending:
                     continue
@@ -60,6 +65,7 @@ async def watch_prefix(
                 raise _refused(error.details() or "") from error
         finally:
             stream.cancel()
+        resumed = True
         connection.failed(endpoint)
         await asyncio.sleep(_RETRY_S)
 
