@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -41,7 +43,7 @@ from tests.cli.nonsense import (
     NONSENSE,
     NOT_THERE,
 )
-from tests.cli.program import PROGRAM, Done, Program, Small, job_text, small_cluster
+from tests.cli.program import CALL_TIMEOUT_S, PROGRAM, Done, Program, Small, job_text, small_cluster
 from tests.e2e.served import SMALL_MACHINE
 from tests.support import eventually
 
@@ -121,7 +123,16 @@ async def test_the_program_lists_its_commands(alone: Program) -> None:
 
 async def test_completion(alone: Program) -> None:
     """The completion script is shown, and what it asks the program gives commands and options."""
-    script = (await alone("--show-completion", "bash")).plain()
+    shown = await asyncio.to_thread(
+        subprocess.run,
+        # The shell that asks is found among the parents, so it must not become the program.
+        ["bash", "-c", f"{shlex.join(PROGRAM)} --show-completion; true"],
+        capture_output=True,
+        env=alone.variables(),
+        timeout=CALL_TIMEOUT_S,
+        check=True,
+    )
+    script = shown.stdout.decode()
     assert "_RADDLE_COMPLETE=complete_bash" in script
     asking = alone.having(_RADDLE_COMPLETE="complete_bash", COMP_WORDS="raddle un", COMP_CWORD="1")
     assert (await asking()).out.split() == ["uncordon"]
