@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from importlib import resources
@@ -55,6 +56,18 @@ async def three_members(folder: Path, binary: EtcdBinary) -> list[EmbeddedEtcd]:
     return members
 
 
+def holds_socket(pid: int, port: int) -> bool:
+    """Does the process hold a TCP socket that is bound to this port of the loopback?"""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    inodes = {row[9] for row in rows if int(row[1].rpartition(":")[2], 16) == port}
+    with contextlib.suppress(FileNotFoundError):
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if str(handle.readlink()).removeprefix("socket:[").removesuffix("]") in inodes:
+                    return True
+    return False
+
+
 class CuttingProxy:
     """A TCP proxy in front of one address that can cut connections and stop the bytes."""
 
@@ -62,7 +75,10 @@ class CuttingProxy:
         #: `host:port`; may be set later, before the first connection.
         self.target = target
         self._tasks: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
+        #: The sockets of each connection, and whether it is spared.
+        self._writers: dict[asyncio.StreamWriter, bool] = {}
+        #: By the caller's port: is its connection left alone by `freeze` and `cut`?
+        self.spares: Callable[[int], bool] = lambda _port: False
         self._open = asyncio.Event()
         self._open.set()
         self.bytes_max: int | None = None
@@ -85,18 +101,24 @@ class CuttingProxy:
             writer.close()
             return
         self.connections += 1
-        self._writers |= {writer, up_writer}
+        spared = self.spares(writer.get_extra_info("peername")[1])
+        self._writers |= dict.fromkeys((writer, up_writer), spared)
         for source, sink, limited in ((reader, up_writer, False), (up_reader, writer, True)):
-            task = asyncio.create_task(self._pump(source, sink, limited))
+            task = asyncio.create_task(self._pump(source, sink, limited, spared))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, limited: bool
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        limited: bool,
+        spared: bool,
     ) -> None:
         try:
             while data := await source.read(16_384):
-                await self._open.wait()
+                if not spared:
+                    await self._open.wait()
                 if limited and self.bytes_max is not None:
                     self.bytes_max -= len(data)
                     if self.bytes_max <= 0:
@@ -110,13 +132,13 @@ class CuttingProxy:
             sink.close()
 
     def cut(self) -> None:
-        """Close all connections now."""
-        for writer in self._writers:
+        """Close all connections but spared ones now."""
+        for writer in [writer for writer, spared in self._writers.items() if not spared]:
             writer.transport.abort()
-        self._writers.clear()
+            del self._writers[writer]
 
     def freeze(self) -> None:
-        """Let no byte through any more; connections stay open."""
+        """Let no byte through any more, spared connections aside; connections stay open."""
         self._open.clear()
 
     def thaw(self) -> None:
@@ -125,7 +147,8 @@ class CuttingProxy:
     async def stop(self) -> None:
         self._server.close()
         self.thaw()
-        self.cut()
+        for writer in self._writers:
+            writer.transport.abort()
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from raddle.model import keys
 from raddle.model.incident import IncidentPhase
 from raddle.store.etcd.store import EtcdStore
 from raddle.v1 import health_pb2, scheduler_pb2
+from raddle.wire import records as codec
 from tests.e2e.history import assert_one_writer
 from tests.e2e.served import CLOSED, Served, phase_seen, serving
 
+SKEWED = Path(__file__).parent / "skewed"
 pytestmark = pytest.mark.timeout(180)
 
 
@@ -353,3 +356,30 @@ async def test_an_older_state_of_etcd_is_restored_under_running_ranks(tmp_path: 
         assert job.job.epoch >= 3
         active = [rank for rank in job.ranks if rank.stage == health_pb2.RANK_STAGE_LIVE]
         assert {rank.epoch for rank in active} == {job.job.epoch}
+
+
+async def test_clocks_that_are_minutes_apart_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process has its own wrong clock: a rank, its agent and the leader are survived."""
+    monkeypatch.setenv("PYTHONPATH", str(SKEWED))
+    async with serving(tmp_path) as served:
+        store = EtcdStore([served.cluster.etcd_endpoints], "default", operation_key="operations/t")
+        agents = await store.list(keys.AGENTS)
+        await store.close()
+        found = [r for r in agents.records if r.key.endswith("/registration")]
+        times = [codec.decode(record.key, record.value).start_time for record in found]
+        assert max(times) - min(times) > 60.0, "the clocks are not apart"
+
+        async def faults() -> None:
+            await served.kill_decode_rank()
+            await served.ready_at(2)
+            node, _ = (await ranks_of(served, "decode"))[0]
+            served.cluster.kill_node(node)
+            await served.kill_leader()
+            await served.ready_at(3)
+
+        await served.same_tokens_while(faults)
+        await settled(served)
+        for incident in await served.incidents():
+            assert all(entry.duration.ToTimedelta() >= timedelta() for entry in incident.timeline)

@@ -19,7 +19,7 @@ from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.parse import job_message
 from tests.e2e.history import assert_one_writer
 from tests.e2e.served import Served, serving
-from tests.support import CuttingProxy
+from tests.support import CuttingProxy, eventually, holds_socket
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -122,19 +122,30 @@ async def test_a_leader_cut_off_from_etcd_alone_is_followed(tmp_path: Path) -> N
         assert len(terms) == 2, terms
 
 
-async def test_a_leader_cut_off_from_agents_alone_moves_nothing(tmp_path: Path) -> None:
-    """All streams to the only scheduler are silent, leases live: no epoch changes."""
-    async with partitioned(tmp_path, schedulers=1) as (served, proxies):
+async def test_a_leader_cut_off_from_agents_alone_goes_on(tmp_path: Path) -> None:
+    """Streams of agents are silent, then closed; leases live: nothing moves until a rank dies."""
+    async with partitioned(tmp_path) as (served, proxies):
+        leader = await served.leader_number()
+        agents = [c.process.pid for name, c in served.cluster.children.items() if "agent" in name]
+        proxy = proxies.front[leader]
+        proxy.spares = lambda port: not any(holds_socket(pid, port) for pid in agents)
+        # Whoever is connected connects anew, and is known as an agent or not.
+        proxy.cut()
+        began = proxy.connections
+        await eventually(lambda: proxy.connections >= began + len(agents), "the agents are back")
 
         async def cut() -> None:
-            proxies.front[0].freeze()
-            await served.tokens_flow()
-            proxies.front[0].cut()
-            await served.tokens_flow()
-            proxies.front[0].thaw()
+            for close in (proxy.freeze, proxy.cut):
+                close()
+                await served.tokens_flow()
+                assert (await served.job()).job.epoch == 1
+            await served.kill_decode_rank()
+            await served.ready_at(2)
+            proxy.thaw()
 
         await served.same_tokens_while(cut)
-        assert (await served.job()).job.epoch == 1
+        assert await served.leader_number() == leader
+        assert (await served.job()).job.epoch == 2
 
 
 # --- the storm brake -----------------------------------------------------------------------------

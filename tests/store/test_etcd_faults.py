@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from raddle.etcd.v1 import rpc_pb2
 from raddle.model.errors import RaddleError, Reason
 from raddle.store.embedded import EmbeddedEtcd
-from raddle.store.etcd.connection import EtcdTls
+from raddle.store.etcd.connection import EtcdTls, send
+from raddle.store.etcd.lease import EtcdLease
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.follow import follow
 from raddle.store.protocol import Change, Changes, Delete, Put, Snapshot, Transaction
@@ -220,3 +222,39 @@ async def test_the_store_over_tls_knows_its_clients(tmp_path: Path) -> None:
         await stranger.close()
     await store.close()
     await server.stop()
+
+
+async def test_a_lease_outlives_a_connection_that_broke_between_two_renewals(
+    tmp_path: Path,
+) -> None:
+    """A keepalive stream that ended while nothing was on it is begun anew: the lease is kept."""
+    server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd())
+    await server.start()
+    proxy = CuttingProxy(server.endpoint)
+    owner = EtcdStore([await proxy.start()], "t", operation_key="operations/o")
+    lease = await owner.grant(2.0)
+    assert isinstance(lease, EtcdLease)
+    first = lease.deadline_s
+    await eventually(lambda: lease.deadline_s > first, "the lease was renewed")
+    proxy.cut()
+    at_cut = lease.deadline_s
+    await eventually(lambda: lease.deadline_s > at_cut or not lease.alive, "renewed or lost")
+    assert lease.alive
+    await owner.close()
+    await proxy.stop()
+    await server.stop()
+
+
+class EndedStream:
+    """A stream of grpc.aio that ended while its reader still waits."""
+
+    def done(self) -> bool:
+        return True
+
+    async def write(self, _message: object) -> None:
+        raise asyncio.InvalidStateError("RPC already finished.")
+
+
+async def test_a_write_to_a_stream_that_ended_is_no_error() -> None:
+    """Between the look at a stream and the write to it a member may go: the caller moves on."""
+    assert not await send(EndedStream(), rpc_pb2.WatchRequest())

@@ -190,6 +190,14 @@ class Connection:
             await channel.close()
 
 
+async def send(stream: Any, message: Message) -> bool:
+    """Write to one of our streams; False if it has ended meanwhile, which is no mistake here."""
+    if stream.done():
+        return False
+    await stream.write(message)
+    return True
+
+
 def unavailable(endpoints: Sequence[str], message: str, timeout_s: float) -> TemporaryError:
     names = ", ".join(endpoints)
     return TemporaryError(

@@ -13,7 +13,7 @@ import grpc
 import structlog
 
 from raddle.etcd.v1 import rpc_pb2 as rpc
-from raddle.store.etcd.connection import Connection, StoreCallError
+from raddle.store.etcd.connection import Connection, StoreCallError, send
 
 _MARGIN_S = 0.3
 log = structlog.get_logger()
@@ -26,7 +26,8 @@ class EtcdLease:
         self.lease_id = lease_id
         self.ttl_s = ttl_s
         self._connection = connection
-        self._deadline = sent_s + ttl_s - _MARGIN_S
+        #: When its owner stops acting, on our monotonic clock; each renewal moves it.
+        self.deadline_s = sent_s + ttl_s - _MARGIN_S
         self._lost = asyncio.Event()
         self._tasks = [
             asyncio.create_task(self._keep(), name=f"lease {lease_id:x} keepalive"),
@@ -35,14 +36,14 @@ class EtcdLease:
 
     @property
     def alive(self) -> bool:
-        return not self._lost.is_set() and time.monotonic() < self._deadline
+        return not self._lost.is_set() and time.monotonic() < self.deadline_s
 
     async def wait_lost(self) -> None:
         await self._lost.wait()
 
     async def _watch_deadline(self) -> None:
         while True:
-            left = self._deadline - time.monotonic()
+            left = self.deadline_s - time.monotonic()
             if left <= 0:
                 break
             await asyncio.sleep(left)
@@ -78,7 +79,8 @@ class EtcdLease:
         patience_s = max(0.5, self.ttl_s / 6)
         while True:
             sent = time.monotonic()
-            await stream.write(rpc.LeaseKeepAliveRequest(id=self.lease_id))
+            if not await send(stream, rpc.LeaseKeepAliveRequest(id=self.lease_id)):
+                return
             reading = asyncio.ensure_future(stream.read())
             done, _ = await asyncio.wait({reading}, timeout=patience_s)
             if not done:
@@ -90,7 +92,7 @@ class EtcdLease:
             if answer.ttl <= 0:
                 self._end("the server does not know it any more")
                 return
-            self._deadline = sent + answer.ttl - _MARGIN_S
+            self.deadline_s = sent + answer.ttl - _MARGIN_S
             await asyncio.sleep(self.ttl_s / 4)
 
     async def revoke(self) -> None:

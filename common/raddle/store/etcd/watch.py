@@ -16,7 +16,7 @@ import structlog
 
 from raddle.etcd.v1 import rpc_pb2 as rpc
 from raddle.model.errors import PermanentError, Reason
-from raddle.store.etcd.connection import Connection
+from raddle.store.etcd.connection import Connection, send
 from raddle.store.protocol import Change, Changes, Record
 
 SILENCE_S = 2.0
@@ -44,8 +44,7 @@ async def watch_prefix(
             create = rpc.WatchCreateRequest(
                 key=key, range_end=end, start_revision=next_revision, fragment=True
             )
-            await stream.write(rpc.WatchRequest(create_request=create))
-            async for response in _responses(stream):
+            async for response in _responses(stream, create):
                 _raise_if_over(response)
                 _raise_if_set_back(response, next_revision)
                 if response.canceled:
@@ -70,8 +69,12 @@ async def watch_prefix(
         await asyncio.sleep(_RETRY_S)
 
 
-async def _responses(stream: Any) -> AsyncIterator[rpc.WatchResponse]:
+async def _responses(
+    stream: Any, create: rpc.WatchCreateRequest
+) -> AsyncIterator[rpc.WatchResponse]:
     """Responses until the stream ends or stays silent after a request for a sign of life."""
+    if not await send(stream, rpc.WatchRequest(create_request=create)):
+        return
     asked = False
     reading = asyncio.ensure_future(stream.read())
     try:
@@ -81,7 +84,9 @@ async def _responses(stream: Any) -> AsyncIterator[rpc.WatchResponse]:
                 if asked:
                     return
                 asked = True
-                await stream.write(rpc.WatchRequest(progress_request=rpc.WatchProgressRequest()))
+                sign = rpc.WatchRequest(progress_request=rpc.WatchProgressRequest())
+                if not await send(stream, sign):
+                    return
                 continue
             response = reading.result()
             if response is grpc.aio.EOF:
