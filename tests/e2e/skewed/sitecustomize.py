@@ -4,13 +4,11 @@ The clocks of a real machine's hosts may be minutes apart. Up to ten minutes eit
 command line: so two processes differ, and a process that is started again does not.
 """
 
+import importlib
 import sys
 import time
 import types
 import zlib
-
-import grpc.aio._utils
-from grpc._cython import cygrpc
 
 _SKEW_MAX_S = 600
 _true_time = time.time
@@ -23,6 +21,6 @@ def _skewed_time() -> float:
 
 # gRPC's core counts deadlines on the host's real clock, which no other host sees: its Python half
 # must read the same one, as it would on a host that is wrong as a whole.
-for _module in (grpc.aio._utils, cygrpc):
-    vars(_module)["time"] = types.SimpleNamespace(time=_true_time)
+for _name in ("grpc.aio._utils", "grpc._cython.cygrpc"):
+    vars(importlib.import_module(_name))["time"] = types.SimpleNamespace(time=_true_time)
 time.time = _skewed_time
