@@ -147,8 +147,9 @@ class NodeTracker:
             )
 
     def _storm(self, now: float) -> bool:
-        if now < self.grace_until_s:
-            return True
+        return now < self.grace_until_s or self._many_silent(now)
+
+    def _many_silent(self, now: float) -> bool:
         silent = sum(
             1
             for node in self.nodes.values()
@@ -177,7 +178,9 @@ class NodeTracker:
         unknown = [n for n in self.nodes.values() if n.state is NodeState.UNKNOWN and not n.probing]
         if not unknown:
             return None
-        due = max(self.grace_until_s, max(n.silent_since_s for n in unknown) + STORM_WINDOW_S)
+        # The few that fell silent around a leader change are judged as soon as that is over.
+        wait_s = STORM_WINDOW_S if self._many_silent(now) else STORM_GATHER_S
+        due = max(self.grace_until_s, max(n.silent_since_s for n in unknown) + wait_s)
         if now < due:
             return due
         for node in unknown:

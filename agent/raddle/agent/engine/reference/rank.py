@@ -42,6 +42,9 @@ from raddle.telemetry.channels import OPTIONS
 from raddle.telemetry.logging import configure_logging
 from raddle.v1 import engine_pb2_grpc, reference_pb2_grpc
 
+# Real engines compute on dies; this one on the host's CPUs, which agents, schedulers and front
+# doors need at once when a rank dies.
+_NICENESS = 10
 log = structlog.get_logger()
 
 
@@ -102,6 +105,7 @@ async def _main(folder: Path) -> None:
 
 def main() -> None:
     """Entry point: the only argument is the rank's state folder."""
+    os.nice(_NICENESS)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_main(Path(sys.argv[1])))
 

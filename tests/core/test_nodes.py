@@ -1,0 +1,82 @@
+"""The storm brake's timing, on the tracker alone: silence in, states and probes out."""
+
+from __future__ import annotations
+
+from raddle.core.nodes import LEASE_TTL_S, STORM_WINDOW_S, NodeTracker
+from raddle.model.kinds import NodeState
+
+STORM_NODES_MAX = 4
+
+
+def tracker(nodes: int) -> NodeTracker:
+    """Ready nodes, in a term that began long ago."""
+    found = NodeTracker(STORM_NODES_MAX, now=0.0)
+    for number in range(nodes):
+        found.registered(f"n{number}", has_lease=True, now=0.0)
+    return found
+
+
+def silence(nodes: NodeTracker, count: int, *, now: float) -> None:
+    """Nodes fall silent, and none of their ranks answers."""
+    for number in range(count):
+        nodes.lease_ended(f"n{number}", now=now)
+    answer(nodes, now=now)
+
+
+def answer(nodes: NodeTracker, *, now: float) -> None:
+    for name in nodes.take_probes():
+        nodes.probed(name, answered=False, now=now)
+
+
+def look(nodes: NodeTracker, *, now: float) -> float | None:
+    """A wake-up and its probes; gives the time of the next one."""
+    nodes.wake(now=now)
+    answer(nodes, now=now)
+    return nodes.wake(now=now)
+
+
+def states(nodes: NodeTracker) -> set[NodeState]:
+    return {node.state for node in nodes.nodes.values() if node.state is not NodeState.READY}
+
+
+def test_a_node_that_falls_silent_in_calm_is_lost_after_a_moment() -> None:
+    """One silent node is called lost once it is clear that no others follow."""
+    nodes = tracker(8)
+    silence(nodes, 1, now=100.0)
+    assert states(nodes) == {NodeState.SUSPECT}
+    again = look(nodes, now=100.0)
+    assert again is not None
+    assert again < 100.0 + 1.0
+    look(nodes, now=again)
+    assert states(nodes) == {NodeState.LOST}
+
+
+def test_a_node_that_falls_silent_at_a_leader_change_is_judged_right_after_it() -> None:
+    """Silence within one lease time of an election proves nothing; what lasts beyond it does."""
+    nodes = tracker(8)
+    nodes.store_leader_changed(now=100.0)
+    silence(nodes, 1, now=101.0)
+    look(nodes, now=102.0)
+    assert states(nodes) == {NodeState.UNKNOWN}
+    again = look(nodes, now=103.0)
+    assert again == 100.0 + LEASE_TTL_S
+    look(nodes, now=again)
+    assert states(nodes) == {NodeState.LOST}
+
+
+def test_many_that_fall_silent_at_a_leader_change_stay_unknown() -> None:
+    """More silent nodes than a rack are judged by a second witness alone, however long."""
+    nodes = tracker(8)
+    nodes.store_leader_changed(now=100.0)
+    silence(nodes, 5, now=101.0)
+    now = 102.0
+    for _ in range(8):
+        again = look(nodes, now=now)
+        assert again is not None
+        now = max(again, now + 1.0)
+    assert now > 101.0 + 2 * STORM_WINDOW_S
+    assert states(nodes) == {NodeState.UNKNOWN}
+    nodes.accused("n2")
+    answer(nodes, now=now)
+    assert nodes.node("n2").state is NodeState.LOST
+    assert nodes.node("n3").state is NodeState.UNKNOWN
