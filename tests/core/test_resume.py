@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raddle.core.admission import check_spec, model_shape
@@ -258,6 +258,7 @@ def test_large_jobs_are_placed_in_commits_that_the_store_takes() -> None:
     assert {world.store[keys.job(f"j-k{n}")].state for n in range(3)} == {JobState.READY}
 
 
+@settings(deadline=None, max_examples=25)
 @given(
     ranks=st.integers(8, 96),
     slots=st.integers(16, 32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import replace
 from typing import Any
 
@@ -248,7 +249,13 @@ def test_nothing_is_remembered_of_jobs_that_ended(world: World, *, deleted: bool
             world.ask(DeleteJob(job_uid=uid))
             world.handle(SequencesReported("door", uid, True, (), ()))
     state = context.state
-    memories = [state.pools, state.acks, context.seats, context.suspicions, context.lives]
+    memories: list[Sized] = [
+        state.pools,
+        state.acks,
+        context.seats,
+        context.suspicions,
+        context.lives,
+    ]
     memories += [state.stages, state.sequences if deleted else {}, context.seen_since]
     assert [len(memory) for memory in memories] == [0] * len(memories)
 
