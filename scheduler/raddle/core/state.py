@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from raddle.core.instructions import Commit, Reply, Write
-from raddle.core.kvcache.index import PoolIndex
+from raddle.core.kvcache.index import BlockIndex
+from raddle.core.kvcache.recoveries import Recoveries
 from raddle.core.waiting import WaitingJobs
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
@@ -27,6 +28,7 @@ from raddle.model.job import (
     Placement,
 )
 from raddle.model.routes import Routes, SequenceReport
+from raddle.model.stats import RankStats
 from raddle.model.topology import SuperNode
 from raddle.model.types import RankKey
 
@@ -56,8 +58,13 @@ class State:
         self._statuses: dict[str, dict[str, dict[RankKey, RankStatus]]] = {}
         #: sequences[job_uid][front_door_id][sequence_id]
         self.sequences: dict[str, dict[str, dict[str, SequenceReport]]] = {}
-        #: Pool blocks of each job.
-        self.pools: dict[str, PoolIndex] = {}
+        #: Which member holds which KV block, of all jobs.
+        self.index = BlockIndex()
+        self.recoveries = Recoveries()
+        #: Events of members that could not be read.
+        self.kv_events_refused = 0
+        #: Tokens of prompts that ranks found in the pool, and that they computed, by job.
+        self.kv_tokens: dict[str, tuple[int, int]] = {}
         self.idempotency: dict[tuple[str, str], str] = {}
         self._event_ids: list[str] = []
         self._incident_ids: list[str] = []
@@ -81,6 +88,8 @@ class State:
                 self.waiting.put(value)
             else:
                 self.waiting.drop(value.uid)
+            if value.state in (JobState.CANCELLED, JobState.FAILED):
+                self._forget_kv(value.uid)
             if value.idempotency_key:
                 self.idempotency[value.created_by, value.idempotency_key] = value.uid
         elif key.startswith(keys.AGENTS) and isinstance(value, AgentAcks):
@@ -236,8 +245,21 @@ class State:
     def rank_status(self, job_uid: str, node: str, key: RankKey) -> RankStatus | None:
         return self._statuses.get(job_uid, {}).get(node, {}).get(key)
 
-    def pool(self, job_uid: str) -> PoolIndex:
-        return self.pools.setdefault(job_uid, PoolIndex())
+    def count_kv(self, job_uid: str, report: RankStats) -> None:
+        """Add what a rank restored and computed."""
+        if report.kv_tokens_restored or report.kv_tokens_recomputed:
+            restored, computed = self.kv_tokens.get(job_uid, (0, 0))
+            self.kv_tokens[job_uid] = (
+                restored + report.kv_tokens_restored,
+                computed + report.kv_tokens_recomputed,
+            )
+
+    def _forget_kv(self, job_uid: str) -> None:
+        """The job ended: its ranks are gone, and what they held."""
+        self.index.forget(job_uid)
+        self.recoveries.forget(job_uid)
+        self.kv_tokens.pop(job_uid, None)
+        self.sequences.pop(job_uid, None)
 
     def all_sequences(self, job_uid: str) -> list[SequenceReport]:
         doors = self.sequences.get(job_uid, {})
