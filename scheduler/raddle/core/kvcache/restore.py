@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from raddle.core.kvcache.figures import PREFILL_TOKENS_PER_S_A_DIE, SEQUENCE_S
 from raddle.core.kvcache.index import BlockIndex, MemberName, block_keys, leading
-from raddle.core.kvcache.table import OWNERS_MAX, Owners
+from raddle.core.kvcache.table import Owners
 from raddle.model.kv import BlockSpace, KvTier
 from raddle.model.routes import SequenceReport
 from raddle.model.types import RankKey, SequenceRestore, Why
@@ -32,6 +32,7 @@ RESTORE_S = 0.001
 # A rank that is full, or has no memory left, is taken only when all are.
 _FULL = 1e9
 _NO_MEMORY = 1e6
+_NO_PEERS: dict[int, int] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,20 +106,22 @@ def plan_restores(
     survivors = sorted(survivors, key=lambda s: (s.key.role, s.key.instance, s.key.rank))
     held = _held(ordered, survivors, pool)
     targets = _Targets(survivors, costs)
-    sent = np.zeros(OWNERS_MAX + 1, dtype=np.int64)
+    fetched: list[Owners] = [np.zeros(0, dtype=np.uint16)]
     restores: list[SequenceRestore] = []
     for number, sequence in enumerate(ordered):
-        peers = held.peers.get(number, {})
-        choice = targets.choose(_tokens(sequence), held.pooled[number], peers, pool.space)
+        tokens = _tokens(sequence)
+        peers = held.peers.get(number, _NO_PEERS)
+        choice = targets.choose(tokens, held.pooled[number], peers, pool.space)
         late = 0 < sequence.left < choice.back_s
-        restores.append(_restore(sequence, choice, pool.space.block_tokens, late=late))
+        restores.append(_restore(sequence, tokens, choice, pool.space.block_tokens, late=late))
         if not late:
-            targets.take(choice, _tokens(sequence))
+            targets.take(choice, tokens)
             start = held.starts[number]
-            fetched = held.source[start + choice.held : start + choice.blocks]
-            np.add.at(sent, fetched, pool.space.block_tokens * costs.bytes_per_token)
+            fetched.append(held.source[start + choice.held : start + choice.blocks])
     backs = sorted(r.predicted for r in restores if r.why.reason != "GIVE_UP")
-    busiest_s = costs.correction * float(sent[1:].max(initial=0)) / costs.host_bytes_per_s
+    blocks = int(np.bincount(np.concatenate(fetched), minlength=1).max())
+    busiest_s = blocks * pool.space.block_tokens * costs.bytes_per_token / costs.host_bytes_per_s
+    busiest_s *= costs.correction
     restores.sort(key=lambda restore: restore.sequence_id)
     return RestorePlan(
         tuple(restores),
@@ -141,16 +144,19 @@ def _held(ordered: Sequence[SequenceReport], survivors: Sequence[Survivor], pool
     starts: list[int] = []
     for sequence in ordered:
         starts.append(len(hashes))
-        if size > 0 and _tokens(sequence) > 0:
-            hashes += sequence.block_hashes[: (_tokens(sequence) - 1) // size]
+        tokens = _tokens(sequence)
+        if size > 0 and tokens > 0:
+            hashes += sequence.block_hashes[: (tokens - 1) // size]
     begins = np.array(starts, dtype=np.intp)
     in_pool = pool.index.allowed(pool.names(pool.members), (KvTier.DRAM, KvTier.STORAGE))
     on_ranks = pool.index.allowed(pool.names([s.key for s in survivors]), (KvTier.HBM,))
     owners = pool.index.owners(pool.space, block_keys(hashes), in_pool | on_ranks)
-    from_pool = np.where(in_pool[owners], owners, 0)
-    pooled = leading(np.asarray(from_pool.any(axis=1)), begins).tolist()
-    peers = _peers(np.where(on_ranks[owners], owners, 0), begins, survivors, pool)
-    return _Held(pooled, peers, from_pool.max(axis=1, initial=0), starts)
+    peers: dict[int, dict[int, int]] = {}
+    if on_ranks.any():
+        peers = _peers(np.where(on_ranks[owners], owners, 0), begins, survivors, pool)
+        owners = np.where(in_pool[owners], owners, 0)
+    source = owners.max(axis=1, initial=0)
+    return _Held(leading(source > 0, begins).tolist(), peers, source, starts)
 
 
 def _peers(
@@ -188,38 +194,44 @@ class _Targets:
     def __init__(self, survivors: Sequence[Survivor], costs: KvCosts) -> None:
         self._costs = costs
         self._keys = [s.key for s in survivors]
-        self._ready_s = np.zeros(len(survivors))
-        self._sequences = np.array([s.sequences for s in survivors], dtype=np.int64)
-        self._sequences_max = np.array([s.sequences_max for s in survivors], dtype=np.int64)
-        self._tokens = np.array([s.tokens for s in survivors], dtype=np.int64)
-        self._tokens_max = np.array([s.tokens_max for s in survivors], dtype=np.int64)
-        self._limits_sequences = self._sequences_max > 0
-        self._limits_tokens = self._tokens_max > 0
+        self._survivors = survivors
+        self._ready_s = [0.0] * len(survivors)
+        self._sequences = [s.sequences for s in survivors]
+        self._tokens = [s.tokens for s in survivors]
+        self._cost = np.array([self._cost_of(number) for number in range(len(survivors))])
+
+    def _cost_of(self, number: int) -> float:
+        """When it could begin; each sequence that runs there counts against it."""
+        most = self._survivors[number].sequences_max
+        full = 0 < most <= self._sequences[number]
+        return self._ready_s[number] + self._sequences[number] * SEQUENCE_S + full * _FULL
+
+    def _lacks(self, number: int, tokens: int) -> bool:
+        return 0 < self._survivors[number].tokens_max < self._tokens[number] + tokens
+
+    def _first(self, tokens: int) -> int:
+        """The rank that could begin first, one with enough memory if there is any."""
+        number = int(self._cost.argmin())
+        if not self._lacks(number, tokens):
+            return number
+        count = range(len(self._survivors))
+        lacks = np.array([_NO_MEMORY if self._lacks(n, tokens) else 0.0 for n in count])
+        return int((self._cost + lacks).argmin())
 
     def choose(self, tokens: int, pooled: int, peers: dict[int, int], space: BlockSpace) -> _Choice:
-        """Where the sequence is back first; each sequence that runs there counts against it."""
+        """Where the sequence is back first."""
+        number, held = self._first(tokens), 0
         blocks, busy_s = self._way(tokens, pooled, 0, space)
-        full = self._limits_sequences & (self._sequences >= self._sequences_max)
-        lacks = self._limits_tokens & (self._tokens + tokens > self._tokens_max)
-        cost = self._ready_s + self._sequences * SEQUENCE_S + full * _FULL + lacks * _NO_MEMORY
-        number = int(cost.argmin())
-        best, held = float(cost[number]) + busy_s, 0
+        best = float(self._cost[number]) + busy_s
         for peer, length in peers.items():
             # What a rank holds it need not fetch; what it lacks comes from the pool.
             there, peer_s = self._way(tokens, max(pooled, length), length, space)
-            if cost[peer] + peer_s < best:
-                best = float(cost[peer]) + peer_s
+            if self._cost[peer] + peer_s < best and not self._lacks(peer, tokens):
+                best = float(self._cost[peer]) + peer_s
                 number, blocks, busy_s, held = peer, there, peer_s, min(length, there)
-        ready_s = float(self._ready_s[number])
-        return _Choice(
-            number,
-            self._keys[number],
-            blocks,
-            held,
-            (ready_s + busy_s) * self._costs.correction,
-            busy_s,
-            bool(full[number] or lacks[number]),
-        )
+        back_s = (self._ready_s[number] + busy_s) * self._costs.correction
+        full = bool(self._cost[number] >= _FULL) or self._lacks(number, tokens)
+        return _Choice(number, self._keys[number], blocks, held, back_s, busy_s, full)
 
     def _way(self, tokens: int, blocks: int, held: int, space: BlockSpace) -> tuple[int, float]:
         """(blocks restored, seconds): restoring, or computing all where that is faster."""
@@ -235,12 +247,12 @@ class _Targets:
         self._ready_s[choice.number] += choice.busy_s
         self._sequences[choice.number] += 1
         self._tokens[choice.number] += tokens
+        self._cost[choice.number] = self._cost_of(choice.number)
 
 
 def _restore(
-    sequence: SequenceReport, choice: _Choice, block_tokens: int, *, late: bool
+    sequence: SequenceReport, tokens: int, choice: _Choice, block_tokens: int, *, late: bool
 ) -> SequenceRestore:
-    tokens = _tokens(sequence)
     restored = choice.blocks * block_tokens
     target = choice.key
     where = f"{target.role}/{target.instance} rank {target.rank}"
