@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from raddle.cli.commands_jobs import find_job
 from raddle.cli.options import Output, session
 from raddle.core.kvcache.figures import (
     BLOCK_BYTES,
@@ -30,6 +31,94 @@ _NO_IDS = "the trace carries no block ids: no block is shared"
 _MADE_UP = "the trace carries no block ids: sharing is made up by --synthetic-prefix"
 
 app = typer.Typer(name="kv", help="KV caches: where blocks are, and what a pool would do.")
+
+
+JobName = Annotated[str, typer.Argument(help="job name or uid")]
+
+
+@app.command()
+def status(ctx: typer.Context, job: JobName, output: Output = "") -> None:
+    """Show a job's pool: members, copies, hit rate, and what became of lost sequences.
+
+    Example: `raddle kv status chat`
+    """
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx, output)
+
+    async def work(stub: Any) -> None:
+        found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
+        request = scheduler_pb2.GetKvStatusRequest(job_uid=found.uid)
+        answer = await stub.GetKvStatus(request, timeout=s.timeout_s)
+        rows = [
+            ["blocks", answer.blocks],
+            ["blocks by copies (0, 1, ...)", " ".join(map(str, answer.blocks_by_copies))],
+            ["copies wanted", answer.replicas],
+            ["protection", f"{answer.protection:.4f}"],
+            ["time to protection", f"{seconds_of(answer.time_to_protection):.1f} s"],
+            ["hit rate", f"{answer.hit_rate:.3f}"],
+            ["tokens restored", answer.kv_tokens_restored],
+            ["tokens recomputed", answer.kv_tokens_recomputed],
+        ]
+        rows += [
+            [f"{m.rank.role}/{m.rank.instance}/{m.rank.rank} on {m.node}", f"{m.blocks} blocks"]
+            for m in answer.members
+        ]
+        rows += [[f"incident {one.incident_id}", _told(one)] for one in answer.recoveries]
+        s.show(answer, ["WHAT", "VALUE"], rows)
+
+    s.run(work)
+
+
+def seconds_of(duration: Any) -> float:
+    return float(duration.seconds + duration.nanos / 1e9)
+
+
+def _told(one: Any) -> str:
+    """One recovery in a line."""
+    times = [
+        f"{name} back in {seconds_of(actual):.3f} s ({seconds_of(predicted):.3f} s predicted)"
+        for name, actual, predicted in (
+            ("half", one.median_actual, one.median_predicted),
+            ("all", one.last_actual, one.last_predicted),
+        )
+    ]
+    return (
+        f"{one.sequences_back} of {one.sequences} sequences back, {one.kv_tokens_restored} tokens"
+        f" restored, {one.kv_tokens_recomputed} recomputed; {', '.join(times)}"
+    )
+
+
+@app.command()
+def locate(
+    ctx: typer.Context,
+    job: JobName,
+    block_hashes: Annotated[list[str], typer.Argument(help="hexadecimal hashes, in order")],
+    output: Output = "",
+) -> None:
+    """Say where copies of blocks are, and how long a prefix of them is present.
+
+    Example: `raddle kv locate chat 0c7d55a41b337e2d770d6b52eacd6141`
+    """
+    from raddle.v1 import engine_pb2, scheduler_pb2
+
+    s = session(ctx, output)
+
+    async def work(stub: Any) -> None:
+        found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
+        request = scheduler_pb2.LocateKvBlocksRequest(job_uid=found.uid, block_hashes=block_hashes)
+        answer = await stub.LocateKvBlocks(request, timeout=s.timeout_s)
+        rows = []
+        for block in answer.blocks:
+            places = [
+                f"{p.rank.role}/{p.rank.instance}/{p.rank.rank} on {p.node}"
+                f" ({engine_pb2.KvTier.Name(p.tier).removeprefix('KV_TIER_')})"
+                for p in block.places
+            ]
+            rows.append([block.block_hash, len(places), ", ".join(places) or "-"])
+        s.show(answer, ["BLOCK", "COPIES", "WHERE"], rows)
+
+    s.run(work)
 
 
 def moments(values: list[str] | None, kind_name: str, option: str) -> list[Action]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from raddle.core.context import Context
 from raddle.core.events import (
     Committed,
     Event,
@@ -181,6 +182,10 @@ class Leader:
     def nodes(self) -> NodeTracker | None:
         """What this term believes of the nodes; None before its first decision."""
         return self._current.context.nodes if self._current is not None else None
+
+    def context(self) -> Context | None:
+        """What this term knows, for reading only; None before its first decision."""
+        return self._current.context if self._current is not None else None
 
     def _machine(self) -> Machine:
         machine = self._make_machine(self._mirror.records(), now=self._clock())
