@@ -357,7 +357,7 @@ async def test_late_and_repeated_messages_change_nothing(context: Any) -> None:
         await publisher.send(3, batch(stored(3)), keep=False)
         await listener.until(lambda: listener.held(3) == [3])
         assert listener.held(1, 2) == [2]
-        assert listener.subscriber.counts.duplicates == 2
+        assert listener.subscriber.counts.duplicates >= 2
 
 
 async def test_a_publisher_that_counts_anew_began_anew(context: Any) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raddle import models
+from raddle.agent.engine.reference.blocks import block_hashes, cache_key
+from raddle.agent.engine.reference.shape import parse_shape
 from raddle.v1 import scheduler_pb2
 from tests.e2e.served import JOB, Served, serving
 
@@ -130,3 +137,42 @@ async def placed(served: Served, role: str) -> list[str]:
         for rank in part.ranks
         if rank.state == "ACTIVE"
     ]
+
+
+async def test_a_new_leader_learns_all_blocks_and_the_command_line_tells(served: Served) -> None:
+    """SIGKILL of the leader: members tell the next one everything; `kv status|locate` say it."""
+    await protected(served, members=3)
+    before = await kv_status(served)
+    await served.kill_leader()
+    await protected(served, members=3)
+    after = await kv_status(served)
+    assert after.blocks >= before.blocks
+    status = await told(served, "kv", "status", "small")
+    assert int(status["blocks_below"]) == 0
+    assert int(status["blocks"]) == after.blocks
+    assert len(status["members"]) == 3
+    name = block_hashes(
+        cache_key(parse_shape(demo_config()).digest), served.requests[0].prompt, 16
+    )[0]
+    found = await told(served, "kv", "locate", "small", name, "f" * 32)
+    first, nowhere = found["blocks"]
+    assert len({place["node"] for place in first["places"]}) == 2
+    assert {place["tier"] for place in first["places"]} == {"KV_TIER_DRAM"}
+    assert (nowhere["places"], found["prefix_blocks"]) == ([], 1)
+
+
+def demo_config() -> str:
+    return (resources.files(models) / "raddle-demo.json").read_text()
+
+
+async def told(served: Served, *command: str) -> dict[str, Any]:
+    """What the command line prints as JSON."""
+    server = served.cluster.addresses[await served.leader_number()]
+    arguments = [sys.executable, "-m", "raddle.cli.main", "--server", server, "-o", "json"]
+    process = await asyncio.create_subprocess_exec(
+        *arguments, *command, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    answer: dict[str, Any] = json.loads(output)
+    return answer
