@@ -30,7 +30,10 @@ _GIB = 1 << 30
 _NO_IDS = "the trace carries no block ids: no block is shared"
 _MADE_UP = "the trace carries no block ids: sharing is made up by --synthetic-prefix"
 
-app = typer.Typer(name="kv", help="KV caches: where blocks are, and what a pool would do.")
+app = typer.Typer(
+    name="kv",
+    help="KV caches: where blocks are, and what a pool would do.\n\nExample: `raddle kv status chat`",
+)
 
 
 JobName = Annotated[str, typer.Argument(help="job name or uid")]

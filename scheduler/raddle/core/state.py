@@ -245,6 +245,17 @@ class State:
     def rank_status(self, job_uid: str, node: str, key: RankKey) -> RankStatus | None:
         return self._statuses.get(job_uid, {}).get(node, {}).get(key)
 
+    def take_reports(self, other: State) -> None:
+        """Keep what ranks and front doors said to the machine before this one, of the same term.
+
+        They do not say it again unless the leader changes; no decision of ours is part of it.
+        """
+        self.sequences = other.sequences
+        self.index = other.index
+        self.recoveries = other.recoveries
+        self.kv_events_refused = other.kv_events_refused
+        self.kv_tokens = other.kv_tokens
+
     def count_kv(self, job_uid: str, report: RankStats) -> None:
         """Add what a rank restored and computed."""
         if report.kv_tokens_restored or report.kv_tokens_recomputed:

@@ -189,6 +189,8 @@ class Leader:
 
     def _machine(self) -> Machine:
         machine = self._make_machine(self._mirror.records(), now=self._clock())
+        if self._current is not None:
+            machine.context.state.take_reports(self._current.context.state)
         self._current = machine
         self.tell(Woken())
         return machine
