@@ -32,7 +32,7 @@ _MADE_UP = "the trace carries no block ids: sharing is made up by --synthetic-pr
 
 app = typer.Typer(
     name="kv",
-    help="KV caches: where blocks are, and what a pool would do.\n\nExample: `raddle kv status chat`",
+    help="Where KV blocks are, and what a pool would do.\n\nExample: `raddle kv status chat`",
 )
 
 

@@ -252,9 +252,9 @@ class Replay:
             )
         if kind is ActionKind.FAIL:
             self._failed = True
-            self.pool.fail(subject)
+            self.pool.fail(subject, self._now)
         elif kind is ActionKind.DRAIN:
-            self.pool.drain(subject)
+            self.pool.drain(subject, self._now)
         else:
             # A host that the pool did not begin with brings a whole share.
             capacity = self._config.capacity(min(subject, self._config.hosts - 1))
@@ -290,7 +290,7 @@ class Replay:
         """Begin the next copy, as soon as the budget allows one; drained hosts leave at the end."""
         if not len(self._repair):
             for number in self.pool.draining:
-                self.pool.leave(number)
+                self.pool.leave(number, self._now)
             self._draining = False
             return
         begin_s = max(self._now, self._repair.free_at_s)

@@ -56,6 +56,9 @@ class ReplayedPool:
     ) -> None:
         self.replicas = replicas
         self.counts = Counts()
+        #: Copies that every block should have: no more than there are live hosts.
+        self.wanted_copies = 0
+        self._new_copies = 0
         self.hosts = {number: Host(capacity) for number, capacity in enumerate(capacities)}
         self._map = PoolMap(
             [
@@ -68,6 +71,27 @@ class ReplayedPool:
         #: Blocks with fewer copies than they should have.
         self.below: set[int] = set()
         self._hosts_max = hosts_max
+        #: By host: may it take copies at all, and does it have room now? Kept up with each change.
+        self._taking: list[bool] = []
+        self._room: list[bool] = []
+        self._ramping: list[int] = []
+        self._hosts_changed(0.0)
+
+    def _hosts_changed(self, now: float) -> None:
+        self._taking = [False] * self._hosts_max
+        self._room = [False] * self._hosts_max
+        self._ramping = [n for n, host in self.hosts.items() if host.joined_s is not None]
+        for number, host in self.hosts.items():
+            self._taking[number] = host.live and not host.draining and host.capacity != 0
+            self._room[number] = self._taking[number] and host.has_room(now)
+        self.wanted_copies = min(self.replicas, sum(host.live for host in self.hosts.values()))
+        self._new_copies = min(self.replicas, sum(self._taking))
+
+    def _occupy(self, number: int, copies: int, now: float) -> None:
+        """A host holds so many copies more (or fewer)."""
+        host = self.hosts[number]
+        host.used += copies
+        self._room[number] = self._taking[number] and host.has_room(now)
 
     # --- questions -----------------------------------------------------------------------------
 
@@ -76,11 +100,6 @@ class ReplayedPool:
 
     def __len__(self) -> int:
         return len(self._copies)
-
-    @property
-    def wanted_copies(self) -> int:
-        """Copies that every block should have: no more than there are live hosts."""
-        return min(self.replicas, sum(host.live for host in self.hosts.values()))
 
     @property
     def copies(self) -> int:
@@ -118,13 +137,12 @@ class ReplayedPool:
         """
         if block in self._copies:
             return True
-        want = min(self.replicas, sum(h.live and not h.draining for h in self.hosts.values()))
-        hosts = self._with_room(block, ranking, want, (), now, writer_node)
+        hosts = self._with_room(block, ranking, self._new_copies, (), now, writer_node)
         if not hosts:
             return False
         self._copies[block] = hosts
         for host in hosts:
-            self.hosts[host].used += 1
+            self._occupy(host, 1, now)
         if len(hosts) < self.wanted_copies:
             self.below.add(block)
         return True
@@ -140,7 +158,7 @@ class ReplayedPool:
         if len(hosts) <= len(held):
             return False
         self._copies[block] = hosts
-        self.hosts[hosts[-1]].used += 1
+        self._occupy(hosts[-1], 1, now)
         if len(hosts) >= self.wanted_copies:
             self.below.discard(block)
         return True
@@ -158,36 +176,37 @@ class ReplayedPool:
 
         Nothing is evicted where that could not help, nor what is hotter than the block itself.
         """
-        taking = [n for n, h in self.hosts.items() if h.live and not h.draining and h.capacity != 0]
-        usable = [False] * self._hosts_max
-        for number in taking:
-            usable[number] = True
-        best = self._map.pick(ranking, want, usable=usable, held=held, writer_node=writer_node)
-        for number in taking:
-            usable[number] = self.hosts[number].has_room(now)
+        for number in self._ramping:
+            self._occupy(number, 0, now)
+        room, best = self._room, -1
         while True:
-            hosts = self._map.pick(ranking, want, usable=usable, held=held, writer_node=writer_node)
-            oldest = next(iter(self._copies), block)
-            if len(hosts) >= len(best) or oldest == block:
+            hosts = self._map.pick(ranking, want, usable=room, held=held, writer_node=writer_node)
+            if len(hosts) >= want:
                 return hosts
-            for number in self._evict(oldest):
-                usable[number] = number in taking and self.hosts[number].has_room(now)
+            if best < 0:
+                taking = self._taking
+                whole = self._map.pick(
+                    ranking, want, usable=taking, held=held, writer_node=writer_node
+                )
+                best = len(whole)
+            oldest = next(iter(self._copies), block)
+            if len(hosts) >= best or oldest == block:
+                return hosts
+            self._evict(oldest, now)
 
-    def _evict(self, block: int) -> list[int]:
+    def _evict(self, block: int, now: float) -> None:
         self.counts.blocks_evicted += 1
-        return self._forget(block)
+        self._forget(block, now)
 
-    def _forget(self, block: int) -> list[int]:
-        """Drop all copies of a block; gives the hosts that held them."""
-        hosts = self._copies.pop(block)
-        for host in hosts:
-            self.hosts[host].used -= 1
+    def _forget(self, block: int, now: float) -> None:
+        """Drop all copies of a block."""
+        for host in self._copies.pop(block):
+            self._occupy(host, -1, now)
         self.below.discard(block)
-        return hosts
 
     # --- hosts ---------------------------------------------------------------------------------
 
-    def fail(self, number: int) -> None:
+    def fail(self, number: int, now: float) -> None:
         """The host is gone with its copies."""
         self.hosts[number].live = False
         for block in [block for block, hosts in self._copies.items() if number in hosts]:
@@ -196,18 +215,19 @@ class ReplayedPool:
                 self._copies[block] = hosts
             else:
                 self.counts.lost.add(block)
-                self._forget(block)
+                self._forget(block, now)
         self.hosts[number].used = 0
         self.hosts[number].draining = False
-        self._recount()
+        self._recount(now)
 
     @property
     def draining(self) -> list[int]:
         return [number for number, host in self.hosts.items() if host.draining]
 
-    def drain(self, number: int) -> None:
+    def drain(self, number: int, now: float) -> None:
         """No new copies there from now on; what is there waits to be moved."""
         self.hosts[number].draining = True
+        self._hosts_changed(now)
 
     def to_move(self, number: int) -> list[int]:
         """Blocks of a draining host that need a copy elsewhere before it may leave."""
@@ -219,22 +239,23 @@ class ReplayedPool:
             if number in hosts and len(staying.intersection(hosts)) < want
         ]
 
-    def leave(self, number: int) -> None:
+    def leave(self, number: int, now: float) -> None:
         """The drained host goes; what it alone holds goes with it."""
         for block in [block for block, hosts in self._copies.items() if number in hosts]:
             if self._copies[block] == [number]:
-                self._evict(block)
+                self._evict(block, now)
             else:
                 self._copies[block] = [host for host in self._copies[block] if host != number]
         self.hosts[number] = Host(self.hosts[number].capacity, live=False)
-        self._recount()
+        self._recount(now)
 
     def join(self, number: int, capacity: int | None, now: float) -> None:
         """An empty host is there; its room grows by and by."""
         self.hosts[number] = Host(capacity, joined_s=now)
-        self._recount()
+        self._recount(now)
 
-    def _recount(self) -> None:
+    def _recount(self, now: float) -> None:
+        self._hosts_changed(now)
         want = self.wanted_copies
         self.below = {block for block, hosts in self._copies.items() if len(hosts) < want}
 
