@@ -156,7 +156,7 @@ def servegen(folder: Path) -> Path:
         "0,0,0,,0,0\n600,0.5,1.2,Gamma,0.69,2.88\n1200,0.1,0.9,Weibull,1.28,10.8\n1800,0.2,1,,0,0\n"
     )
     window = {"input_tokens": "{600: 0.5, 1200: 0.5}", "output_tokens": "{9: 1.0}"}
-    dataset = {"0": {"input_tokens": "{}"}, "600": window, "1200": window, "1800": window}
+    dataset = {"0": {"input_tokens": "{}"}, "600": window, "1800": window}
     (folder / "chunk-7-dataset.json").write_text(json.dumps(dataset))
     return trace
 

@@ -157,7 +157,9 @@ class _Window:
             self._gap = lambda: rng.weibullvariate(scale, shape)
         else:
             self._gap = lambda: rng.expovariate(self._rate)
-        histograms = dataset[str(int(self._begin_s))]
+        # Histograms are of longer windows than rates: the last one that began counts.
+        begun = max(int(key) for key in dataset if int(key) <= self._begin_s)
+        histograms = dataset[str(begun)]
         self._inputs = _histogram(histograms["input_tokens"])
         self._outputs = _histogram(histograms["output_tokens"])
 
