@@ -15,8 +15,10 @@ from raddle.agent.engine.reference.blocks import block_hashes, cache_key
 from raddle.agent.engine.reference.places import Places
 from raddle.agent.engine.reference.pool import Block, BlockStore, PoolClient, PoolPeers
 from raddle.agent.engine.reference.repair import PoolRepair
+from raddle.agent.engine.reference.routing import Routing
 from raddle.model.kinds import RoleKind
-from raddle.model.types import Fence, Member, RankKey
+from raddle.model.routes import Routes
+from raddle.model.types import Fence, Member, RankKey, SequenceRestore, Why
 from tests.engine.served import FENCE, Cache, cache, ignore
 from tests.engine.small import EPOCH, JOB, make_member
 
@@ -348,3 +350,12 @@ async def test_a_member_that_does_not_answer_is_asked_again() -> None:
         assert await repair.make_one_pass() == 1
         assert repair.progress.copies_made == 1
         await peers.close()
+
+
+def test_a_sequence_that_the_plan_gave_up_is_told_why() -> None:
+    """The front door ends it with the plan's sentence; others are not touched."""
+    routing = Routing("door", ["h:1"], "default", "job", "digest")
+    gone = SequenceRestore(sequence_id="s", why=Why(reason="GIVE_UP", message="too late"))
+    routes = Routes(restores=(gone, SequenceRestore(sequence_id="t", why=Why(reason="RESTORE"))))
+    assert routing.given_up(routes, "s") == "too late"
+    assert (routing.given_up(routes, "t"), routing.given_up(routes, "u")) == ("", "")
