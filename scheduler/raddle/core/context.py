@@ -29,9 +29,12 @@ from raddle.model.job import (
     RankPlacement,
     RoleSpec,
 )
-from raddle.model.kinds import NodeState, SeatState
+from raddle.model.kinds import NodeState, RoleKind, SeatState
 from raddle.model.routes import Routes, RouteState
 from raddle.model.types import ExpertMove, Member, RankKey, SequenceRestore, Why
+
+#: Unless a cache role says otherwise: a pool that survives the loss of any one host.
+KV_REPLICAS = 2
 
 
 @dataclass(slots=True)
@@ -250,6 +253,7 @@ def members(context: Context, job: Job, placement: Placement) -> tuple[Member, .
     found: list[Member] = []
     for seat in active_seats(context, job, placement):
         status = status_of(context, job, seat)
+        is_cache = seat.role.kind is RoleKind.CACHE
         found.append(
             Member(
                 rank=seat.key,
@@ -259,9 +263,17 @@ def members(context: Context, job: Job, placement: Placement) -> tuple[Member, .
                 engine_address=status.engine_address if status else "",
                 data_address=status.data_address if status else "",
                 incarnation=status.incarnation if status else "",
+                rack=context.cluster.rack_name(seat.placement.node),
+                kv_replicas=kv_replicas(seat.role) if is_cache else 0,
+                dram_bytes=seat.role.dram_bytes if is_cache else 0,
             )
         )
     return tuple(found)
+
+
+def kv_replicas(role: RoleSpec) -> int:
+    """Copies that a cache role's pool keeps of each block."""
+    return role.kv_replicas or KV_REPLICAS
 
 
 def put_routes(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import singledispatchmethod
 from typing import Any
 
-from raddle.core import detection, lifecycle, recover, restarts, resume, timeline
+from raddle.core import detection, lifecycle, recover, restarts, resume, sequences, timeline
 from raddle.core.cluster import Cluster
 from raddle.core.context import Context, active_ranks, active_seats, set_why, status_of
 from raddle.core.detection import Loss
@@ -45,7 +45,6 @@ from raddle.model.kinds import NodeState
 from raddle.model.types import Why
 
 _LEDGER_MAX = 1_024
-_SEQUENCES_A_DOOR_MAX = 100_000
 
 
 class Machine:
@@ -147,26 +146,11 @@ class Machine:
 
     @_take.register
     def _(self, event: StatsReported) -> None:
-        if self.context.state.job(event.job_uid) is None:
-            return
-        pool = self.context.state.pool(event.job_uid)
-        for report in event.reports:
-            for change in report.kv_events:
-                pool.apply(report.rank, report.incarnation, change)
+        sequences.take_stats(self.context, event)
 
     @_take.register
     def _(self, event: SequencesReported) -> None:
-        if self.context.state.job(event.job_uid) is None:
-            return
-        doors = self.context.state.sequences.setdefault(event.job_uid, {})
-        if event.snapshot:
-            doors[event.front_door_id] = {}
-        door = doors.setdefault(event.front_door_id, {})
-        for name in event.removed:
-            door.pop(name, None)
-        for sequence in event.updated:
-            if len(door) < _SEQUENCES_A_DOOR_MAX or sequence.sequence_id in door:
-                door[sequence.sequence_id] = sequence
+        sequences.take_sequences(self.context, event)
 
     @_take.register
     def _(self, event: FrontDoorLost) -> None:

@@ -11,6 +11,8 @@ from raddle.model.incident import Incident, IncidentPhase
 from raddle.model.job import Job
 from raddle.telemetry.metrics import PHASE_BUCKETS_S
 
+TOKENS_BUCKETS = (0, 10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
+
 
 class Metrics:
     """All metrics of one scheduler process, in a registry of their own."""
@@ -51,6 +53,23 @@ class Metrics:
             ["method", "code"],
             **registry,
         )
+        self._kv_gauges = [
+            Gauge(f"raddle_kv_{name}", text, ["job_uid"], **registry)
+            for name, text in (
+                ("hit_ratio", "Share of prompt tokens found in the pool, by job."),
+                ("protection_ratio", "Share of pooled blocks with all their copies, by job."),
+                ("blocks", "Blocks in the pool, by job."),
+                ("blocks_below", "Pooled blocks that lack copies, by job."),
+                ("time_to_protection_seconds", "Time that repair needs at its budget, by job."),
+            )
+        ]
+        self._kv_tokens = Histogram(
+            "raddle_incident_kv_tokens",
+            "KV tokens of lost sequences of one incident: restored or recomputed.",
+            ["way"],
+            buckets=TOKENS_BUCKETS,
+            **registry,
+        )
         self._job_states: dict[str, str] = {}
 
     def decided(self, events: int, cpu_s: float) -> None:
@@ -60,6 +79,25 @@ class Metrics:
     def committed(self, writes: int, seconds: float) -> None:
         self._writes.inc(writes)
         self._commits.observe(seconds)
+
+    def clear_kv(self) -> None:
+        """Pools are told of by the leader only."""
+        for gauge in self._kv_gauges:
+            gauge.clear()
+
+    def kv_measured(
+        self,
+        job_uid: str,
+        *,
+        hit_rate: float,
+        protection: float,
+        blocks: int,
+        blocks_below: int,
+        time_to_protection_s: float,
+    ) -> None:
+        values = (hit_rate, protection, blocks, blocks_below, time_to_protection_s)
+        for gauge, value in zip(self._kv_gauges, values, strict=True):
+            gauge.labels(job_uid).set(value)
 
     def record_changed(self, key: str, value: Any, _revision: int) -> None:
         """Follow the mirror: jobs by state, closed incidents with their phases."""
@@ -74,6 +112,12 @@ class Metrics:
                 self._jobs.labels(state).set(count)
         elif isinstance(value, Incident) and value.phase is IncidentPhase.CLOSED:
             self._incidents.inc()
+            plans = [part for plan in value.plans for part in plan.instances]
+            if any(part.sequences_restored for part in plans):
+                restored = sum(part.kv_tokens_restored for part in plans)
+                self._kv_tokens.labels("restored").observe(restored)
+                recomputed = sum(part.kv_tokens_recomputed for part in plans)
+                self._kv_tokens.labels("recomputed").observe(recomputed)
             for entry in value.timeline:
                 if entry.duration:
                     self._phases.labels(entry.phase).observe(entry.duration)

@@ -137,7 +137,7 @@ class Serving:
         """(tokens restored, blocks missing): fetch the blocks of sequences that come here."""
         names = [name for sequence in sequences for name in sequence.block_hashes]
         names = list(dict.fromkeys(names))[:_PREFETCHED_BLOCKS_MAX]
-        self._prefetched = await self.pool.get(fence, names)
+        self._prefetched = await self.pool.get(fence, names, everywhere=True)
         return len(self._prefetched) * self.block_tokens, len(names) - len(self._prefetched)
 
     def resume(self, epoch: int) -> None:
