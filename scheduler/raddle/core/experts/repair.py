@@ -1,164 +1,270 @@
-"""Repair of an expert map after ranks left or came: keep what is fine, move the fewest.
+"""Repair of an expert map after dies were lost, drained, slowed or came back.
 
-In go the old map, the ranks that are lost and those whose seat has a new process; out come the
-new map and the loads that it needs. An expert without a live copy goes to an empty slot, else a
-replica of another expert gives its slot (a donor); sources are live copies, near ones first, else
-the disk.
+In go the old map and the layout as it is now; out comes the new map with the loads that it needs.
+What is fine stays. An expert gets another copy only where it has none, or where its copies carry
+more than the heaviest copy of the best map for the slots that are left (that is the bound at one
+slot a die, so no smaller number of loads reaches it). Room comes from empty slots, else from
+copies that are not needed for that bound. Then come improving exchanges, as many as are allowed.
+Sources are chosen in `sources`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from raddle.core.experts.maps import IntArray
-from raddle.model.types import ExpertMove, WeightSource
+from raddle.core.experts.balance import (
+    balance_of_layers,
+    copy_loads,
+    least_times,
+    loads_of_slots,
+)
+from raddle.core.experts.copies import count_copies, heaviest_copy
+from raddle.core.experts.exchange import Working, exchange_best
+from raddle.core.experts.layout import EMPTY, BoolArray, FloatArray, IntArray, Layout
+
+# Without a number of swaps: as many as reach this balance...
+BALANCE_GOAL = 0.95
+# ...while no more than this share of the slots is loaded anew.
+LOADS_SHARE_MAX = 0.10
+_ROUNDING = 1 + 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class RepairedMap:
-    """The new map [layers, slots], the loads by rank, and what it cost."""
+class MapChange:
+    """A new map and how it differs from the old one."""
 
+    #: [layers, slots]
     table: IntArray
-    moves: dict[int, tuple[ExpertMove, ...]]
-    #: Replicas of other experts that gave their slot.
-    donor_slots: int
-    #: (layer, expert) that no live rank can take.
+    #: [loads] each of them: what is loaded where, in the order of layer and slot.
+    layer: IntArray
+    slot: IntArray
+    expert: IntArray
+    #: (layer, expert) that found no slot, in order.
     uncovered: tuple[tuple[int, int], ...]
+    #: Copies of other experts that gave way.
+    donor_slots: int
     #: Slots that keep what they have in memory.
-    kept: int = 0
+    kept: int
 
     @property
-    def experts_moved(self) -> int:
-        return sum(len(moves) for moves in self.moves.values())
+    def loads(self) -> int:
+        return len(self.layer)
 
 
 def repair_map(
     table: IntArray,
-    slots_per_rank: int,
-    experts: int,
+    loads: FloatArray,
+    layout: Layout,
     *,
-    live: Sequence[int],
-    joined: Sequence[int] = (),
-    domains: IntArray | None = None,
-    guests_refused: Sequence[int] = (),
-) -> RepairedMap:
-    """Repair a map.
+    joined: BoolArray | None = None,
+    swaps: int | None = 0,
+) -> MapChange:
+    """Repair a map for the hosts of `layout`; nothing lost and nothing new changes nothing.
 
     Args:
-        table: [layers, slots] before.
-        live: ranks that serve afterwards, those of `joined` included.
-        joined: ranks whose seat has a new process: what the map gives them is loaded anew.
-        domains: [levels, ranks]; near sources are preferred. None: by rank number.
-        guests_refused: ranks that take no expert (they host the shared expert).
+        table: [layers, slots] before; what it has on dies that host nothing (any more) is gone.
+        loads: [layers, experts], any unit.
+        joined: [dies] hosts that are new: they have nothing in memory, what the map gives them
+            is loaded, and their empty slots are filled.
+        swaps: exchanges a layer that may improve the balance; None: as many as reach 0.95 while
+            at most 10 % of the slots are loaded.
     """
-    new = table.copy()
-    ranks = table.shape[1] // slots_per_rank
-    alive = np.zeros(ranks, dtype=bool)
-    alive[list(live)] = True
-    new[:, ~np.repeat(alive, slots_per_rank)] = -1
-    fresh = np.zeros(ranks, dtype=bool)
-    fresh[list(joined)] = True
-    hosts = alive.copy()
-    hosts[list(guests_refused)] = False
-    work = _Repair(new, slots_per_rank, experts, alive, fresh, hosts, domains)
-    for layer in range(new.shape[0]):
-        work.layer(layer)
-    moves = {rank: tuple(found) for rank, found in sorted(work.moves.items())}
-    untouched = (new >= 0) & (new == table) & ~np.repeat(fresh, slots_per_rank)
-    kept = int(np.count_nonzero(untouched))
-    return RepairedMap(new, moves, work.donor_slots, tuple(work.uncovered), kept)
+    experts = loads.shape[1]
+    fresh = np.zeros(layout.dies, dtype=bool) if joined is None else joined & layout.hosts
+    before = layout.to_grid(table)
+    held = before[:, ~layout.hosts]
+    inner = layout.only_hosts()
+    grid = before[:, layout.hosts, : inner.width]
+    touched = (held >= 0).any(axis=(1, 2)) | (count_copies(grid, experts) == 0).any(axis=1)
+    touched |= (before[:, fresh] == EMPTY).any(axis=(1, 2))
+    rows = np.flatnonzero(touched)
+    donors = 0
+    uncovered: tuple[tuple[int, int], ...] = ()
+    if len(rows):
+        filling = _Filling(grid[rows], loads[rows], inner, fresh[layout.hosts])
+        filling.cover()
+        filling.fill()
+        donors = filling.donor_slots
+        uncovered = tuple((int(rows[layer]), expert) for layer, expert in filling.uncovered)
+        grid[rows] = filling.grid
+    slow = bool((inner.speeds != inner.speeds.max(initial=1.0)).any())
+    if swaps != 0 and inner.dies > 1 and (len(rows) or slow):
+        old = before[:, layout.hosts, : inner.width]
+        old[:, fresh[layout.hosts]] = EMPTY
+        _improve(grid, old, loads, inner, swaps, rows if not slow else np.arange(len(grid)))
+    after = np.where(before >= 0, EMPTY, before)
+    after[:, layout.hosts, : inner.width] = grid
+    return changed(layout, before, after, fresh, uncovered, donors)
 
 
-class _Repair:
-    """One repair under way; `table` is changed in place."""
+def changed(
+    layout: Layout,
+    before: IntArray,
+    after: IntArray,
+    fresh: BoolArray,
+    uncovered: tuple[tuple[int, int], ...] = (),
+    donor_slots: int = 0,
+) -> MapChange:
+    """What must be loaded to get from grid to grid: experts that a die did not have at all."""
+    new = (after >= 0) & ((after != before) | fresh[:, None])
+    layer, die, place = np.nonzero(new)
+    expert = after[layer, die, place]
+    had = (before[layer, die] == expert[:, None]).any(axis=1) & ~fresh[die]
+    layer, die, place, expert = (x[~had] for x in (layer, die, place, expert))
+    first = np.cumsum(layout.slots) - layout.slots
+    kept = int(np.count_nonzero(after >= 0)) - len(layer)
+    return MapChange(
+        layout.to_table(after), layer, first[die] + place, expert, uncovered, donor_slots, kept
+    )
+
+
+class _Filling:
+    """Copies that are missing find slots, one a layer and round; all dies are hosts."""
 
     def __init__(
-        self,
-        table: IntArray,
-        slots_per_rank: int,
-        experts: int,
-        alive: np.ndarray[tuple[int], np.dtype[np.bool_]],
-        fresh: np.ndarray[tuple[int], np.dtype[np.bool_]],
-        hosts: np.ndarray[tuple[int], np.dtype[np.bool_]],
-        domains: IntArray | None,
+        self, grid: IntArray, loads: FloatArray, layout: Layout, fresh: BoolArray
     ) -> None:
-        self.table = table
-        self.width = slots_per_rank
-        self.experts = experts
-        self.alive = alive
-        self.fresh_slots = np.repeat(fresh, slots_per_rank)
-        self.fresh = fresh
-        #: Slots that may take another expert.
-        self.host_slots = np.repeat(hosts, slots_per_rank)
-        self.domains = domains
-        self.moves: dict[int, list[ExpertMove]] = {}
+        self.grid, self.loads, self.layout, self.fresh = grid, loads, layout, fresh
+        self.copies = count_copies(grid, loads.shape[1])
+        self.needed = _needed(loads, layout)
+        self.closeness = layout.closeness()
+        self.carried = np.zeros(grid.shape[:2])
+        self.shared = np.zeros((len(grid), loads.shape[1] + 2))
         self.donor_slots = 0
         self.uncovered: list[tuple[int, int]] = []
-        #: Loads added to each rank by this repair, over all layers: spread them.
-        self.added = np.zeros(len(alive), dtype=np.int64)
+        self._weigh(np.arange(len(grid)))
 
-    def layer(self, layer: int) -> None:
-        """Choose all slots first: only then is it known which copies stay to be read from."""
-        row = self.table[layer]
-        counts = np.bincount(row[row >= 0], minlength=self.experts)
-        self.added += np.bincount(
-            np.flatnonzero(self.fresh_slots & (row >= 0)) // self.width, minlength=len(self.added)
-        )
-        chosen: list[int] = []
-        for expert in np.flatnonzero(counts == 0):
-            slot = self._slot_for(row, counts)
-            if slot is None:
-                self.uncovered.append((layer, int(expert)))
-                continue
-            if row[slot] >= 0:
-                counts[row[slot]] -= 1
-                self.donor_slots += 1
-            row[slot] = expert
-            counts[expert] = 1
-            chosen.append(slot)
-            self.added[slot // self.width] += 1
-        anew = np.flatnonzero(self.fresh_slots & (row >= 0)).tolist()
-        for slot in sorted({*chosen, *map(int, anew)}):
-            self._load(layer, slot, int(row[slot]))
+    def _weigh(self, layers: IntArray) -> None:
+        self.shared[layers] = copy_loads(self.loads[layers], self.copies[layers])
+        weight = loads_of_slots(self.grid[layers], self.shared[layers])
+        self.carried[layers] = weight.sum(axis=2)
 
-    def _slot_for(
-        self, row: IntArray, counts: np.ndarray[tuple[int], np.dtype[np.int64]]
-    ) -> int | None:
-        """An empty slot of the least burdened rank, else that of a replica which gives way.
+    def cover(self) -> None:
+        """Give every expert the copies that it needs: uncovered ones first, then by load."""
+        missing = np.maximum(self.needed - self.copies, 0)
+        layer, expert = np.nonzero(missing)
+        times = missing[layer, expert]
+        layer, expert = np.repeat(layer, times), np.repeat(expert, times)
+        share = self.loads[layer, expert] / self.needed[layer, expert]
+        order = np.lexsort((expert, -share, self.copies[layer, expert] > 0, layer))
+        layer, expert = layer[order], expert[order]
+        turn = np.arange(len(layer)) - np.searchsorted(layer, layer, side="left")
+        for number in range(int(turn.max(initial=-1)) + 1):
+            now = turn == number
+            self._place(layer[now], expert[now])
+        self.uncovered.sort()
 
-        Replicas of new processes go first, since they would have to be loaded in any case; then
-        those of the most replicated expert.
+    def _place(self, layer: IntArray, expert: IntArray) -> None:
+        """One more copy of an expert in each of these layers, in the least harmful slot."""
+        grid = self.grid[layer]
+        surplus = np.zeros((len(layer), self.loads.shape[1] + 2), dtype=bool)
+        surplus[:, :-2] = self.copies[layer] > self.needed[layer]
+        surplus[:, EMPTY] = True
+        rows: IntArray = np.arange(len(layer), dtype=np.int64)
+        possible = surplus[rows[:, None, None], grid]
+        holds = (grid == expert[:, None, None]).any(axis=2)
+        possible &= ~holds[:, :, None]
+        score = self._harm(layer, expert, grid, holds)
+        score[~possible] = np.inf
+        flat = score.reshape(len(layer), -1)
+        best = flat.argmin(axis=1)
+        found = np.isfinite(flat[rows, best])
+        for at, lost in zip(layer[~found].tolist(), expert[~found].tolist(), strict=True):
+            if self.copies[at, lost] == 0:
+                self.uncovered.append((at, lost))
+        layer, expert, rows, best = layer[found], expert[found], rows[found], best[found]
+        die, place = np.divmod(best, grid.shape[2])
+        given = grid[rows, die, place]
+        donor = given >= 0
+        self.donor_slots += int(np.count_nonzero(donor))
+        self.grid[layer, die, place] = expert
+        self.copies[layer, expert] += 1
+        self.copies[layer[donor], given[donor]] -= 1
+        self._weigh(layer)
+
+    def _harm(
+        self, layer: IntArray, expert: IntArray, grid: IntArray, holds: BoolArray
+    ) -> FloatArray:
+        """[rows, dies, width] what a slot costs: domains in common first, then the die's time.
+
+        A copy that gives way leaves its load to its siblings: that is added, in the same unit.
         """
-        empty = np.flatnonzero(self.host_slots & (row < 0))
-        if len(empty):
-            burden = self.added[empty // self.width]
-            return int(empty[int(np.argmin(burden))])
-        spare = np.flatnonzero(self.host_slots & (row >= 0) & (counts[np.maximum(row, 0)] > 1))
-        if not len(spare):
-            return None
-        burden = self.added[spare // self.width]
-        keys = np.lexsort((spare, burden, -counts[row[spare]], ~self.fresh_slots[spare]))
-        return int(spare[int(keys[0])])
-
-    def _load(self, layer: int, slot: int, expert: int) -> None:
-        rank = slot // self.width
-        source_rank = self._nearest_copy(layer, expert, rank)
-        source = WeightSource.DISK if source_rank is None else WeightSource.PEER
-        move = ExpertMove(
-            layer=layer, expert=expert, slot=slot, source=source, source_rank=source_rank or 0
+        copies = self.copies[layer]
+        share = self.loads[layer, expert] / (copies[np.arange(len(layer)), expert] + 1)
+        weight = loads_of_slots(grid, self.shared[layer])
+        left = np.zeros((len(layer), copies.shape[1] + 2))
+        rest = np.maximum(copies - 1, 1)
+        left[:, :-2] = self.loads[layer] / rest - self.loads[layer] / np.maximum(copies, 1)
+        even = np.maximum(self.carried[layer].mean(axis=1), 1e-300)[:, None, None]
+        time = (self.carried[layer][:, :, None] - weight + share[:, None, None]) / (
+            even * self.layout.speeds[:, None]
         )
-        self.moves.setdefault(rank, []).append(move)
+        # Both are a few units at most, so no sum of them outweighs a domain.
+        spread = np.minimum(time + loads_of_slots(grid, left) / even, 1e6) * 1e-7
+        near = holds.astype(np.float64) @ self.closeness
+        # New processes have to load in any case: what they were to hold gives way first.
+        return near[:, :, None] + spread - self.fresh[:, None] * 1e-3
 
-    def _nearest_copy(self, layer: int, expert: int, rank: int) -> int | None:
-        """A live rank that has the weights in memory, the one with most domains in common."""
-        holders = np.flatnonzero(self.table[layer] == expert) // self.width
-        holders = holders[self.alive[holders] & ~self.fresh[holders] & (holders != rank)]
-        if not len(holders):
-            return None
-        if self.domains is None:
-            return int(holders[0])
-        common = (self.domains[:, holders] == self.domains[:, rank : rank + 1]).sum(axis=0)
-        return int(holders[int(np.argmax(common))])
+    def fill(self) -> None:
+        """Empty slots take one more copy of the experts that are heaviest a copy."""
+        full: BoolArray = np.zeros(self.copies.shape, dtype=bool)
+        for _ in range(self.layout.dies * self.layout.width + self.copies.shape[1]):
+            empty = self.grid == EMPTY
+            value = np.where(full | (self.copies >= self.layout.dies), -1.0, self.shared[:, :-2])
+            expert = value.argmax(axis=1)
+            rows = np.arange(len(value))
+            layer = np.flatnonzero(empty.any(axis=(1, 2)) & (value[rows, expert] >= 0))
+            if not len(layer):
+                return
+            chosen = expert[layer]
+            holds = (self.grid[layer] == chosen[:, None, None]).any(axis=2)
+            fits = (empty[layer].any(axis=2) & ~holds).any(axis=1)
+            full[layer[~fits], chosen[~fits]] = True
+            self.needed[layer[fits]] = np.maximum(self.needed[layer[fits]], self.copies[layer[fits]])
+            self._place(layer[fits], chosen[fits])
+
+
+def _needed(loads: FloatArray, layout: Layout) -> IntArray:
+    """[layers, experts] the fewest copies with which no copy is heavier than it must be."""
+    if layout.host_slots < loads.shape[1]:
+        return np.ones(loads.shape, dtype=np.int64)
+    heaviest = heaviest_copy(loads, layout.host_slots, layout.dies)[:, None] * _ROUNDING
+    needed = np.divide(loads, heaviest, out=np.ones(loads.shape), where=heaviest > 0)
+    return np.maximum(np.ceil(needed), 1).astype(np.int64)
+
+
+def _improve(
+    grid: IntArray,
+    old: IntArray,
+    loads: FloatArray,
+    layout: Layout,
+    swaps: int | None,
+    rows: IntArray,
+) -> None:
+    """Exchanges in these layers; `grid` is changed in place."""
+    copies = count_copies(grid, loads.shape[1])
+    weight = loads_of_slots(grid, copy_loads(loads, copies))
+    work = Working.of(grid, weight, copies, layout)
+    bound = least_times(loads, layout) * _ROUNDING
+    active = rows.astype(np.int64)
+    allowed = int(LOADS_SHARE_MAX * layout.host_slots * len(grid))
+    turn = 0
+    while len(active) and (swaps is None or turn < swaps):
+        active = active[(work.carried[active] / layout.speeds).max(axis=1) > bound[active]]
+        if swaps is None:
+            balance = balance_of_layers(work.carried, layout)
+            if balance.mean() >= BALANCE_GOAL:
+                return
+            active = active[balance[active] < BALANCE_GOAL]
+            # Each exchange loads two experts at most.
+            left = (allowed - changed_slots(old, grid)) // 2
+            worst = np.argsort(balance[active], kind="stable")[: max(left, 0)]
+            active = np.sort(active[worst])
+        active = active[exchange_best(work, active)]
+        turn += 1
+
+
+def changed_slots(old: IntArray, grid: IntArray) -> int:
+    return int(np.count_nonzero((grid != old) & (grid >= 0)))
