@@ -17,6 +17,16 @@ from raddle.core.experts.layout import EMPTY, NO_SLOT, BoolArray, FloatArray, In
 _TINY = 1e-12
 # Rounds of pairs: loads halve their distance to the mean in each, so 12 are plenty.
 _ROUNDS_MAX = 12
+# The best exchanges of a layer that are looked at until one keeps copies apart.
+_TRIES = 16
+# The fastest dies of a layer that the slowest one may exchange with.
+_PARTNERS = 12
+# ...and with few slots a die, dies of so many slots together.
+_PARTNER_SLOTS = 256
+# A smaller share of the slowest die's time is noise.
+_LEAST_GAIN = 1e-9
+# An exchange of two experts that are loaded anyway costs nothing, but is not endlessly good.
+_OVERHEAD = 0.5
 # A layer whose slowest die got no faster in so many rounds is left alone.
 _PATIENCE = 4
 
@@ -160,52 +170,67 @@ def _may_part(
     return fine
 
 
-def exchange_best(work: Working, layers: IntArray) -> BoolArray:
+def exchange_best(work: Working, layers: IntArray, old: IntArray) -> BoolArray:
     """The best exchange of each layer's slowest die with any other; tells where there was one.
+
+    The best is the one that gains most time for each expert that it has loaded anew.
 
     Args:
         layers: which layers.
+        old: [layers, dies, width] what is in memory now.
     """
-    speeds = work.layout.speeds
     if not len(layers):
         return np.zeros(0, dtype=bool)
-    times = work.carried[layers] / speeds
     rows: IntArray = np.arange(len(layers), dtype=np.int64)
-    slow = times.argmax(axis=1).astype(np.int64)
-    slowest = times[rows, slow]
-    mine, weight = work.grid[layers, slow], work.weight[layers]
-    # [layers, own places, dies, places]: what the slowest die gets rid of.
-    gain = work.weight[layers, slow][:, :, None, None] - weight[:, None]
-    own = (slowest[:, None, None, None] * speeds[slow][:, None, None, None] - gain) / speeds[slow][
-        :, None, None, None
-    ]
-    others = (work.carried[layers][:, None, :, None] + gain) / speeds[:, None]
-    after = np.maximum(own, others)
-    impossible = (work.grid[layers] == NO_SLOT)[:, None] | (mine == NO_SLOT)[:, :, None, None]
-    after[np.broadcast_to(impossible, after.shape)] = np.inf
-    flat = after.reshape(len(layers), -1)
+    order = np.argsort(work.carried[layers] / work.layout.speeds, axis=1, kind="stable")
+    partners = max(_PARTNERS, _PARTNER_SLOTS // work.layout.width)
+    slow, fast = order[:, -1], order[:, : min(partners, order.shape[1] - 1)]
+    worth = _worth(work, layers, slow, fast, old)
+    flat = worth.reshape(len(layers), -1)
     done = np.zeros(len(layers), dtype=bool)
     left = rows
     # An exchange that would bring copies together is passed over for the next best one.
     for _ in range(_TRIES):
-        best = flat[left].argmin(axis=1)
-        better = flat[left, best] < slowest[left] * (1 - 1e-9)
+        best = flat[left].argmax(axis=1)
+        better = flat[left, best] > 0
         left, best = left[better], best[better]
-        place, die, other = np.unravel_index(best, after.shape[1:])
-        at, here = layers[left], slow[left]
-        ends = ((here, place.astype(np.int64)), (die.astype(np.int64), other.astype(np.int64)))
-        fine = _may_part(work, at, (ends[0][0], ends[1][0]), (ends[0][1], ends[1][1]))
-        (a, i), (b, j) = ends
-        work.swap(at[fine], (a[fine], i[fine]), (b[fine], j[fine]))
+        place, partner, other = np.unravel_index(best, worth.shape[1:])
+        at, here, die = layers[left], slow[left], fast[left, partner]
+        fine = _may_part(work, at, (here, die), (place, other))
+        work.swap(at[fine], (here[fine], place[fine]), (die[fine], other[fine]))
         done[left[fine]] = True
-        flat[left, best] = np.inf
+        flat[left, best] = 0.0
         left = left[~fine]
         if not len(left):
             break
     return done
 
 
-_TRIES = 6
+def _worth(
+    work: Working, layers: IntArray, slow: IntArray, fast: IntArray, old: IntArray
+) -> FloatArray:
+    """[layers, own places, fast dies, places] time gained a load; 0 is no improvement."""
+    speeds, row = work.layout.speeds, layers[:, None]
+    mine, theirs = work.grid[layers, slow], work.grid[row, fast]
+    # What the slowest die gets rid of.
+    gain = work.weight[layers, slow][:, :, None, None] - work.weight[row, fast][:, None]
+    slowest = work.carried[layers, slow] / speeds[slow]
+    room = slowest[:, None] - work.carried[row, fast] / speeds[fast]
+    worth = room[:, None, :, None] - gain / speeds[fast][:, None, :, None]
+    gain /= speeds[slow][:, None, None, None]
+    np.minimum(worth, gain, out=worth)
+    worth[worth < slowest[:, None, None, None] * _LEAST_GAIN] = 0.0
+    loads = (mine == old[layers, slow])[:, :, None, None] + _OVERHEAD
+    worth /= loads + (theirs == old[row, fast])[:, None]
+    # No expert goes to a die that has it already; empty slots are nobody's double.
+    there = theirs[:, None] == mine[:, :, None, None]
+    there &= (mine >= 0)[:, :, None, None]
+    layer, place, die, other = np.nonzero(there)
+    worth[layer, place, die] = 0.0
+    worth[layer, :, die, other] = 0.0
+    if not work.layout.is_even:
+        worth[(theirs == NO_SLOT)[:, None] | (mine == NO_SLOT)[:, :, None, None]] = 0.0
+    return worth
 
 
 def part_copies(work: Working, least: FloatArray, rounds: int) -> None:

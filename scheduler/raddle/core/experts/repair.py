@@ -29,6 +29,8 @@ BALANCE_GOAL = 0.95
 # ...while no more than this share of the slots is loaded anew.
 LOADS_SHARE_MAX = 0.10
 _ROUNDING = 1 + 1e-9
+# Sharing the widest domain counts 1; loads, a few times the mean at most, stay far below that.
+_LOAD_WEIGHT = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +73,56 @@ def repair_map(
         swaps: exchanges a layer that may improve the balance; None: as many as reach 0.95 while
             at most 10 % of the slots are loaded.
     """
-    experts = loads.shape[1]
     fresh = np.zeros(layout.dies, dtype=bool) if joined is None else joined & layout.hosts
+    grid = layout.to_grid(table)
+    touched = (grid[:, ~layout.hosts] >= 0).any(axis=(1, 2))
+    touched |= (count_copies(grid[:, layout.hosts], loads.shape[1]) == 0).any(axis=1)
+    touched |= (grid[:, fresh] == EMPTY).any(axis=(1, 2))
+    speeds = layout.speeds[layout.hosts]
+    if bool((speeds != speeds.max(initial=1.0)).any()):
+        touched[:] = True
+    return remap_layers(table, loads, layout, np.flatnonzero(touched), fresh=fresh, swaps=swaps)
+
+
+def remap_layers(
+    table: IntArray,
+    loads: FloatArray,
+    layout: Layout,
+    rows: IntArray,
+    *,
+    fresh: BoolArray | None = None,
+    swaps: int | None = 0,
+) -> MapChange:
+    """Bring some layers up to date; the others keep what their hosts have.
+
+    Args:
+        rows: the layers.
+        fresh: [dies] hosts that have nothing in memory yet.
+        swaps: as for `repair_map`.
+    """
+    new = np.zeros(layout.dies, dtype=bool) if fresh is None else fresh
+    inner, fresh_hosts = layout.only_hosts(), new[layout.hosts]
     before = layout.to_grid(table)
-    held = before[:, ~layout.hosts]
-    inner = layout.only_hosts()
     grid = before[:, layout.hosts, : inner.width]
-    touched = (held >= 0).any(axis=(1, 2)) | (count_copies(grid, experts) == 0).any(axis=1)
-    touched |= (before[:, fresh] == EMPTY).any(axis=(1, 2))
-    rows = np.flatnonzero(touched)
+    old = grid.copy()
+    old[:, fresh_hosts] = EMPTY
     donors = 0
     uncovered: tuple[tuple[int, int], ...] = ()
-    if len(rows):
-        filling = _Filling(grid[rows], loads[rows], inner, fresh[layout.hosts])
+    if len(rows) and inner.dies:
+        needed = _needed(loads[rows], inner, before[rows])
+        filling = _Filling(grid[rows], loads[rows], inner, fresh_hosts, needed)
         filling.cover()
         filling.fill()
         donors = filling.donor_slots
         uncovered = tuple((int(rows[layer]), expert) for layer, expert in filling.uncovered)
         grid[rows] = filling.grid
-    slow = bool((inner.speeds != inner.speeds.max(initial=1.0)).any())
-    if swaps != 0 and inner.dies > 1 and (len(rows) or slow):
-        old = before[:, layout.hosts, : inner.width]
-        old[:, fresh[layout.hosts]] = EMPTY
-        _improve(grid, old, loads, inner, swaps, rows if not slow else np.arange(len(grid)))
+    # With one slot a die of one speed, exchanges change nothing but places.
+    moot = inner.dies < 2 or (inner.width == 1 and bool((inner.speeds == inner.speeds[0]).all()))  # noqa: PLR2004
+    if swaps != 0 and len(rows) and not moot:
+        _improve(grid, old, loads, inner, swaps, rows)
     after = np.where(before >= 0, EMPTY, before)
     after[:, layout.hosts, : inner.width] = grid
-    return changed(layout, before, after, fresh, uncovered, donors)
+    return changed(layout, before, after, new, uncovered, donors)
 
 
 def changed(
@@ -124,11 +150,16 @@ class _Filling:
     """Copies that are missing find slots, one a layer and round; all dies are hosts."""
 
     def __init__(
-        self, grid: IntArray, loads: FloatArray, layout: Layout, fresh: BoolArray
+        self,
+        grid: IntArray,
+        loads: FloatArray,
+        layout: Layout,
+        fresh: BoolArray,
+        needed: IntArray,
     ) -> None:
         self.grid, self.loads, self.layout, self.fresh = grid, loads, layout, fresh
         self.copies = count_copies(grid, loads.shape[1])
-        self.needed = _needed(loads, layout)
+        self.needed = needed
         self.closeness = layout.closeness()
         self.carried = np.zeros(grid.shape[:2])
         self.shared = np.zeros((len(grid), loads.shape[1] + 2))
@@ -159,15 +190,9 @@ class _Filling:
     def _place(self, layer: IntArray, expert: IntArray) -> None:
         """One more copy of an expert in each of these layers, in the least harmful slot."""
         grid = self.grid[layer]
-        surplus = np.zeros((len(layer), self.loads.shape[1] + 2), dtype=bool)
-        surplus[:, :-2] = self.copies[layer] > self.needed[layer]
-        surplus[:, EMPTY] = True
         rows: IntArray = np.arange(len(layer), dtype=np.int64)
-        possible = surplus[rows[:, None, None], grid]
-        holds = (grid == expert[:, None, None]).any(axis=2)
-        possible &= ~holds[:, :, None]
-        score = self._harm(layer, expert, grid, holds)
-        score[~possible] = np.inf
+        score = loads_of_slots(grid, self._price(layer))
+        score += self._harm(layer, expert, grid)[:, :, None]
         flat = score.reshape(len(layer), -1)
         best = flat.argmin(axis=1)
         found = np.isfinite(flat[rows, best])
@@ -184,28 +209,38 @@ class _Filling:
         self.copies[layer[donor], given[donor]] -= 1
         self._weigh(layer)
 
-    def _harm(
-        self, layer: IntArray, expert: IntArray, grid: IntArray, holds: BoolArray
-    ) -> FloatArray:
-        """[rows, dies, width] what a slot costs: domains in common first, then the die's time.
+    def _price(self, layer: IntArray) -> FloatArray:
+        """[rows, experts + 2] what it costs that a copy gives way: infinite if it is needed.
 
-        A copy that gives way leaves its load to its siblings: that is added, in the same unit.
+        Its die gets rid of its load, its siblings take it over; in units of the mean die.
         """
-        copies = self.copies[layer]
-        share = self.loads[layer, expert] / (copies[np.arange(len(layer)), expert] + 1)
-        weight = loads_of_slots(grid, self.shared[layer])
-        left = np.zeros((len(layer), copies.shape[1] + 2))
-        rest = np.maximum(copies - 1, 1)
-        left[:, :-2] = self.loads[layer] / rest - self.loads[layer] / np.maximum(copies, 1)
-        even = np.maximum(self.carried[layer].mean(axis=1), 1e-300)[:, None, None]
-        time = (self.carried[layer][:, :, None] - weight + share[:, None, None]) / (
-            even * self.layout.speeds[:, None]
-        )
-        # Both are a few units at most, so no sum of them outweighs a domain.
-        spread = np.minimum(time + loads_of_slots(grid, left) / even, 1e6) * 1e-7
-        near = holds.astype(np.float64) @ self.closeness
+        copies, loads = self.copies[layer], self.loads[layer]
+        shared = self.shared[layer]
+        price = np.full(shared.shape, np.inf)
+        surplus = copies > self.needed[layer]
+        taken = np.divide(loads, copies - 1, out=price[:, :-2], where=surplus)
+        taken -= 2 * shared[:, :-2]
+        price *= _LOAD_WEIGHT / self._even(layer)
+        price[:, EMPTY] = 0.0
+        return price
+
+    def _even(self, layer: IntArray) -> FloatArray:
+        return np.maximum(self.carried[layer].mean(axis=1, keepdims=True), 1e-300)
+
+    def _harm(self, layer: IntArray, expert: IntArray, grid: IntArray) -> FloatArray:
+        """[rows, dies] what a copy costs on each die: domains in common, then the die's time."""
+        copies = self.copies[layer, expert]
+        share = (self.loads[layer, expert] / (copies + 1))[:, None]
+        harm = (self.carried[layer] + share) / (self._even(layer) * self.layout.speeds)
+        harm *= _LOAD_WEIGHT
         # New processes have to load in any case: what they were to hold gives way first.
-        return near[:, :, None] + spread - self.fresh[:, None] * 1e-3
+        harm -= self.fresh * 1e-3
+        some = np.flatnonzero(copies)
+        if len(some):
+            holds = (grid[some] == expert[some, None, None]).any(axis=2)
+            harm[some] += holds.astype(np.float64) @ self.closeness
+            harm[some] += np.where(holds, np.inf, 0.0)
+        return harm
 
     def fill(self) -> None:
         """Empty slots take one more copy of the experts that are heaviest a copy."""
@@ -226,11 +261,19 @@ class _Filling:
             self._place(layer[fits], chosen[fits])
 
 
-def _needed(loads: FloatArray, layout: Layout) -> IntArray:
-    """[layers, experts] the fewest copies with which no copy is heavier than it must be."""
+def _needed(loads: FloatArray, layout: Layout, before: IntArray) -> IntArray:
+    """[layers, experts] the fewest copies with which no copy is heavier than it must be.
+
+    With one slot a die the heaviest copy is the slowest die. With more slots a copy may be as
+    heavy as the heaviest one was before, if that is less than a die carries anyway.
+    """
     if layout.host_slots < loads.shape[1]:
         return np.ones(loads.shape, dtype=np.int64)
-    heaviest = heaviest_copy(loads, layout.host_slots, layout.dies)[:, None] * _ROUNDING
+    heaviest = heaviest_copy(loads, layout.host_slots, layout.dies)
+    if layout.width > 1:
+        was = copy_loads(loads, count_copies(before, loads.shape[1])).max(axis=1)
+        heaviest = np.maximum(heaviest, np.minimum(was, loads.sum(axis=1) / layout.dies))
+    heaviest = heaviest[:, None] * _ROUNDING
     needed = np.divide(loads, heaviest, out=np.ones(loads.shape), where=heaviest > 0)
     return np.maximum(np.ceil(needed), 1).astype(np.int64)
 
@@ -262,7 +305,7 @@ def _improve(
             left = (allowed - changed_slots(old, grid)) // 2
             worst = np.argsort(balance[active], kind="stable")[: max(left, 0)]
             active = np.sort(active[worst])
-        active = active[exchange_best(work, active)]
+        active = active[exchange_best(work, active, old)]
         turn += 1
 
 
