@@ -148,9 +148,7 @@ def _read_raddle(document: Mapping[str, Any]) -> MapDocument:
     experts = document.get("experts", int(table.max(initial=-1)) + 1)
     if type(experts) is not int or not 0 < experts <= EXPERTS_MAX:
         raise invalid(f"experts must be a whole number from 1 to {EXPERTS_MAX}.")
-    return MapDocument(
-        physical_to_logical=table, experts=experts, slots_per_die=slots, dies=dies
-    )
+    return MapDocument(physical_to_logical=table, experts=experts, slots_per_die=slots, dies=dies)
 
 
 def _slots(value: Any, dies: int) -> tuple[int, ...]:
@@ -176,20 +174,30 @@ def _die(number: int, item: Any) -> MapDie:
     if unknown:
         raise PermanentError(Reason.UNKNOWN_FIELD, f"{path} has unknown fields: {unknown}.")
     if item.get("die", number) != number:
-        raise invalid(f"{path}: is die {item['die']!r}; dies must be in the order of their numbers.")
-    domains = {}
+        raise invalid(
+            f"{path}: is die {item['die']!r}; dies must be in the order of their numbers."
+        )
+    domains: dict[str, int] = {}
     for level in ("npu", "node", "rack"):
-        domains[level] = item.get(level)
-        if type(domains[level]) is not int or not 0 <= domains[level] <= DIES_MAX:
+        number_there = item.get(level)
+        if type(number_there) is not int or not 0 <= number_there <= DIES_MAX:
             raise invalid(f"{path}.{level}: must be a whole number from 0 on.")
-    state, shared, speed = item.get("state", "live"), item.get("shared", False), item.get("speed", 1)
+        domains[level] = number_there
+    state, shared, speed = (
+        item.get("state", "live"),
+        item.get("shared", False),
+        item.get("speed", 1),
+    )
     if state not in set(DieState):
         raise invalid(f"{path}.state: must be one of {', '.join(DieState)}.")
     if type(shared) is not bool:
         raise invalid(f"{path}.shared: must be true or false.")
     if type(speed) not in (int, float) or not 0 < speed <= 1_000:  # noqa: PLR2004 - a sane factor
         raise invalid(f"{path}.speed: must be a number above 0.")
-    return MapDie(**domains, state=DieState(state), shared=shared, speed=float(speed))
+    npu, node, rack = (domains[level] for level in ("npu", "node", "rack"))
+    return MapDie(
+        npu=npu, node=node, rack=rack, state=DieState(state), shared=shared, speed=float(speed)
+    )
 
 
 def _write_raddle(document: MapDocument) -> dict[str, Any]:
@@ -254,7 +262,9 @@ def _read_ascend(document: Mapping[str, Any]) -> IntArray:
             if not isinstance(experts, list) or len(experts) * len(devices) > SLOTS_MAX:
                 raise invalid(f"{path}.device_list[{place}].device_expert must be a list.")
             if len(experts) * place != len(row):
-                raise invalid(f"{path}: device {place} has {len(experts)} slots, others have more or fewer.")
+                raise invalid(
+                    f"{path}: device {place} has {len(experts)} slots, others have more or fewer."
+                )
             row += experts
         rows.append(row)
     return whole_numbers(rows, "layer_list")

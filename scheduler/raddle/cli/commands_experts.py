@@ -6,15 +6,20 @@ No server is asked: the decision core runs here, on files.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from raddle.cli.options import Output, seconds
 from raddle.model.errors import PermanentError, RaddleError, Reason
 
-app = typer.Typer(help="Expert maps in files: place, repair, rebalance, check, cover, convert.", no_args_is_help=True)
+app = typer.Typer(
+    help="Expert maps in files: place, repair, rebalance, check, cover, convert.",
+    no_args_is_help=True,
+)
 
 DEFAULT_EXPERT_BYTES = 44_040_192
 Loads = Annotated[Path, typer.Option("--loads", help="[layers, experts]: .npy, CSV or JSON")]
@@ -45,7 +50,9 @@ def place(
     ctx: typer.Context,
     loads: Loads,
     dies: Annotated[int, typer.Option(help="dies, from 0", min=1)],
-    slots_per_die: Annotated[str, typer.Option(help="slots a layer: one number, or one a die: 9,9,8")],
+    slots_per_die: Annotated[
+        str, typer.Option(help="slots a layer: one number, or one a die: 9,9,8")
+    ],
     out: Out,
     machine: Machine = "cloudmatrix384",
     shared_expert_dies: Annotated[
@@ -112,7 +119,9 @@ def rebalance(
     horizon: Annotated[
         float, typer.Option(help="seconds in which the moves have to pay", callback=seconds)
     ] = 600.0,
-    gain: Annotated[float, typer.Option(help="smallest gain of balance, 0.05 = 5 %", min=0.0)] = 0.05,
+    gain: Annotated[
+        float, typer.Option(help="smallest gain of balance, 0.05 = 5 %", min=0.0)
+    ] = 0.05,
     swaps: Swaps = None,
     map_format: Form = "raddle",
     dies: Dies = 0,
@@ -176,9 +185,7 @@ def coverage(
 
 def convert(
     map_: MapArgument,
-    to: Annotated[
-        str, typer.Option("--to", help="raddle, sglang, vllm, vllm-ascend or deepseek")
-    ],
+    to: Annotated[str, typer.Option("--to", help="raddle, sglang, vllm, vllm-ascend or deepseek")],
     out: Out,
     map_format: Form = "raddle",
     dies: Dies = 0,
@@ -194,19 +201,17 @@ def convert(
         files.write(out, files.read(map_, map_format, dies, machine), to)
 
 
-class _explained:  # noqa: N801 - reads as what it does
+@contextmanager
+def _explained() -> Iterator[None]:
     """A refusal ends the program with its sentence and exit code."""
+    from raddle.cli.session import fail
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        from raddle.cli.session import fail
-
-        if isinstance(error, RaddleError):
-            fail(error)
-        if isinstance(error, MemoryError):
-            fail(PermanentError(Reason.LIMIT_EXCEEDED, "the map is too large for this machine."))
+    try:
+        yield
+    except RaddleError as error:
+        fail(error)
+    except MemoryError:
+        fail(PermanentError(Reason.LIMIT_EXCEEDED, "the map is too large for this machine."))
 
 
 def _form(ctx: typer.Context, output: str) -> str:

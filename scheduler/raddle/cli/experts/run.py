@@ -184,7 +184,11 @@ def _text(value: Any) -> str:
 
 
 def _show_data(data: Any, form: str) -> None:
-    text = yaml.safe_dump(data, sort_keys=False) if form == "yaml" else json.dumps(data, indent=2) + "\n"
+    text = (
+        yaml.safe_dump(data, sort_keys=False)
+        if form == "yaml"
+        else json.dumps(data, indent=2) + "\n"
+    )
     sys.stdout.write(text)
 
 
@@ -207,13 +211,21 @@ def check(document: MapDocument, form: str) -> bool:
 def coverage(document: MapDocument, form: str) -> None:
     """The coverage report."""
     layout = layout_of(document)
-    table = np.where(document.physical_to_logical < document.experts, document.physical_to_logical, -1)
+    table = np.where(
+        document.physical_to_logical < document.experts, document.physical_to_logical, -1
+    )
     found = measure_coverage(table, document.experts, layout)
     if form != "table":
         _show_data(_coverage_data(found), form)
         return
     rows = [
-        [loss.level, len(loss.members), ", ".join(map(str, loss.members)), loss.experts_lost, _some(loss)]
+        [
+            loss.level,
+            len(loss.members),
+            ", ".join(map(str, loss.members)),
+            loss.experts_lost,
+            _some(loss),
+        ]
         for pair in zip(found.worst_one, [*found.worst_two, None] * 2, strict=False)
         for loss in pair
         if loss is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from raddle.core.experts.copies import count_copies, heaviest_copy
-from raddle.core.experts.layout import FloatArray, IntArray, Layout
+from raddle.core.experts.layout import FloatArray, IntArray, Layout, numbers
 
 
 def copy_loads(loads: FloatArray, copies: IntArray) -> FloatArray:
@@ -23,8 +23,8 @@ def loads_of_slots(grid: IntArray, shared: FloatArray) -> FloatArray:
     """Load of each slot, in the shape of the grid."""
     layers, columns = shared.shape
     # Flat indices: -1 and -2 count from the end of their own layer.
-    index = np.where(grid < 0, grid + columns, grid)
-    index += (np.arange(layers) * columns).reshape(-1, *[1] * (grid.ndim - 1))
+    index: IntArray = np.where(grid < 0, grid + columns, grid)
+    index += (numbers(layers) * columns).reshape(-1, *[1] * (grid.ndim - 1))
     return shared.ravel()[index]
 
 
@@ -41,7 +41,9 @@ def balance_of_layers(carried: FloatArray, layout: Layout) -> FloatArray:
     times = carried[:, layout.hosts] / speeds
     slowest = times.max(axis=1, initial=0.0)
     even = carried[:, layout.hosts].sum(axis=1) / max(float(speeds.sum()), 1e-300)
-    return np.divide(even, slowest, out=np.ones(len(even)), where=slowest > 0)
+    found = np.ones(len(even))
+    np.divide(even, slowest, out=found, where=slowest > 0)
+    return found
 
 
 def balancedness(table: IntArray, loads: FloatArray, layout: Layout) -> float:
@@ -56,11 +58,12 @@ def least_times(loads: FloatArray, layout: Layout) -> FloatArray:
     for one slot a die of one speed.
     """
     speeds = layout.speeds[layout.hosts]
-    even = loads.sum(axis=1) / speeds.sum()
+    even: FloatArray = loads.sum(axis=1) / speeds.sum()
     slots, dies = layout.host_slots, len(speeds)
     if slots < loads.shape[1]:
         return even
-    return np.maximum(even, heaviest_copy(loads, slots, dies) / speeds.max())
+    heaviest: FloatArray = heaviest_copy(loads, slots, dies) / speeds.max()
+    return np.maximum(even, heaviest)
 
 
 def best_balancedness(loads: FloatArray, layout: Layout) -> float:

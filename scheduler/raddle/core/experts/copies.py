@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raddle.core.experts.layout import FloatArray, IntArray
+from raddle.core.experts.layout import FloatArray, IntArray, numbers
 
 
 def by_load(loads: FloatArray) -> IntArray:
@@ -63,5 +63,5 @@ def count_copies(grid: IntArray, experts: int) -> IntArray:
     layers = len(grid)
     flat = grid.reshape(layers, -1)
     held = flat >= 0
-    index = (flat + np.arange(layers)[:, None] * experts)[held]
+    index = (flat + numbers(layers)[:, None] * experts)[held]
     return np.bincount(index, minlength=layers * experts).reshape(layers, experts)

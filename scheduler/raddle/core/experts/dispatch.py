@@ -11,7 +11,7 @@ import numpy as np
 
 from raddle.core.experts.balance import copy_loads, loads_of_slots
 from raddle.core.experts.copies import count_copies
-from raddle.core.experts.layout import FloatArray, IntArray, Layout
+from raddle.core.experts.layout import FloatArray, IntArray, Layout, numbers
 
 # Steps of this strength come within 1 % of the optimum in about a hundred; stronger ones swing.
 _STEPS = 120
@@ -25,7 +25,7 @@ def dispatch_weights(
 ) -> FloatArray:
     """Share of its expert's load that each slot takes [layers, slots]; 0 for an empty one."""
     layers, experts = loads.shape
-    rows = np.arange(layers)[:, None]
+    rows = numbers(layers)[:, None]
     held = (table >= 0).ravel()
     die_at = (layout.slot_die + rows * layout.dies).ravel()
     expert_at = (np.maximum(table, 0) + rows * experts).ravel()

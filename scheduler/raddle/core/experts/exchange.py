@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raddle.core.experts.layout import EMPTY, NO_SLOT, BoolArray, FloatArray, IntArray, Layout
+from raddle.core.experts.layout import NO_SLOT, BoolArray, FloatArray, IntArray, Layout, numbers
 
 _TINY = 1e-12
 # Rounds of pairs: loads halve their distance to the mean in each, so 12 are plenty.
 _ROUNDS_MAX = 12
 # The best exchanges of a layer that are looked at until one keeps copies apart.
 _TRIES = 16
-# The fastest dies of a layer that the slowest one may exchange with.
-_PARTNERS = 12
-# ...and with few slots a die, dies of so many slots together.
-_PARTNER_SLOTS = 256
+# The slowest die may exchange with so many of the fastest, more if dies have few slots: about
+# so many exchanges a layer are compared.
+_PARTNERS_MIN = 12
+_CANDIDATES = 1_000
 # A smaller share of the slowest die's time is noise.
 _LEAST_GAIN = 1e-9
 # An exchange of two experts that are loaded anyway costs nothing, but is not endlessly good.
@@ -69,7 +69,7 @@ class Working:
         self, layer: IntArray, expert: IntArray, origin: IntArray, target: IntArray
     ) -> FloatArray:
         """How much closer to its other copies each expert comes by going from die to die."""
-        rows: IntArray = np.arange(len(layer), dtype=np.int64)
+        rows = numbers(len(layer))
         holds = (self.grid[layer] == expert[:, None, None]).any(axis=2).astype(np.float64)
         holds[rows, origin] = 0.0
         closer = self.closeness[target] - self.closeness[origin]
@@ -84,7 +84,7 @@ def even_out(work: Working, goal: FloatArray) -> None:
     Args:
         goal: [layers] times of the slowest die that are good enough.
     """
-    active: IntArray = np.arange(len(work.grid), dtype=np.int64)
+    active = numbers(len(work.grid))
     best = np.full(len(active), np.inf)
     stalled = np.zeros(len(active), dtype=np.int64)
     pairs = work.layout.dies // 2
@@ -133,9 +133,7 @@ def _exchange_pairs(work: Working, layers: IntArray, slow: IntArray, fast: IntAr
     work.swap(layers[layer], (slow[layer, pair], at_slow), (fast[layer, pair], at_fast))
 
 
-def _closest(
-    one: FloatArray, other: FloatArray, wanted: FloatArray
-) -> tuple[IntArray, FloatArray]:
+def _closest(one: FloatArray, other: FloatArray, wanted: FloatArray) -> tuple[IntArray, FloatArray]:
     """Flat index [layers, pairs] of the places whose difference is closest to what is wanted."""
     miss = one[..., :, None] - (other + wanted[..., None])[..., None, :]
     np.abs(miss, out=miss)
@@ -181,9 +179,9 @@ def exchange_best(work: Working, layers: IntArray, old: IntArray) -> BoolArray:
     """
     if not len(layers):
         return np.zeros(0, dtype=bool)
-    rows: IntArray = np.arange(len(layers), dtype=np.int64)
+    rows = numbers(len(layers))
     order = np.argsort(work.carried[layers] / work.layout.speeds, axis=1, kind="stable")
-    partners = max(_PARTNERS, _PARTNER_SLOTS // work.layout.width)
+    partners = max(_PARTNERS_MIN, _CANDIDATES // work.layout.width**2)
     slow, fast = order[:, -1], order[:, : min(partners, order.shape[1] - 1)]
     worth = _worth(work, layers, slow, fast, old)
     flat = worth.reshape(len(layers), -1)
@@ -194,7 +192,8 @@ def exchange_best(work: Working, layers: IntArray, old: IntArray) -> BoolArray:
         best = flat[left].argmax(axis=1)
         better = flat[left, best] > 0
         left, best = left[better], best[better]
-        place, partner, other = np.unravel_index(best, worth.shape[1:])
+        place, rest = _divided(best, worth[0, 0].size)
+        partner, other = _divided(rest, work.layout.width)
         at, here, die = layers[left], slow[left], fast[left, partner]
         fine = _may_part(work, at, (here, die), (place, other))
         work.swap(at[fine], (here[fine], place[fine]), (die[fine], other[fine]))
@@ -239,7 +238,7 @@ def part_copies(work: Working, least: FloatArray, rounds: int) -> None:
     Args:
         least: [layers, experts] what the copies of each expert have in common at best.
     """
-    active: IntArray = np.arange(len(work.grid), dtype=np.int64)
+    active = numbers(len(work.grid))
     for _ in range(rounds):
         if not len(active):
             return
@@ -266,13 +265,13 @@ def nearness(grid: IntArray, closeness: FloatArray, experts: int) -> Nearness:
     """Measure a grid: each copy against the following ones of the same expert."""
     layers, dies, width = grid.shape
     flat = grid.reshape(layers, -1)
-    group = np.where(flat >= 0, flat + np.arange(layers)[:, None] * experts, -1).ravel()
+    group = np.where(flat >= 0, flat + numbers(layers)[:, None] * experts, -1).ravel()
     slot = np.argsort(group, kind="stable")
     slot = slot[np.searchsorted(group[slot], 0) :]
     group = group[slot]
     die = slot % (dies * width) // width
     common = np.zeros(len(slot))
-    pair: IntArray = np.arange(len(slot) - 1, dtype=np.int64)
+    pair = numbers(len(slot) - 1)
     distance = 1
     while len(pair):
         pair = pair[pair + distance < len(slot)]
@@ -283,17 +282,15 @@ def nearness(grid: IntArray, closeness: FloatArray, experts: int) -> Nearness:
         distance += 1
     of_slot = np.zeros(layers * dies * width)
     of_slot[slot] = common
-    sums = np.bincount(group, common, minlength=layers * experts)
+    sums: FloatArray = np.bincount(group, common, minlength=layers * experts).astype(np.float64)
     return Nearness(of_slot.reshape(grid.shape), sums.reshape(layers, experts))
 
 
-def _part_one(
-    work: Working, layers: IntArray, of_slot: FloatArray, over: FloatArray
-) -> BoolArray:
+def _part_one(work: Working, layers: IntArray, of_slot: FloatArray, over: FloatArray) -> BoolArray:
     """Move the copy that is closest to its siblings; tells in which layers that was possible."""
-    rows: IntArray = np.arange(len(layers), dtype=np.int64)
+    rows = numbers(len(layers))
     grid = work.grid[layers]
-    _, dies, width = grid.shape
+    width = grid.shape[2]
     flat = grid.reshape(len(rows), -1)
     some = np.maximum(flat, 0)
     closest = np.where(np.take_along_axis(over, some, 1) > 0, of_slot.reshape(flat.shape), -1.0)
@@ -314,9 +311,11 @@ def _part_one(
     change.reshape(grid.shape)[rows, here] = np.inf
     most = change.min(axis=1)
     # Of those that part as far as it matters, the one that shifts the least load.
-    shift = np.abs(work.weight[layers, here, place][:, None] - work.weight[layers].reshape(flat.shape))
+    shift = np.abs(
+        work.weight[layers, here, place][:, None] - work.weight[layers].reshape(flat.shape)
+    )
     shift[change > most[:, None] / 2] = np.inf
     there, place_there = _divided(shift.argmin(axis=1), width)
-    good = most < 0
+    good: BoolArray = most < 0
     work.swap(layers[good], (here[good], place[good]), (there[good], place_there[good]))
     return good

@@ -8,7 +8,6 @@ that the die does not have.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,10 @@ EMPTY = -1
 NO_SLOT = -2
 # More copies than this of one expert share a domain in no machine: levels never add up wrongly.
 _LEVEL_BASE = 1024.0
+
+
+def numbers(count: int) -> IntArray:
+    return np.arange(count, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +53,20 @@ class Layout:
         levels: tuple[str, ...] = DOMAIN_LEVELS,
     ) -> Layout:
         """A layout with defaults: all dies host experts at full speed."""
-        dies = domains.shape[1]
+        dies = len(domains[0])
+        all_hosts: BoolArray = np.ones(dies, dtype=bool)
+        full_speed: FloatArray = np.ones(dies)
         return Layout(
             slots=np.broadcast_to(np.asarray(slots, dtype=np.int64), (dies,)),
             domains=domains,
-            hosts=np.ones(dies, dtype=bool) if hosts is None else hosts,
-            speeds=np.ones(dies) if speeds is None else speeds,
+            hosts=all_hosts if hosts is None else hosts,
+            speeds=full_speed if speeds is None else speeds,
             levels=levels,
         )
 
     @property
     def dies(self) -> int:
-        return self.domains.shape[1]
+        return len(self.domains[0])
 
     @property
     def width(self) -> int:
@@ -75,7 +80,7 @@ class Layout:
     @property
     def slot_die(self) -> IntArray:
         """[slots] the die of each slot."""
-        return np.repeat(np.arange(self.dies, dtype=np.int64), self.slots)
+        return np.repeat(numbers(self.dies), self.slots)
 
     @property
     def host_slots(self) -> int:
@@ -85,7 +90,7 @@ class Layout:
         """Die and place in the die of each slot."""
         die = self.slot_die
         first = np.cumsum(self.slots) - self.slots
-        return die, np.arange(len(die), dtype=np.int64) - first[die]
+        return die, numbers(len(die)) - first[die]
 
     def to_grid(self, table: IntArray) -> IntArray:
         """[layers, slots] -> [layers, dies, width], a copy."""
@@ -101,7 +106,7 @@ class Layout:
         if self.is_even:
             return grid.reshape(len(grid), -1)
         die, place = self._cells()
-        return cast("IntArray", grid[:, die, place])
+        return grid[:, die, place]
 
     def only_hosts(self) -> Layout:
         """The hosts alone, renumbered from 0."""
@@ -129,8 +134,9 @@ class Layout:
         keys: list[IntArray] = []
         for child, parent in zip(self.domains[:-1], self.domains[1:], strict=True):
             pairs, where = np.unique(np.stack([parent, child]), axis=1, return_inverse=True)
-            first = np.searchsorted(pairs[0], pairs[0], side="left")
-            keys.append((np.arange(pairs.shape[1], dtype=np.int64) - first)[where.reshape(-1)])
+            parents: IntArray = pairs[0]
+            number = numbers(len(parents)) - np.searchsorted(parents, parents, side="left")
+            keys.append(number[where.reshape(-1)])
         keys.append(self.domains[-1])
         return np.lexsort(keys[::-1]).astype(np.int64)
 

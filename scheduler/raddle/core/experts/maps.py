@@ -43,7 +43,9 @@ def readable_dies(document: MapDocument) -> BoolArray:
 def count_duplicates(table: IntArray, layout: Layout) -> int:
     """Copies of an expert on a die that has it already, over all layers."""
     ordered = np.sort(layout.to_grid(table), axis=2)
-    return int(np.count_nonzero((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)))
+    return int(
+        np.count_nonzero((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0))
+    )
 
 
 def find_uncovered(table: IntArray, experts: int, layout: Layout) -> tuple[tuple[int, int], ...]:

@@ -13,12 +13,13 @@ afterwards; there the counts decide, so several ways to count are tried and the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from raddle.core.experts.copies import by_load, copies_of_sorted
 from raddle.core.experts.exchange import Working, even_out, part_copies
-from raddle.core.experts.layout import EMPTY, NO_SLOT, FloatArray, IntArray, Layout
+from raddle.core.experts.layout import EMPTY, NO_SLOT, FloatArray, IntArray, Layout, numbers
 from raddle.model.errors import PermanentError, Reason
 
 # Good enough: within this of the best possible time of the slowest die.
@@ -48,6 +49,32 @@ def place_experts(loads: FloatArray, layout: Layout) -> IntArray:
     return layout.to_table(grid)
 
 
+def place_unknown_loads(layers: int, experts: int, layout: Layout) -> IntArray:
+    """A map [layers, slots] for loads that nobody has measured yet: all equal, all layers alike.
+
+    Raises:
+        PermanentError: as `place_experts`.
+    """
+    # Dies share a domain or they don't: its number has no say. So many instances, one map.
+    same = np.stack([np.unique(row, return_inverse=True)[1].reshape(-1) for row in layout.domains])
+    key = (experts, same.shape, same.astype(np.int64).tobytes(), layout.slots.tobytes())
+    row = _row_of_equal_loads(*key, layout.hosts.tobytes(), layout.speeds.tobytes())
+    return np.tile(row, (layers, 1))
+
+
+@lru_cache(maxsize=256)
+def _row_of_equal_loads(
+    experts: int, shape: tuple[int, ...], domains: bytes, slots: bytes, hosts: bytes, speeds: bytes
+) -> IntArray:
+    layout = Layout.of(
+        np.frombuffer(domains, dtype=np.int64).reshape(shape),
+        np.frombuffer(slots, dtype=np.int64),
+        hosts=np.frombuffer(hosts, dtype=bool),
+        speeds=np.frombuffer(speeds, dtype=np.float64),
+    )
+    return place_experts(np.ones((1, experts)), layout)
+
+
 @dataclass(frozen=True, slots=True)
 class _Queue:
     """Copies in the order of placing."""
@@ -64,7 +91,11 @@ def _place(loads: FloatArray, layout: Layout) -> IntArray:
     order = by_load(loads)
     heavy = np.take_along_axis(loads, order, 1)
     few = 1 < layout.width <= FEW_SLOTS_MAX
-    counts = _best_counts(heavy, layout) if few else copies_of_sorted(heavy, layout.host_slots, layout.dies)
+    counts = (
+        _best_counts(heavy, layout)
+        if few
+        else copies_of_sorted(heavy, layout.host_slots, layout.dies)
+    )
     queue = _queue(order, heavy / counts, counts, layout.host_slots, sort=few)
     grid, weight = _rows(queue, layout, fold=few)
     if layout.width == 1 and _same_speed(layout):
@@ -84,7 +115,9 @@ def _same_speed(layout: Layout) -> bool:
     return bool((layout.speeds == layout.speeds[0]).all())
 
 
-def _queue(order: IntArray, share: FloatArray, counts: IntArray, slots: int, *, sort: bool) -> _Queue:
+def _queue(
+    order: IntArray, share: FloatArray, counts: IntArray, slots: int, *, sort: bool
+) -> _Queue:
     """Copies of the same expert stay side by side."""
     layers = len(order)
     expert = np.repeat(order.ravel(), counts.ravel()).reshape(layers, -1)
@@ -106,7 +139,7 @@ def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, Float
     shape = (layers, layout.dies, layout.width)
     grid = np.full(shape, NO_SLOT, dtype=np.int64)
     weight, carried = np.zeros(shape), np.zeros(shape[:2])
-    at_layer = np.arange(layers)[:, None]
+    at_layer = numbers(layers)[:, None]
     order = layout.spread_order()
     start = 0
     for row in range(layout.width):
@@ -126,7 +159,7 @@ def _turns(carried: FloatArray, speeds: FloatArray, apart: IntArray) -> IntArray
 
     The first `apart` of a layer go by the order of the dies; then the least busy die comes first.
     """
-    place: IntArray = np.arange(len(speeds), dtype=np.int64)
+    place = numbers(len(speeds))
     if int(apart.min()) >= len(speeds):
         return np.broadcast_to(place, carried.shape)
     busy = carried / speeds

@@ -22,7 +22,7 @@ from raddle.core.experts.balance import (
 )
 from raddle.core.experts.copies import count_copies, heaviest_copy
 from raddle.core.experts.exchange import Working, exchange_best
-from raddle.core.experts.layout import EMPTY, BoolArray, FloatArray, IntArray, Layout
+from raddle.core.experts.layout import EMPTY, BoolArray, FloatArray, IntArray, Layout, numbers
 
 # Without a number of swaps: as many as reach this balance...
 BALANCE_GOAL = 0.95
@@ -165,7 +165,7 @@ class _Filling:
         self.shared = np.zeros((len(grid), loads.shape[1] + 2))
         self.donor_slots = 0
         self.uncovered: list[tuple[int, int]] = []
-        self._weigh(np.arange(len(grid)))
+        self._weigh(numbers(len(grid)))
 
     def _weigh(self, layers: IntArray) -> None:
         self.shared[layers] = copy_loads(self.loads[layers], self.copies[layers])
@@ -181,7 +181,7 @@ class _Filling:
         share = self.loads[layer, expert] / self.needed[layer, expert]
         order = np.lexsort((expert, -share, self.copies[layer, expert] > 0, layer))
         layer, expert = layer[order], expert[order]
-        turn = np.arange(len(layer)) - np.searchsorted(layer, layer, side="left")
+        turn = numbers(len(layer)) - np.searchsorted(layer, layer, side="left")
         for number in range(int(turn.max(initial=-1)) + 1):
             now = turn == number
             self._place(layer[now], expert[now])
@@ -190,7 +190,7 @@ class _Filling:
     def _place(self, layer: IntArray, expert: IntArray) -> None:
         """One more copy of an expert in each of these layers, in the least harmful slot."""
         grid = self.grid[layer]
-        rows: IntArray = np.arange(len(layer), dtype=np.int64)
+        rows = numbers(len(layer))
         score = loads_of_slots(grid, self._price(layer))
         score += self._harm(layer, expert, grid)[:, :, None]
         flat = score.reshape(len(layer), -1)
@@ -225,7 +225,8 @@ class _Filling:
         return price
 
     def _even(self, layer: IntArray) -> FloatArray:
-        return np.maximum(self.carried[layer].mean(axis=1, keepdims=True), 1e-300)
+        mean: FloatArray = self.carried[layer].mean(axis=1, keepdims=True)
+        return np.maximum(mean, 1e-300)
 
     def _harm(self, layer: IntArray, expert: IntArray, grid: IntArray) -> FloatArray:
         """[rows, dies] what a copy costs on each die: domains in common, then the die's time."""
@@ -249,7 +250,7 @@ class _Filling:
             empty = self.grid == EMPTY
             value = np.where(full | (self.copies >= self.layout.dies), -1.0, self.shared[:, :-2])
             expert = value.argmax(axis=1)
-            rows = np.arange(len(value))
+            rows = numbers(len(value))
             layer = np.flatnonzero(empty.any(axis=(1, 2)) & (value[rows, expert] >= 0))
             if not len(layer):
                 return
@@ -257,7 +258,9 @@ class _Filling:
             holds = (self.grid[layer] == chosen[:, None, None]).any(axis=2)
             fits = (empty[layer].any(axis=2) & ~holds).any(axis=1)
             full[layer[~fits], chosen[~fits]] = True
-            self.needed[layer[fits]] = np.maximum(self.needed[layer[fits]], self.copies[layer[fits]])
+            self.needed[layer[fits]] = np.maximum(
+                self.needed[layer[fits]], self.copies[layer[fits]]
+            )
             self._place(layer[fits], chosen[fits])
 
 

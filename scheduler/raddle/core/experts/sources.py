@@ -63,7 +63,10 @@ def choose_sources(
     far = (layout.domains[:, :, None] != layout.domains[:, None, :]).sum(axis=0)
     distance_s = peer_s * (1 + _DISTANCE_SHARE * far)
     others = np.array(
-        [size / rate if rate else np.inf for rate in (rates.pool_bytes_per_s, rates.disk_bytes_per_s)]
+        [
+            size / rate if rate else np.inf
+            for rate in (rates.pool_bytes_per_s, rates.disk_bytes_per_s)
+        ]
     )
     sends, receives = np.zeros(layout.dies), np.zeros(layout.dies)
     reads = np.zeros(layout.dies)
