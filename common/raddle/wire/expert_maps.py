@@ -177,12 +177,6 @@ def _die(number: int, item: Any) -> MapDie:
         raise invalid(
             f"{path}: is die {item['die']!r}; dies must be in the order of their numbers."
         )
-    domains: dict[str, int] = {}
-    for level in ("npu", "node", "rack"):
-        number_there = item.get(level)
-        if type(number_there) is not int or not 0 <= number_there <= DIES_MAX:
-            raise invalid(f"{path}.{level}: must be a whole number from 0 on.")
-        domains[level] = number_there
     state, shared, speed = (
         item.get("state", "live"),
         item.get("shared", False),
@@ -194,10 +188,17 @@ def _die(number: int, item: Any) -> MapDie:
         raise invalid(f"{path}.shared: must be true or false.")
     if type(speed) not in (int, float) or not 0 < speed <= 1_000:  # noqa: PLR2004 - a sane factor
         raise invalid(f"{path}.speed: must be a number above 0.")
-    npu, node, rack = (domains[level] for level in ("npu", "node", "rack"))
+    npu, node, rack = (_domain(item, path, level) for level in ("npu", "node", "rack"))
     return MapDie(
         npu=npu, node=node, rack=rack, state=DieState(state), shared=shared, speed=float(speed)
     )
+
+
+def _domain(item: Mapping[str, Any], path: str, level: str) -> int:
+    number = item.get(level)
+    if type(number) is not int or not 0 <= number <= DIES_MAX:
+        raise invalid(f"{path}.{level}: must be a whole number from 0 on.")
+    return number
 
 
 def _write_raddle(document: MapDocument) -> dict[str, Any]:
