@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -149,7 +150,7 @@ def _repaired(table: IntArray, loads: FloatArray, left: Layout) -> dict[str, Any
     """A valid map at once, and one with the default number of swaps."""
     found: dict[str, Any] = {}
     for name, swaps in (("valid", 0), ("balanced", None)):
-        change, cpu_ms = timed(lambda swaps=swaps: repair_map(table, loads, left, swaps=swaps))
+        change, cpu_ms = timed(partial(repair_map, table, loads, left, swaps=swaps))
         found[name] = {"cpu_ms": cpu_ms, "loads": change.loads}
         found[name] |= _quality(change.table, loads, left)
     return found
@@ -176,7 +177,7 @@ def batch() -> dict[str, Any]:
         for left in lefts[:count]:
             repair_map(table, loads, left)
 
-    return {str(count): timed(lambda count=count: repair(count))[1] for count in BATCHES}
+    return {str(count): timed(partial(repair, count))[1] for count in BATCHES}
 
 
 def peers() -> dict[str, Callable[..., Any]]:

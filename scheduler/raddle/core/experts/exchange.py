@@ -50,6 +50,7 @@ class Working:
     def of(grid: IntArray, weight: FloatArray, copies: IntArray, layout: Layout) -> Working:
         single = np.ones((copies.shape[0], copies.shape[1] + 2), dtype=bool)
         single[:, :-2] = copies <= 1
+        single[:, NO_SLOT] = False
         return Working(grid, weight, weight.sum(axis=2), single, layout, layout.closeness())
 
     def swap(
@@ -117,11 +118,14 @@ def _exchange_pairs(work: Working, layers: IntArray, slow: IntArray, fast: IntAr
     wanted = (slow_load * speeds[fast] - fast_load * speeds[slow]) / (speeds[fast] + speeds[slow])
     slow_weight, fast_weight = work.weight[row, slow], work.weight[row, fast]
     slow_expert, fast_expert = work.grid[row, slow], work.grid[row, fast]
+    # What must not move is infinitely far from any wish.
+    if not work.layout.is_even:
+        slow_weight[slow_expert == NO_SLOT] = np.inf
+        fast_weight[fast_expert == NO_SLOT] = -np.inf
     first, first_miss = _closest(slow_weight[:, :1], fast_weight[:, :1], wanted[:, :1])
     first = first[:, 0]
     taken = _may_part(work, layers, (slow[:, 0], fast[:, 0]), _divided(first, width))
     taken &= first_miss[:, 0] < wanted[:, 0] - _TINY
-    # What must not move is infinitely far from any wish.
     free_slow = np.where(work.single[row[..., None], slow_expert], slow_weight, np.inf)
     free_fast = np.where(work.single[row[..., None], fast_expert], fast_weight, -np.inf)
     best, miss = _closest(free_slow, free_fast, wanted)

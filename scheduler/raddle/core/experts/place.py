@@ -12,12 +12,13 @@ afterwards; there the counts decide, so several ways to count are tried and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from raddle.core.experts.copies import by_load, copies_of_sorted
+from raddle.core.experts.balance import copy_loads, loads_of_slots
+from raddle.core.experts.copies import by_load, copies_of_sorted, count_copies
 from raddle.core.experts.exchange import Working, even_out, part_copies
 from raddle.core.experts.layout import EMPTY, NO_SLOT, FloatArray, IntArray, Layout, numbers
 from raddle.model.errors import PermanentError, Reason
@@ -44,8 +45,13 @@ def place_experts(loads: FloatArray, layout: Layout) -> IntArray:
             f"{loads.shape[1]} experts do not fit into {layout.host_slots} slots of"
             f" {inner.dies} dies: give each die more slots, or take more dies.",
         )
+    # More slots than experts are of no use to a die.
+    inner = replace(inner, slots=np.minimum(inner.slots, loads.shape[1]))
     grid = layout.to_grid(np.full((len(loads), int(layout.slots.sum())), EMPTY, dtype=np.int64))
-    grid[:, layout.hosts, : inner.width] = _place(loads, inner)
+    placed = _place(loads, inner)
+    grid[:, layout.hosts, : inner.width] = np.where(
+        placed == NO_SLOT, grid[:, layout.hosts, : inner.width], placed
+    )
     return layout.to_table(grid)
 
 
@@ -105,10 +111,26 @@ def _place(loads: FloatArray, layout: Layout) -> IntArray:
     work = Working.of(grid, weight, copies, layout)
     if few or not layout.is_even:
         part_copies(work, _least_in_common(copies, layout), _PARTING_ROUNDS_MAX)
+        work = _without_doubles(work, loads)
     even = heavy.sum(axis=1) / layout.speeds.sum()
     goal = np.maximum(even, (heavy / counts).max(axis=1) / layout.speeds.max()) / _GOAL
     even_out(work, goal)
     return work.grid
+
+
+def _without_doubles(work: Working, loads: FloatArray) -> Working:
+    """Uneven slots may leave no room for so many copies: a second one on a die is left out."""
+    order = np.argsort(work.grid, axis=2, kind="stable")
+    ordered = np.take_along_axis(work.grid, order, 2)
+    double = np.zeros(work.grid.shape, dtype=bool)
+    again = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+    if not again.any():
+        return work
+    np.put_along_axis(double, order[:, :, 1:], again, 2)
+    grid = np.where(double, EMPTY, work.grid)
+    copies = count_copies(grid, loads.shape[1])
+    weight = loads_of_slots(grid, copy_loads(loads, copies))
+    return Working.of(grid, weight, copies, work.layout)
 
 
 def _same_speed(layout: Layout) -> bool:
@@ -140,13 +162,16 @@ def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, Float
     grid = np.full(shape, NO_SLOT, dtype=np.int64)
     weight, carried = np.zeros(shape), np.zeros(shape[:2])
     at_layer = numbers(layers)[:, None]
-    order = layout.spread_order()
+    order = _orders(layout, layers)
     start = 0
     for row in range(layout.width):
-        dies = order[layout.slots[order] > row]
-        end = start + len(dies)
-        apart = len(dies) if fold and row == 0 else 0 if fold else queue.shared - start
-        target = dies[_turns(carried[:, dies], layout.speeds[dies], np.broadcast_to(apart, layers))]
+        # Uneven dies have all layers in the same order, so this keeps the shape of a table.
+        dies = order[layout.slots[order] > row].reshape(layers, -1)
+        end = start + dies.shape[1]
+        apart = dies.shape[1] if fold and row == 0 else 0 if fold else queue.shared - start
+        busy = np.take_along_axis(carried, dies, 1)
+        turns = _turns(busy, layout.speeds[dies], np.broadcast_to(apart, layers))
+        target = np.take_along_axis(dies, turns, 1)
         grid[at_layer, target, row] = queue.expert[:, start:end]
         weight[at_layer, target, row] = queue.weight[:, start:end]
         carried[at_layer, target] += queue.weight[:, start:end]
@@ -154,13 +179,29 @@ def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, Float
     return grid, weight
 
 
+def _orders(layout: Layout, layers: int) -> IntArray:
+    """[layers, dies] the spread order; with one slot a die begun at another die in each layer.
+
+    Else the same dies would hold the copies of all layers, and give way for all of them. It is
+    begun where it begins a round over all nodes, so that its runs stay as different.
+    """
+    order = layout.spread_order()
+    if layout.width > 1:
+        return np.broadcast_to(order, (layers, layout.dies))
+    node = layout.domains[-2][order]
+    begins = np.flatnonzero(node == node[0])
+    start = begins[numbers(layers) * len(begins) // layers]
+    turned: IntArray = order[(numbers(layout.dies) + start[:, None]) % layout.dies]
+    return turned
+
+
 def _turns(carried: FloatArray, speeds: FloatArray, apart: IntArray) -> IntArray:
     """Which die [layers, dies] takes the next copy of a row, the copies being in falling order.
 
     The first `apart` of a layer go by the order of the dies; then the least busy die comes first.
     """
-    place = numbers(len(speeds))
-    if int(apart.min()) >= len(speeds):
+    place = numbers(carried.shape[1])
+    if int(apart.min()) >= len(place):
         return np.broadcast_to(place, carried.shape)
     busy = carried / speeds
     # Faster dies come first while all are idle.

@@ -163,6 +163,8 @@ class _Filling:
         self.closeness = layout.closeness()
         self.carried = np.zeros(grid.shape[:2])
         self.shared = np.zeros((len(grid), loads.shape[1] + 2))
+        #: [dies] loads of this repair so far.
+        self.burden = np.zeros(layout.dies)
         self.donor_slots = 0
         self.uncovered: list[tuple[int, int]] = []
         self._weigh(numbers(len(grid)))
@@ -189,6 +191,8 @@ class _Filling:
 
     def _place(self, layer: IntArray, expert: IntArray) -> None:
         """One more copy of an expert in each of these layers, in the least harmful slot."""
+        if not len(layer):
+            return
         grid = self.grid[layer]
         rows = numbers(len(layer))
         score = loads_of_slots(grid, self._price(layer))
@@ -207,6 +211,7 @@ class _Filling:
         self.grid[layer, die, place] = expert
         self.copies[layer, expert] += 1
         self.copies[layer[donor], given[donor]] -= 1
+        self.burden += np.bincount(die, minlength=self.layout.dies)
         self._weigh(layer)
 
     def _price(self, layer: IntArray) -> FloatArray:
@@ -233,6 +238,8 @@ class _Filling:
         copies = self.copies[layer, expert]
         share = (self.loads[layer, expert] / (copies + 1))[:, None]
         harm = (self.carried[layer] + share) / (self._even(layer) * self.layout.speeds)
+        if self.layout.width == 1:
+            harm = self._turns(layer)
         harm *= _LOAD_WEIGHT
         # New processes have to load in any case: what they were to hold gives way first.
         harm -= self.fresh * 1e-3
@@ -242,6 +249,15 @@ class _Filling:
             harm[some] += holds.astype(np.float64) @ self.closeness
             harm[some] += np.where(holds, np.inf, 0.0)
         return harm
+
+    def _turns(self, layer: IntArray) -> FloatArray:
+        """[rows, dies] with one slot a die all donors do equally well: spread what they load.
+
+        Few loads so far come first, then dies in turn, each layer starting at another one.
+        """
+        dies = self.layout.dies
+        start = layer * dies // len(self.grid)
+        return self.burden + (numbers(dies) - start[:, None]) % dies / dies
 
     def fill(self) -> None:
         """Empty slots take one more copy of the experts that are heaviest a copy."""
