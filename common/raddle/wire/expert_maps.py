@@ -101,8 +101,11 @@ def write_map(document: MapDocument, form: str) -> str:
         PermanentError: INVALID_ARGUMENT if the format has no word for what the map holds.
     """
     _require_form(form)
+    table = document.physical_to_logical
+    if ((table < EMPTY) | (table >= document.experts)).any():
+        raise invalid("the map holds experts that do not exist: `raddle experts check` names them.")
     if form not in ("raddle", "vllm"):
-        empty = np.argwhere(document.physical_to_logical < 0)
+        empty = np.argwhere(table < 0)
         if len(empty):
             layer, slot = empty[0].tolist()
             raise invalid(

@@ -17,7 +17,10 @@ from raddle.cli.options import Output, seconds
 from raddle.model.errors import PermanentError, RaddleError, Reason
 
 app = typer.Typer(
-    help="Expert maps in files: place, repair, rebalance, check, cover, convert.",
+    help="""Expert maps in files: place, repair, rebalance, check, coverage, convert.
+
+    Example: `raddle experts place --loads L.npy --dies 32 --slots-per-die 9 --out map.json`
+    """,
     no_args_is_help=True,
 )
 
