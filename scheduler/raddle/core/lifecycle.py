@@ -271,6 +271,7 @@ def _all_ranks_ended(context: Context, job_uid: str) -> bool:
 
 
 def _ended(context: Context, job: Job, why: Why) -> Job:
+    context.expert_loads.forget(job.uid)
     job = replace(job, state=JobState.CANCELLED, why=why, end_time=context.now)
     put_job(context, job)
     note(context, "JOB_ENDED", job.uid, why.message, epoch=job.epoch)

@@ -226,7 +226,7 @@ def _summary(incident: Incident) -> Why:
 def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: str) -> JobPlan:
     placement = context.state.placement(job.uid)
     assert placement is not None, job.uid
-    epoch = _next_epoch(context, job)
+    epoch = next_epoch(context, job)
     live = job.live_epoch > 0
     state = JobState.RECOVERING if live else JobState.STARTING
     job = replace(job, epoch=epoch, state=state)
@@ -249,7 +249,7 @@ def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: st
     return JobPlan(job_uid=job.uid, epoch=epoch, instances=tuple(draft.plans))
 
 
-def _next_epoch(context: Context, job: Job) -> int:
+def next_epoch(context: Context, job: Job) -> int:
     """Above everything that the store or any live agent knows of this job."""
     known = [
         status.epoch
@@ -273,6 +273,7 @@ def _decide_instance(
         {loss.key.rank: loss.kind for loss in lost},
         context.cluster,
         demand=_demand(context, draft.job, role, instance),
+        loads=context.expert_loads.of(draft.job.uid, role_name, instance),
     )
     decision = plan_instance(request)
     if decision.option is None:

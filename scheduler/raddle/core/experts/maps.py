@@ -22,6 +22,16 @@ def to_array(expert_map: ExpertMap) -> IntArray:
     return found
 
 
+def coverage_margin(expert_map: ExpertMap) -> int:
+    """Ranks that may be lost, whichever they are, until an expert has no copy; -1: one has none.
+
+    For maps that hold no expert twice on a rank; dead slots are -1.
+    """
+    if not expert_map.layers:
+        return 0
+    return int(count_copies(to_array(expert_map), expert_map.experts).min()) - 1
+
+
 def layout_of(document: MapDocument) -> Layout:
     """The layout of a map file's dies; the living ones without the shared expert are hosts."""
     dies = document.dies

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from raddle.core.experts.maps import to_expert_map
 from raddle.core.recovery.cost import CONTROL_S, cost_s
-from raddle.core.recovery.remap import RepairedMap, repair_instance
+from raddle.core.recovery.remap import RepairedMap, hosts_of, repair_instance
 from raddle.core.recovery.request import InstanceRecovery
 from raddle.model.incident import RecoveryOption
 from raddle.model.job import RankPlacement
@@ -192,9 +192,7 @@ def _repair(
 ) -> RepairedMap | None:
     if request.table is None:
         return None
-    refused = _shared_expert_ranks(request)
-    hosts = [rank for rank in _active(seats) if rank not in refused]
-    return repair_instance(request, hosts, joined)
+    return repair_instance(request, hosts_of(request, seats), joined)
 
 
 def _shared_expert_ranks(request: InstanceRecovery) -> range:

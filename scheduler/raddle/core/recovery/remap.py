@@ -14,6 +14,8 @@ from raddle.core.experts.layout import IntArray, Layout
 from raddle.core.experts.repair import MapChange, repair_map
 from raddle.core.experts.sources import Bandwidths, choose_sources
 from raddle.core.recovery.request import InstanceRecovery
+from raddle.model.job import RankPlacement
+from raddle.model.kinds import SeatState
 from raddle.model.types import ExpertMove, WeightSource
 
 
@@ -44,7 +46,7 @@ def repair_instance(
         joined: ranks whose seat has a new process, with nothing in memory.
     """
     assert request.table is not None
-    layout = _layout(request, hosts)
+    layout = layout_of(request, hosts)
     fresh = np.zeros(layout.dies, dtype=bool)
     fresh[list(joined)] = True
     known = request.loads is not None
@@ -55,7 +57,15 @@ def repair_instance(
     return moved(change, request.table, layout, layout.hosts & ~fresh, request.rates.bandwidths())
 
 
-def _layout(request: InstanceRecovery, hosts: Sequence[int]) -> Layout:
+def hosts_of(request: InstanceRecovery, seats: Sequence[RankPlacement]) -> list[int]:
+    """Active ranks that hold routed experts: the last ones may host the shared expert alone."""
+    routed = request.role.ranks - request.role.shared_expert_ranks
+    active = [seat.rank for seat in seats if seat.state is SeatState.ACTIVE]
+    return [rank for rank in active if rank < routed]
+
+
+def layout_of(request: InstanceRecovery, hosts: Sequence[int]) -> Layout:
+    """The instance's ranks, these of them able to hold experts."""
     ranks = request.role.ranks
     domains = request.domains
     if domains is None:
