@@ -2,8 +2,7 @@
 
 Loads of copies do not change when two experts swap places, so an exchange is judged by two dies
 alone. `even_out` changes many pairs of dies at once and is for new maps, where moves cost nothing;
-`exchange_best` takes the best single exchange a layer and is for maps in service. `part_copies`
-exchanges until no copies share a domain that they could avoid.
+`exchange_best` takes the best single exchange a layer and is for maps in service.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ _CANDIDATES = 1_000
 # A smaller share of the slowest die's time is noise.
 _LEAST_GAIN = 1e-9
 # An exchange of two experts that are loaded anyway costs nothing, but is not endlessly good.
-_OVERHEAD = 0.5
+_OVERHEAD = 0.35
+# So many pairs of dies a round may exchange experts with copies.
+_SHARED_PAIRS = 4
 # A layer whose slowest die got no faster in so many rounds is left alone.
 _PATIENCE = 4
 
@@ -109,8 +110,8 @@ def even_out(work: Working, goal: FloatArray) -> None:
 def _exchange_pairs(work: Working, layers: IntArray, slow: IntArray, fast: IntArray) -> None:
     """One exchange in each pair of dies [layers, pairs] that brings both closest to each other.
 
-    Copies of one expert keep away from each other: only the slowest die's pair may exchange an
-    expert with copies, and only if these come no closer.
+    Copies of one expert keep away from each other: only the pairs of the slowest dies may exchange
+    experts with copies, each expert once, and only if these come no closer.
     """
     row, width = layers[:, None], work.grid.shape[2]
     speeds = work.layout.speeds
@@ -122,18 +123,18 @@ def _exchange_pairs(work: Working, layers: IntArray, slow: IntArray, fast: IntAr
     if not work.layout.is_even:
         slow_weight[slow_expert == NO_SLOT] = np.inf
         fast_weight[fast_expert == NO_SLOT] = -np.inf
-    first, first_miss = _closest(slow_weight[:, :1], fast_weight[:, :1], wanted[:, :1])
-    first = first[:, 0]
-    taken = _may_part(work, layers, (slow[:, 0], fast[:, 0]), _divided(first, width))
-    taken &= first_miss[:, 0] < wanted[:, 0] - _TINY
+    few = min(_SHARED_PAIRS, slow.shape[1])
+    first, first_miss = _closest(slow_weight[:, :few], fast_weight[:, :few], wanted[:, :few])
+    taken = first_miss < wanted[:, :few] - _TINY
+    taken &= _may_part_pairs(work, layers, slow[:, :few], fast[:, :few], first)
     free_slow = np.where(work.single[row[..., None], slow_expert], slow_weight, np.inf)
     free_fast = np.where(work.single[row[..., None], fast_expert], fast_weight, -np.inf)
     best, miss = _closest(free_slow, free_fast, wanted)
     better = miss < wanted - _TINY
-    best[:, 0] = np.where(taken, first, best[:, 0])
-    better[:, 0] |= taken
+    best[:, :few] = np.where(taken, first, best[:, :few])
+    better[:, :few] |= taken
     layer, pair = np.nonzero(better)
-    at_slow, at_fast = _divided(best[layer, pair], width)
+    at_slow, at_fast = divided(best[layer, pair], width)
     work.swap(layers[layer], (slow[layer, pair], at_slow), (fast[layer, pair], at_fast))
 
 
@@ -146,9 +147,27 @@ def _closest(one: FloatArray, other: FloatArray, wanted: FloatArray) -> tuple[In
     return best, np.take_along_axis(flat, best[..., None], 2)[..., 0]
 
 
-def _divided(flat: IntArray, width: int) -> tuple[IntArray, IntArray]:
+def divided(flat: IntArray, width: int) -> tuple[IntArray, IntArray]:
     one, other = np.divmod(flat, width)
     return one, other
+
+
+def _may_part_pairs(
+    work: Working, layers: IntArray, slow: IntArray, fast: IntArray, best: IntArray
+) -> BoolArray:
+    """`_may_part` for some pairs of each layer, no expert with copies in two of them."""
+    pairs = slow.shape[1]
+    row = np.repeat(layers, pairs)
+    here, there = slow.ravel(), fast.ravel()
+    places = divided(best.ravel(), work.grid.shape[2])
+    fine = _may_part(work, row, (here, there), places).reshape(slow.shape)
+    one = work.grid[row, here, places[0]].reshape(slow.shape)
+    other = work.grid[row, there, places[1]].reshape(slow.shape)
+    for pair in range(1, pairs):
+        earlier = np.concatenate([one[:, :pair], other[:, :pair]], axis=1)
+        again = (earlier == one[:, pair, None]) | (earlier == other[:, pair, None])
+        fine[:, pair] &= ~again.any(axis=1)
+    return fine
 
 
 def _may_part(
@@ -181,11 +200,18 @@ def exchange_best(work: Working, layers: IntArray, old: IntArray) -> BoolArray:
         layers: which layers.
         old: [layers, dies, width] what is in memory now.
     """
+    done = _exchange_with(work, layers, old, max(_PARTNERS_MIN, _CANDIDATES // old.shape[2] ** 2))
+    # The fastest dies are nearly always enough; before a layer is given up all are tried.
+    done[~done] = _exchange_with(work, layers[~done], old, work.layout.dies)
+    return done
+
+
+def _exchange_with(work: Working, layers: IntArray, old: IntArray, partners: int) -> BoolArray:
+    """The same with so many of the fastest dies."""
     if not len(layers):
         return np.zeros(0, dtype=bool)
     rows = numbers(len(layers))
     order = np.argsort(work.carried[layers] / work.layout.speeds, axis=1, kind="stable")
-    partners = max(_PARTNERS_MIN, _CANDIDATES // work.layout.width**2)
     slow, fast = order[:, -1], order[:, : min(partners, order.shape[1] - 1)]
     worth = _worth(work, layers, slow, fast, old)
     flat = worth.reshape(len(layers), -1)
@@ -196,8 +222,8 @@ def exchange_best(work: Working, layers: IntArray, old: IntArray) -> BoolArray:
         best = flat[left].argmax(axis=1)
         better = flat[left, best] > 0
         left, best = left[better], best[better]
-        place, rest = _divided(best, worth[0, 0].size)
-        partner, other = _divided(rest, work.layout.width)
+        place, rest = divided(best, worth[0, 0].size)
+        partner, other = divided(rest, work.layout.width)
         at, here, die = layers[left], slow[left], fast[left, partner]
         fine = _may_part(work, at, (here, die), (place, other))
         work.swap(at[fine], (here[fine], place[fine]), (die[fine], other[fine]))
@@ -234,92 +260,3 @@ def _worth(
     if not work.layout.is_even:
         worth[(theirs == NO_SLOT)[:, None] | (mine == NO_SLOT)[:, :, None, None]] = 0.0
     return worth
-
-
-def part_copies(work: Working, least: FloatArray, rounds: int) -> None:
-    """Exchange until no copies share what they need not, or `rounds` exchanges a layer are done.
-
-    Args:
-        least: [layers, experts] what the copies of each expert have in common at best.
-    """
-    active = numbers(len(work.grid))
-    for _ in range(rounds):
-        if not len(active):
-            return
-        near = nearness(work.grid[active], work.closeness, least.shape[1])
-        over = near.sum_of_expert - least[active]
-        keep = over.max(axis=1) > 0
-        if not keep.any():
-            return
-        moved = _part_one(work, active[keep], near.of_slot[keep], over[keep])
-        active = active[keep][moved]
-
-
-@dataclass(frozen=True, slots=True)
-class Nearness:
-    """What the copies of experts have in common, for some layers."""
-
-    #: [layers, dies, width]: of each slot with the other copies of its expert.
-    of_slot: FloatArray
-    #: [layers, experts]: over all pairs of copies, both ways.
-    sum_of_expert: FloatArray
-
-
-def nearness(grid: IntArray, closeness: FloatArray, experts: int) -> Nearness:
-    """Measure a grid: each copy against the following ones of the same expert."""
-    layers, dies, width = grid.shape
-    flat = grid.reshape(layers, -1)
-    group = np.where(flat >= 0, flat + numbers(layers)[:, None] * experts, -1).ravel()
-    slot = np.argsort(group, kind="stable")
-    slot = slot[np.searchsorted(group[slot], 0) :]
-    group = group[slot]
-    die = slot % (dies * width) // width
-    common = np.zeros(len(slot))
-    pair = numbers(len(slot) - 1)
-    distance = 1
-    while len(pair):
-        pair = pair[pair + distance < len(slot)]
-        pair = pair[group[pair] == group[pair + distance]]
-        shared = closeness[die[pair], die[pair + distance]]
-        common[pair] += shared
-        common[pair + distance] += shared
-        distance += 1
-    of_slot = np.zeros(layers * dies * width)
-    of_slot[slot] = common
-    sums: FloatArray = np.bincount(group, common, minlength=layers * experts).astype(np.float64)
-    return Nearness(of_slot.reshape(grid.shape), sums.reshape(layers, experts))
-
-
-def _part_one(work: Working, layers: IntArray, of_slot: FloatArray, over: FloatArray) -> BoolArray:
-    """Move the copy that is closest to its siblings; tells in which layers that was possible."""
-    rows = numbers(len(layers))
-    grid = work.grid[layers]
-    width = grid.shape[2]
-    flat = grid.reshape(len(rows), -1)
-    some = np.maximum(flat, 0)
-    closest = np.where(np.take_along_axis(over, some, 1) > 0, of_slot.reshape(flat.shape), -1.0)
-    closest[flat < 0] = -1.0
-    here, place = _divided(closest.argmax(axis=1), width)
-    expert = grid[rows, here, place]
-    near_here = work.closeness[here]
-    # What the expert would share at each die, and each other expert here, without the own copy.
-    holds = (grid == expert[:, None, None]).any(axis=2)
-    away = holds.astype(np.float64) @ work.closeness - near_here
-    here_of_slot = np.repeat(near_here, width, axis=1)
-    index = (some + rows[:, None] * over.shape[1]).ravel()
-    sums = np.bincount(index, np.where(flat >= 0, here_of_slot, 0.0).ravel(), minlength=over.size)
-    back = np.where(flat >= 0, sums[index].reshape(flat.shape) - here_of_slot, 0.0)
-    mine = of_slot[rows, here, place][:, None]
-    change = np.repeat(away, width, axis=1) - mine + back - of_slot.reshape(flat.shape)
-    change[(flat == NO_SLOT) | (flat == expert[:, None])] = np.inf
-    change.reshape(grid.shape)[rows, here] = np.inf
-    most = change.min(axis=1)
-    # Of those that part as far as it matters, the one that shifts the least load.
-    shift = np.abs(
-        work.weight[layers, here, place][:, None] - work.weight[layers].reshape(flat.shape)
-    )
-    shift[change > most[:, None] / 2] = np.inf
-    there, place_there = _divided(shift.argmin(axis=1), width)
-    good: BoolArray = most < 0
-    work.swap(layers[good], (here[good], place[good]), (there[good], place_there[good]))
-    return good

@@ -19,8 +19,9 @@ import numpy as np
 
 from raddle.core.experts.balance import copy_loads, loads_of_slots
 from raddle.core.experts.copies import by_load, copies_of_sorted, count_copies
-from raddle.core.experts.exchange import Working, even_out, part_copies
+from raddle.core.experts.exchange import Working, even_out
 from raddle.core.experts.layout import EMPTY, NO_SLOT, FloatArray, IntArray, Layout, numbers
+from raddle.core.experts.part import part_copies
 from raddle.model.errors import PermanentError, Reason
 
 # Good enough: within this of the best possible time of the slowest die.
@@ -29,7 +30,10 @@ _GOAL = 0.997
 FEW_SLOTS_MAX = 4
 # Powers of the counts that are tried with few slots a die (see `copies_of_sorted`).
 _POWERS = (1.0, 1.05, 1.1, 1.2, 1.35)
-_PARTING_ROUNDS_MAX = 64
+# A layer may be this share as fast as it could be for the sake of spread over nodes and racks.
+_SPREAD_WORTH = 0.97
+# Dies and NPUs.
+_LEVELS_ALWAYS_APART = 2
 
 
 def place_experts(loads: FloatArray, layout: Layout) -> IntArray:
@@ -108,14 +112,45 @@ def _place(loads: FloatArray, layout: Layout) -> IntArray:
         return grid
     copies = np.empty_like(counts)
     np.put_along_axis(copies, order, counts, 1)
-    work = Working.of(grid, weight, copies, layout)
-    if few or not layout.is_even:
-        part_copies(work, _least_in_common(copies, layout), _PARTING_ROUNDS_MAX)
-        work = _without_doubles(work, loads)
     even = heavy.sum(axis=1) / layout.speeds.sum()
     goal = np.maximum(even, (heavy / counts).max(axis=1) / layout.speeds.max()) / _GOAL
-    even_out(work, goal)
-    return work.grid
+    work = Working.of(grid, weight, copies, layout)
+    if not few and _is_regular(layout):
+        even_out(work, goal)
+        return work.grid
+    reference = np.minimum(_slowest(work), goal) if not few else _slowest(work)
+    found = _parted(work, loads, copies, goal, len(layout.domains))
+    # Where nodes or racks are of different sizes, keeping copies apart in them may cost more
+    # balance than it is worth: then only dies and NPUs are kept apart.
+    dear = np.flatnonzero(_slowest(found) * _SPREAD_WORTH > reference)
+    if len(dear):
+        again = Working.of(grid[dear], weight[dear], copies[dear], layout)
+        other = _parted(again, loads[dear], copies[dear], goal[dear], _LEVELS_ALWAYS_APART)
+        better = _slowest(other) < _slowest(found)[dear]
+        found.grid[dear[better]] = other.grid[better]
+    return found.grid
+
+
+def _slowest(work: Working) -> FloatArray:
+    """[layers] time of the slowest die."""
+    return np.asarray((work.carried / work.layout.speeds).max(axis=1))
+
+
+def _parted(
+    work: Working, loads: FloatArray, copies: IntArray, goal: FloatArray, levels: int
+) -> Working:
+    """A changed copy whose copies of experts keep apart on so many levels, evened out."""
+    found = Working.of(work.grid.copy(), work.weight.copy(), copies, work.layout)
+    part_copies(found, copies, levels)
+    found = _without_doubles(found, loads)
+    even_out(found, goal)
+    return found
+
+
+def _is_regular(layout: Layout) -> bool:
+    """Are all dies, and all members of each level, of one size? Then runs of dies suffice."""
+    sizes = [np.unique(level, return_counts=True)[1] for level in layout.domains]
+    return layout.is_even and all((size == size[0]).all() for size in sizes)
 
 
 def _without_doubles(work: Working, loads: FloatArray) -> Working:
@@ -238,13 +273,3 @@ def _heaviest_die(heavy: FloatArray, counts: IntArray, layout: Layout) -> FloatA
         carried[:, : part.shape[1]] += part
         start += dies
     return np.asarray(carried.max(axis=1))
-
-
-def _least_in_common(copies: IntArray, layout: Layout) -> FloatArray:
-    """[layers, experts] closeness over all pairs of copies at best: a run of the spread order."""
-    order = layout.spread_order()
-    ordered = layout.closeness()[np.ix_(order, order)]
-    pairs = np.tril(ordered, -1).sum(axis=1)
-    # The first n dies of the order: twice the sum over pairs, since nearness counts both ways.
-    least = np.concatenate([[0.0], 2 * np.cumsum(pairs)])
-    return least[copies]

@@ -119,7 +119,7 @@ def remap_layers(
     # With one slot a die of one speed, exchanges change nothing but places.
     moot = inner.dies < 2 or (inner.width == 1 and bool((inner.speeds == inner.speeds[0]).all()))  # noqa: PLR2004
     if swaps != 0 and len(rows) and not moot:
-        _improve(grid, old, loads, inner, swaps, rows)
+        _improve(grid, old, loads, inner, swaps, rows, table.size)
     after = np.where(before >= 0, EMPTY, before)
     after[:, layout.hosts, : inner.width] = grid
     return changed(layout, before, after, new, uncovered, donors)
@@ -304,29 +304,42 @@ def _improve(
     layout: Layout,
     swaps: int | None,
     rows: IntArray,
+    slots: int,
 ) -> None:
-    """Exchanges in these layers; `grid` is changed in place."""
+    """Exchanges in these layers; `grid` is changed in place. `slots` are those of all layers."""
     copies = count_copies(grid, loads.shape[1])
     weight = loads_of_slots(grid, copy_loads(loads, copies))
     work = Working.of(grid, weight, copies, layout)
     bound = least_times(loads, layout) * _ROUNDING
-    active = rows.astype(np.int64)
-    allowed = int(LOADS_SHARE_MAX * layout.host_slots * len(grid))
+    allowed = int(LOADS_SHARE_MAX * slots)
+    left = rows.astype(np.int64)
     turn = 0
-    while len(active) and (swaps is None or turn < swaps):
-        active = active[(work.carried[active] / layout.speeds).max(axis=1) > bound[active]]
+    while len(left) and (swaps is None or turn < swaps):
+        left = left[(work.carried[left] / layout.speeds).max(axis=1) > bound[left]]
+        chosen = left
         if swaps is None:
-            balance = balance_of_layers(work.carried, layout)
-            if balance.mean() >= BALANCE_GOAL:
-                return
-            active = active[balance[active] < BALANCE_GOAL]
             # Each exchange loads two experts at most.
-            left = (allowed - changed_slots(old, grid)) // 2
-            worst = np.argsort(balance[active], kind="stable")[: max(left, 0)]
-            active = np.sort(active[worst])
-        active = active[exchange_best(work, active, old)]
+            exchanges = (allowed - _count_loads(old, grid)) // 2
+            chosen = _worst_layers(balance_of_layers(work.carried, layout), left, exchanges)
+            if not len(chosen):
+                return
+        done = exchange_best(work, chosen, old)
+        left = np.setdiff1d(left, chosen[~done])
         turn += 1
 
 
-def changed_slots(old: IntArray, grid: IntArray) -> int:
-    return int(np.count_nonzero((grid != old) & (grid >= 0)))
+def _worst_layers(balance: FloatArray, left: IntArray, most: int) -> IntArray:
+    """Layers to improve next: the worst of those below the goal, else of all; none if it is met."""
+    if balance.mean() >= BALANCE_GOAL:
+        return left[:0]
+    behind = left[balance[left] < BALANCE_GOAL]
+    chosen = behind if len(behind) else left
+    order = np.argsort(balance[chosen], kind="stable")[: max(most, 0)]
+    return np.sort(chosen[order])
+
+
+def _count_loads(old: IntArray, grid: IntArray) -> int:
+    """Experts on dies that did not have them; where on the die does not matter."""
+    layer, die, place = np.nonzero((grid != old) & (grid >= 0))
+    had = (old[layer, die] == grid[layer, die, place][:, None]).any(axis=1)
+    return int(np.count_nonzero(~had))
