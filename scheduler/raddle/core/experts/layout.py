@@ -25,6 +25,20 @@ NO_SLOT = -2
 _LEVEL_BASE = 1024.0
 
 
+def nearness(holds: BoolArray, members: list[IntArray]) -> FloatArray:
+    """[rows, dies] what each die has in common with the dies that hold [rows, dies].
+
+    The sum of `Layout.closeness` over the holders, without that table of all pairs of dies.
+    """
+    row, die = np.nonzero(holds)
+    found = np.zeros(holds.shape)
+    for member in members:
+        count = int(member.max()) + 1
+        shared = np.bincount(row * count + member[die], minlength=len(holds) * count)
+        found = found * _LEVEL_BASE + shared.reshape(-1, count)[:, member]
+    return found
+
+
 def numbers(count: int) -> IntArray:
     return np.arange(count, dtype=np.int64)
 
@@ -125,6 +139,11 @@ class Layout:
             # Who shares a narrow level shares the wider ones too: counted there as well.
             found = found * _LEVEL_BASE + (level[:, None] == level[None, :])
         return found
+
+    def members(self) -> list[IntArray]:
+        """For each level the member of each die, counted from 0."""
+        found = [np.unique(level, return_inverse=True)[1] for level in self.domains]
+        return [member.reshape(-1).astype(np.int64) for member in found]
 
     def spread_order(self) -> IntArray:
         """[dies]: an order whose runs differ in racks first, then nodes, then NPUs.

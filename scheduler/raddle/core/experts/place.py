@@ -204,9 +204,11 @@ def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, Float
         dies = order[layout.slots[order] > row].reshape(layers, -1)
         end = start + dies.shape[1]
         apart = dies.shape[1] if fold and row == 0 else 0 if fold else queue.shared - start
-        busy = np.take_along_axis(carried, dies, 1)
-        turns = _turns(busy, layout.speeds[dies], np.broadcast_to(apart, layers))
-        target = np.take_along_axis(dies, turns, 1)
+        target = dies
+        if row or not _same_speed(layout):
+            busy = np.take_along_axis(carried, dies, 1)
+            turns = _turns(busy, layout.speeds[dies], np.broadcast_to(apart, layers))
+            target = np.take_along_axis(dies, turns, 1)
         grid[at_layer, target, row] = queue.expert[:, start:end]
         weight[at_layer, target, row] = queue.weight[:, start:end]
         carried[at_layer, target] += queue.weight[:, start:end]

@@ -11,6 +11,7 @@ Sources are chosen in `sources`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -22,7 +23,15 @@ from raddle.core.experts.balance import (
 )
 from raddle.core.experts.copies import count_copies, heaviest_copy
 from raddle.core.experts.exchange import Working, exchange_best
-from raddle.core.experts.layout import EMPTY, BoolArray, FloatArray, IntArray, Layout, numbers
+from raddle.core.experts.layout import (
+    EMPTY,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Layout,
+    nearness,
+    numbers,
+)
 
 # Without a number of swaps: as many as reach this balance...
 BALANCE_GOAL = 0.95
@@ -160,19 +169,44 @@ class _Filling:
         self.grid, self.loads, self.layout, self.fresh = grid, loads, layout, fresh
         self.copies = count_copies(grid, loads.shape[1])
         self.needed = needed
-        self.closeness = layout.closeness()
         self.carried = np.zeros(grid.shape[:2])
+        #: [layers] the mean die, experts that are to be covered included.
+        self.even = np.maximum(loads.sum(axis=1) / layout.dies, 1e-300)
         self.shared = np.zeros((len(grid), loads.shape[1] + 2))
+        self.price = np.full(self.shared.shape, np.inf)
+        self.price[:, EMPTY] = 0.0
         #: [dies] loads of this repair so far.
         self.burden = np.zeros(layout.dies)
         self.donor_slots = 0
         self.uncovered: list[tuple[int, int]] = []
+        layer, expert = np.divmod(numbers(loads.size), loads.shape[1])
+        self._price(layer, expert)
         self._weigh(numbers(len(grid)))
 
+    @cached_property
+    def _members(self) -> list[IntArray]:
+        """Not needed where all that is missing had no copy left."""
+        return self.layout.members()
+
     def _weigh(self, layers: IntArray) -> None:
-        self.shared[layers] = copy_loads(self.loads[layers], self.copies[layers])
-        weight = loads_of_slots(self.grid[layers], self.shared[layers])
-        self.carried[layers] = weight.sum(axis=2)
+        """Loads of the dies. With one slot a die any donor does as well: nothing is weighed."""
+        if self.layout.width > 1:
+            weight = loads_of_slots(self.grid[layers], self.shared[layers])
+            self.carried[layers] = weight.sum(axis=2)
+
+    def _price(self, layer: IntArray, expert: IntArray) -> None:
+        """What a copy weighs, and what it costs that it gives way: infinite if it is needed.
+
+        Its die gets rid of its load, its siblings take it over; in units of the mean die.
+        """
+        copies, loads = self.copies[layer, expert], self.loads[layer, expert]
+        share = loads / np.maximum(copies, 1)
+        self.shared[layer, expert] = share
+        price = np.zeros(len(layer))
+        if self.layout.width > 1:
+            price = (loads / np.maximum(copies - 1, 1) - 2 * share) / self.even[layer]
+        surplus = copies > self.needed[layer, expert]
+        self.price[layer, expert] = np.where(surplus, price * _LOAD_WEIGHT, np.inf)
 
     def cover(self) -> None:
         """Give every expert the copies that it needs: uncovered ones first, then by load."""
@@ -195,7 +229,7 @@ class _Filling:
             return
         grid = self.grid[layer]
         rows = numbers(len(layer))
-        score = loads_of_slots(grid, self._price(layer))
+        score = loads_of_slots(grid, self.price[layer])
         score += self._harm(layer, expert, grid)[:, :, None]
         flat = score.reshape(len(layer), -1)
         best = flat.argmin(axis=1)
@@ -212,41 +246,26 @@ class _Filling:
         self.copies[layer, expert] += 1
         self.copies[layer[donor], given[donor]] -= 1
         self.burden += np.bincount(die, minlength=self.layout.dies)
+        self._price(layer, expert)
+        self._price(layer[donor], given[donor])
         self._weigh(layer)
-
-    def _price(self, layer: IntArray) -> FloatArray:
-        """[rows, experts + 2] what it costs that a copy gives way: infinite if it is needed.
-
-        Its die gets rid of its load, its siblings take it over; in units of the mean die.
-        """
-        copies, loads = self.copies[layer], self.loads[layer]
-        shared = self.shared[layer]
-        price = np.full(shared.shape, np.inf)
-        surplus = copies > self.needed[layer]
-        taken = np.divide(loads, copies - 1, out=price[:, :-2], where=surplus)
-        taken -= 2 * shared[:, :-2]
-        price *= _LOAD_WEIGHT / self._even(layer)
-        price[:, EMPTY] = 0.0
-        return price
-
-    def _even(self, layer: IntArray) -> FloatArray:
-        mean: FloatArray = self.carried[layer].mean(axis=1, keepdims=True)
-        return np.maximum(mean, 1e-300)
 
     def _harm(self, layer: IntArray, expert: IntArray, grid: IntArray) -> FloatArray:
         """[rows, dies] what a copy costs on each die: domains in common, then the die's time."""
         copies = self.copies[layer, expert]
-        share = (self.loads[layer, expert] / (copies + 1))[:, None]
-        harm = (self.carried[layer] + share) / (self._even(layer) * self.layout.speeds)
         if self.layout.width == 1:
             harm = self._turns(layer)
+        else:
+            share = (self.loads[layer, expert] / (copies + 1))[:, None]
+            even = self.even[layer][:, None] * self.layout.speeds
+            harm = (self.carried[layer] + share) / even
         harm *= _LOAD_WEIGHT
         # New processes have to load in any case: what they were to hold gives way first.
         harm -= self.fresh * 1e-3
         some = np.flatnonzero(copies)
         if len(some):
             holds = (grid[some] == expert[some, None, None]).any(axis=2)
-            harm[some] += holds.astype(np.float64) @ self.closeness
+            harm[some] += nearness(holds, self._members)
             harm[some] += np.where(holds, np.inf, 0.0)
         return harm
 
@@ -264,7 +283,8 @@ class _Filling:
         full: BoolArray = np.zeros(self.copies.shape, dtype=bool)
         for _ in range(self.layout.dies * self.layout.width + self.copies.shape[1]):
             empty = self.grid == EMPTY
-            value = np.where(full | (self.copies >= self.layout.dies), -1.0, self.shared[:, :-2])
+            value = self.loads / np.maximum(self.copies, 1)
+            value[full | (self.copies >= self.layout.dies)] = -1.0
             expert = value.argmax(axis=1)
             rows = numbers(len(value))
             layer = np.flatnonzero(empty.any(axis=(1, 2)) & (value[rows, expert] >= 0))
@@ -274,10 +294,11 @@ class _Filling:
             holds = (self.grid[layer] == chosen[:, None, None]).any(axis=2)
             fits = (empty[layer].any(axis=2) & ~holds).any(axis=1)
             full[layer[~fits], chosen[~fits]] = True
-            self.needed[layer[fits]] = np.maximum(
-                self.needed[layer[fits]], self.copies[layer[fits]]
-            )
-            self._place(layer[fits], chosen[fits])
+            layer, chosen = layer[fits], chosen[fits]
+            # What fills an empty slot takes none from others: all that is there is needed.
+            self.needed[layer] = np.maximum(self.needed[layer], self.copies[layer])
+            self.price[layer, :-2] = np.inf
+            self._place(layer, chosen)
 
 
 def _needed(loads: FloatArray, layout: Layout, before: IntArray) -> IntArray:
