@@ -159,10 +159,13 @@ def show(result: Result, form: str, bytes_per_expert: int) -> None:
     document, layout = result.document, layout_of(result.document)
     table = document.physical_to_logical
     coverage = measure_coverage(table, document.experts, layout)
+    balance = balancedness(table, result.wanted, layout)
+    bound = best_balancedness(result.wanted, layout)
     figures = {
         "cpu_ms": result.cpu_ms,
-        "balancedness": _rounded(balancedness(table, result.wanted, layout)),
-        "bound": _rounded(best_balancedness(result.wanted, layout)),
+        "balancedness": _rounded(balance),
+        "bound": _rounded(bound),
+        "gap": _rounded(max(bound - balance, 0.0)),
         "duplicates": count_duplicates(table, layout),
         "uncovered": len(coverage.uncovered),
         "loads": result.loads,
