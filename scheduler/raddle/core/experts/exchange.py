@@ -29,7 +29,7 @@ _OVERHEAD = 0.35
 # So many pairs of dies a round may exchange experts with copies.
 _SHARED_PAIRS = 4
 # A layer whose slowest die got no faster in so many rounds is left alone.
-_PATIENCE = 4
+_PATIENCE = 2
 
 
 @dataclass(slots=True)

@@ -38,8 +38,13 @@ class _Places:
         layer, die, place = np.nonzero(grid >= 0)
         index = (layer * experts + grid[layer, die, place]) * count + member[die]
         copies = np.bincount(index, minlength=layers * experts * count)
-        copies = copies.reshape(layers, experts, count)
-        return _Places(weight, member, copies, np.count_nonzero(copies, axis=2))
+        held = np.bincount(np.unique(index) // count, minlength=layers * experts)
+        return _Places(
+            weight,
+            member,
+            copies.reshape(layers, experts, count),
+            held.reshape(layers, experts),
+        )
 
     def move(self, layer: IntArray, expert: IntArray, origin: IntArray, target: IntArray) -> None:
         """Follow one expert a layer from die to die."""
@@ -68,6 +73,9 @@ def part_copies(work: Working, copies: IntArray, levels_kept: int) -> None:
         levels_kept: so many levels count, the narrowest first.
     """
     domains = work.layout.domains[:levels_kept]
+    if work.layout.is_even and copies.max() <= len(np.unique(domains[1:2])):
+        # Who is apart on NPUs is apart on dies.
+        domains = domains[1:]
     levels = _levels(work.grid, copies, domains)
     if not levels:
         return
