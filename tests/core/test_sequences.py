@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from raddle.core.events import SequencesReported, StatsReported
+from raddle.core.requests import CancelJob
 from raddle.core.sequences import space_of, standing_of
 from raddle.core.state import State
 from raddle.model import keys
-from raddle.model.job import JobState
 from raddle.model.kv import KvEventKind
 from raddle.model.routes import SequenceReport
 from raddle.model.stats import KvEvent, RankStats
 from raddle.model.types import RankKey
 from tests.core.world import World, submit
 
-__all__ = ["world"]
 CACHES = [RankKey(role="cache", instance=0, rank=rank) for rank in range(2)]
 DECODE = RankKey(role="decode", instance=0, rank=3)
 NAMES = tuple(f"{number + 1:016x}" for number in range(4))
@@ -130,8 +127,8 @@ def test_an_ended_job_is_forgotten(world: World) -> None:
     store(world, uid, CACHES[0], NAMES)
     report(world, uid, sequence(10))
     state = world.machine.context.state
-    job = state.require_job(uid)
-    state.put(keys.job(uid), replace(job, state=JobState.CANCELLED))
+    world.ask(CancelJob(job_uid=uid))
+    world.settle()
     assert state.index.blocks((uid, CACHES[0])) == 0
     assert state.all_sequences(uid) == []
 

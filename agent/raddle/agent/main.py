@@ -128,7 +128,7 @@ class AgentProcess:
         def drivers(tell: Callable[[Event], None]) -> list[EngineDriver]:
             made: list[EngineDriver] = []
             if "simulated" in self._settings.drivers:
-                made.append(SimulatedDriver(tell))
+                made.append(SimulatedDriver(tell, stream.report))
             if "reference" in self._settings.drivers:
                 folder = Path(self._settings.state_dir)
                 reference = ReferenceDriver(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from raddle.core.cluster import Cluster
+from raddle.core.expert_loads import ExpertLoads
 from raddle.core.nodes import NodeTracker
 from raddle.core.state import State
 from raddle.model import keys
@@ -74,6 +75,10 @@ class Context:
     seats: dict[str, tuple[Placement, JobSpec, list[Seat]]] = field(
         default_factory=dict[str, tuple[Placement, JobSpec, list["Seat"]]]
     )
+    #: What ranks report of their experts' loads.
+    expert_loads: ExpertLoads = field(default_factory=ExpertLoads)
+    #: Jobs with new reports of loads since the last decision.
+    loads_reported: dict[str, None] = field(default_factory=dict[str, None])
     #: Jobs that start a new epoch with the same members, and the rank that caused it.
     to_reconnect: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -135,8 +140,10 @@ class Context:
             self.control_due,
             self.seats,
             self.to_reconnect,
+            self.loads_reported,
         ):
             memory.pop(job_uid, None)
+        self.expert_loads.forget(job_uid)
         self.state.forget(job_uid)
 
     def take_reconnects(self) -> list[tuple[str, str]]:

@@ -272,6 +272,7 @@ def _decide_instance(
         {loss.key.rank: loss.kind for loss in lost},
         context.cluster,
         demand=_demand(context, draft.job, role, instance),
+        loads=context.expert_loads.of(draft.job.uid, role_name, instance),
     )
     decision = plan_instance(request)
     if decision.option is None:

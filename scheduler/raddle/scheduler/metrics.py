@@ -7,8 +7,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from raddle.core.experts.maps import coverage_margin
+from raddle.model import keys
 from raddle.model.incident import Incident, IncidentPhase
-from raddle.model.job import Job
+from raddle.model.job import Job, JobExpertMaps
 from raddle.telemetry.metrics import PHASE_BUCKETS_S
 
 TOKENS_BUCKETS = (0, 10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
@@ -71,6 +73,13 @@ class Metrics:
             **registry,
         )
         self._job_states: dict[str, str] = {}
+        self._map_epochs: dict[str, int] = {}
+        self._margin = Gauge(
+            "raddle_job_coverage_margin_dies",
+            "Dies that a job may lose in the worst case before an expert has no copy.",
+            ["job_uid"],
+            **registry,
+        )
 
     def decided(self, events: int, cpu_s: float) -> None:
         self._events.inc(events)
@@ -110,6 +119,8 @@ class Metrics:
             self._jobs.clear()
             for state, count in tally.items():
                 self._jobs.labels(state).set(count)
+        elif key.startswith(keys.EXPERT_MAPS):
+            self._expert_maps_changed(key, value)
         elif isinstance(value, Incident) and value.phase is IncidentPhase.CLOSED:
             self._incidents.inc()
             plans = [part for plan in value.plans for part in plan.instances]
@@ -121,3 +132,15 @@ class Metrics:
             for entry in value.timeline:
                 if entry.duration:
                     self._phases.labels(entry.phase).observe(entry.duration)
+
+    def _expert_maps_changed(self, key: str, value: Any) -> None:
+        """Follow the margin of the newest map; a job that has none any more has no metric."""
+        job_uid = key.removeprefix(keys.EXPERT_MAPS).partition("/")[0]
+        if isinstance(value, JobExpertMaps):
+            if value.epoch >= self._map_epochs.get(job_uid, 0) and value.instances:
+                self._map_epochs[job_uid] = value.epoch
+                margin = min(coverage_margin(m.expert_map) for m in value.instances)
+                self._margin.labels(job_uid).set(margin)
+        elif key == keys.expert_maps(job_uid, self._map_epochs.get(job_uid, 0)):
+            del self._map_epochs[job_uid]
+            self._margin.remove(job_uid)

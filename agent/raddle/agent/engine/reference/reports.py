@@ -71,6 +71,7 @@ class Reports:
                     incarnation=self._incarnation,
                     epoch=stats.epoch,
                     peer_faults=stats.peer_faults,
+                    expert_loads=stats.expert_loads,
                     kv_events=stats.kv_events,
                     sequences_running=stats.sequences_running,
                     tokens_generated=stats.tokens_generated,
