@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from raddle.store.embedded import EmbeddedEtcd, EtcdBinary, pins_digest, tools_folder
+from raddle.store.etcd.store import EtcdStore
 from raddle.store.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,19 @@ async def three_members(folder: Path, binary: EtcdBinary) -> list[EmbeddedEtcd]:
     for member in members:
         await member.wait_ready()
     return members
+
+
+async def end(*members: EmbeddedEtcd) -> None:
+    """End members that are not needed any more, stopped ones too."""
+    for member in members:
+        if member.process is not None:
+            member.process.kill()
+            await asyncio.to_thread(member.process.wait)
+
+
+def prefer(store: EtcdStore, endpoint: str) -> None:
+    """The client's next calls and streams go to this member."""
+    store.connection._current = endpoint
 
 
 def holds_socket(pid: int, port: int) -> bool:
