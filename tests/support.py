@@ -97,15 +97,22 @@ class CuttingProxy:
         self._open.set()
         self.bytes_max: int | None = None
         self.refuse = False
-        #: How many connections were let through.
+        #: How many connections were let through, and how many were not.
         self.connections = 0
+        self.refused = 0
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuse:
+            self.refused += 1
             writer.close()
             return
         try:

@@ -1,4 +1,4 @@
-"""What a real etcd does too seldom to wait for: streams as scripted, calls that get lost on the way.
+"""What a real etcd does too seldom to wait for: scripted streams, calls that get lost on the way.
 
 `Scripted` speaks one of etcd's stream methods, each stream as a test wrote it down. `Relay` hands
 calls on to a real etcd byte for byte, and lets the transactions among them meet their `Fate`.
@@ -14,13 +14,14 @@ from enum import Enum
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from raddle.etcd.v1 import rpc_pb2 as rpc
 
 #: Reads what the client sends (`grpc.aio.EOF` at its end) and writes answers.
 Stream = Any
 Script = Callable[[Stream], Awaitable[None]]
-_STREAMS = {
+_STREAMS: dict[str, type[Message]] = {
     "/etcdserverpb.Watch/Watch": rpc.WatchRequest,
     "/etcdserverpb.Lease/LeaseKeepAlive": rpc.LeaseKeepAliveRequest,
 }
@@ -98,16 +99,16 @@ class Relay(grpc.GenericRpcHandler):
         return grpc.unary_unary_rpc_method_handler(handle)
 
     async def _forward(self, method: str, request: bytes) -> bytes:
-        answer: bytes = await self._channel.unary_unary(method)(request)
-        return answer
+        # Without (de)serializers the messages are bytes, which the type stubs don't know.
+        call: Callable[[bytes], Awaitable[bytes]] = self._channel.unary_unary(method)  # type: ignore[assignment]
+        return await call(request)
 
     async def _transaction(self, request: bytes, context: Any) -> bytes:
         fate = self.fates.popleft() if self.fates else None
         if fate is Fate.HELD:
             self._held.append(request)
             await asyncio.Event().wait()  # until the client gives up
-        if fate is not Fate.NOT_APPLIED:
-            answer = await self._forward(_TXN, request)
+        answer = b"" if fate is Fate.NOT_APPLIED else await self._forward(_TXN, request)
         if fate is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"transaction {fate.value}")
         return answer

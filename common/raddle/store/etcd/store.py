@@ -250,7 +250,7 @@ def translate(error: StoreCallError) -> RaddleError:
             f"etcd refuses writes ({error.message}): compact, defragment, disarm the alarm.",
             retry_after_s=5.0,
         )
-    if error.code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+    if error.refused:
         return PermanentError(Reason.PERMISSION_DENIED, f"etcd refuses: {error.message}.")
     if error.code is grpc.StatusCode.NOT_FOUND:
         return PermanentError(Reason.NOT_FOUND, f"etcd: {error.message}.")
