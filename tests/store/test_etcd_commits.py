@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from raddle.model.errors import TemporaryError
 from raddle.store.embedded import EmbeddedEtcd
 from raddle.store.etcd import store as etcd_store
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.protocol import Change, Compare, Delete, Put, Transaction
 from tests.store.fake_etcd import Fate, Relay
-from tests.support import built_etcd, end, prefer
+from tests.support import built_etcd, end, eventually, prefer
 
 AMBIGUOUS = (Fate.NOT_APPLIED, Fate.ANSWER_LOST)
 
@@ -117,6 +118,26 @@ async def test_an_attempt_that_comes_late_is_not_applied_again(
         assert not (await relay.arrive_late()).succeeded
         (change,) = await history(witness, "k")
         assert change.mod_revision == result.revision
+        await store.close()
+
+
+async def test_a_commit_is_not_lost_to_an_earlier_one_that_comes_late(
+    server: EmbeddedEtcd, witness: EtcdStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that was given up in doubt and is applied under the next one costs it nothing."""
+    monkeypatch.setattr(etcd_store, "ATTEMPT_TIMEOUT_S", 0.5)
+    relay = Relay(server.endpoint)
+    async with relay as endpoint:
+        store = EtcdStore([endpoint], "t", operation_key="operations/c")
+        relay.fates.extend((Fate.HELD, Fate.HELD))
+        with pytest.raises(TemporaryError):
+            await store.commit(put("given up"), timeout_s=0.1)
+        following = asyncio.create_task(store.commit(put("following")))
+        await eventually(lambda: relay.transactions == 2, "the next commit is under way")
+        assert (await relay.arrive_late()).succeeded
+        assert (await following).succeeded
+        assert len(await history(witness, "given up")) == 1
+        assert len(await history(witness, "following")) == 1
         await store.close()
 
 

@@ -61,9 +61,7 @@ async def test_a_lease_outlives_a_connection_that_broke_between_two_renewals(
 
 
 async def test_a_lease_that_another_revoked_is_lost_at_its_next_renewal(tmp_path: Path) -> None:
-    """A lease that etcd does not know any more is no error there; its owner is told long before
-    the lease would have ended.
-    """
+    """A lost lease is no error to etcd: the owner is told by its answer, not by the clock."""
     server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd())
     await server.start()
     owner = EtcdStore([server.endpoint], "t", operation_key="operations/o")
