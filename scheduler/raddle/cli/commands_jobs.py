@@ -322,21 +322,22 @@ def cancel(
     s.run(work)
 
 
-def delete(ctx: typer.Context, job: JobName, managed_by: ManagedBy = "") -> None:
+def delete(
+    ctx: typer.Context, job: JobName, managed_by: ManagedBy = "", output: Output = ""
+) -> None:
     """Remove the record of an ended job; its name is free again.
 
     Example: `raddle delete deepseek-r1`
     """
-    from raddle.cli.session import say
     from raddle.v1 import scheduler_pb2
 
-    s = session(ctx)
+    s = session(ctx, output)
 
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
         request = scheduler_pb2.DeleteJobRequest(job_uid=found.uid, managed_by=managed_by)
-        await stub.DeleteJob(request, timeout=s.timeout_s)
-        say(f"job {found.uid} is deleted")
+        answer = await stub.DeleteJob(request, timeout=s.timeout_s)
+        s.tell(answer, f"job {found.uid} is deleted")
 
     s.run(work)
 

@@ -88,7 +88,10 @@ def require_text_arguments(arguments: list[str]) -> None:
 def main() -> None:
     """Entry point."""
     from raddle.cli.session import fail
+    from raddle.telemetry.logging import configure_logging
 
+    # Parts that run in this process log, and stdout is for data.
+    configure_logging("cli")
     try:
         require_text_arguments(sys.argv[1:])
         app(prog_name="raddle")

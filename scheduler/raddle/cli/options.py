@@ -17,14 +17,23 @@ def session(ctx: typer.Context, output: str = "") -> Any:
     from raddle.cli.contexts import choose_context
     from raddle.cli.session import Session, fail
 
-    given = ctx.obj
-    if output and output not in ("table", "json", "yaml"):
-        raise typer.BadParameter("must be table, json or yaml", param_hint="--output")
+    given, form = ctx.obj, output_of(ctx, output)
     try:
         chosen = choose_context(given["context"], given["server"], given["namespace"])
     except RaddleError as error:
         fail(error)
-    return Session(chosen, output or given["output"], given["timeout"])
+    return Session(chosen, form, given["timeout"])
+
+
+def output_of(ctx: typer.Context, output: str) -> str:
+    """The form of what goes to stdout; the option after the command wins.
+
+    Raises:
+        BadParameter: no form that there is.
+    """
+    if output and output not in ("table", "json", "yaml"):
+        raise typer.BadParameter("must be table, json or yaml", param_hint="--output")
+    return output or str(ctx.obj["output"])
 
 
 SECONDS_MAX = 10 * 365 * 86_400.0

@@ -6,6 +6,7 @@ Data goes to stdout in the form that was asked for; progress and messages go to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -100,13 +101,14 @@ class Session:
         if self.output == "table":
             print_table(columns, rows)
         else:
-            self.show_data(to_data(message))
+            print_data(to_data(message), self.output)
 
-    def show_data(self, data: Any) -> None:
-        if self.output == "yaml":
-            sys.stdout.write(yaml.safe_dump(data, sort_keys=False))
+    def tell(self, message: Message, sentence: str) -> None:
+        """What a command without rows did: a sentence for people, or the message as data."""
+        if self.output == "table":
+            say(sentence)
         else:
-            sys.stdout.write(json.dumps(data, indent=2) + "\n")
+            print_data(to_data(message), self.output)
 
 
 def to_data(message: Message) -> dict[str, Any]:
@@ -115,6 +117,14 @@ def to_data(message: Message) -> dict[str, Any]:
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     return found
+
+
+def print_data(data: Any, output: str) -> None:
+    """One document on stdout: YAML if that was asked for, else JSON."""
+    if output == "yaml":
+        sys.stdout.write(yaml.safe_dump(data, sort_keys=False))
+    else:
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def printable(text: str) -> str:
@@ -139,8 +149,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    sys.stderr.write(printable(text) + "\n")
+    """A line for people, on stderr; if nobody reads there any more, the line is lost."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(printable(text) + "\n")
 
 
 def fail(error: RaddleError) -> NoReturn:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from raddle.cli.cluster import LocalCluster
 from raddle.cli.session import EXIT_FAILED, EXIT_OK, say
-from raddle.model.errors import RaddleError
+from raddle.model.errors import PermanentError, RaddleError, Reason
+from raddle.store.ports import is_free
 
 _WATCH_S = 0.5
 
 
 async def run_up(folder: Path, *, machine: str, real_nodes: int, schedulers: int, port: int) -> int:
-    """Until SIGINT or SIGTERM, or until a part ends by itself; gives the exit code."""
+    """Until SIGINT, SIGTERM or SIGHUP, or until a part ends by itself; gives the exit code."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # SIGHUP is what a terminal that is closed sends.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     cluster = LocalCluster(
         folder,
@@ -28,6 +30,12 @@ async def run_up(folder: Path, *, machine: str, real_nodes: int, schedulers: int
         tell=say,
     )
     try:
+        if port and not is_free(port):
+            raise PermanentError(
+                Reason.ALREADY_EXISTS,
+                f"port {port} of this machine is in use: name another one with --port, or end what"
+                " listens there.",
+            )
         await cluster.start()
         address = cluster.addresses[0]
         say(f"ready: {cluster.supernode.dies} dies; try `raddle --server {address} nodes`")

@@ -7,6 +7,7 @@ from raddle.model.errors import PermanentError, Reason
 from raddle.model.incident import Event, Incident, InstancePlan
 from raddle.model.topology import parse_position
 from raddle.model.types import Why
+from raddle.scheduler.inventory import holds_by_subject, holds_over
 from raddle.scheduler.mirror import Mirror
 from raddle.v1 import types_pb2
 
@@ -29,12 +30,7 @@ def explain(mirror: Mirror, subject: str) -> tuple[Why, list[str]]:
     elif kind == "incident":
         why, story = _incident(mirror, name)
     elif kind in ("die", "node"):
-        parse_position(name)
-        node = "/".join(name.split("/")[:2])
-        if not any(node in s.node_names() for _, s in mirror.under(keys.TOPOLOGY)):
-            raise PermanentError(
-                Reason.NOT_FOUND, f"{name} is not part of the machine; `raddle nodes` lists it."
-            )
+        _require_part(mirror, name)
         why, story = _place(mirror, name)
     else:
         raise PermanentError(
@@ -42,6 +38,17 @@ def explain(mirror: Mirror, subject: str) -> tuple[Why, list[str]]:
             "say job/<uid>, incident/<id>, die/<position> or node/<position>.",
         )
     return why, story[-STORY_LINES_MAX:]
+
+
+def _require_part(mirror: Mirror, name: str) -> None:
+    if parse_position(name).level == "supernode":
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"{name} is a supernode: name a node, an NPU or a die."
+        )
+    if not any(machine.has_position(name) for _, machine in mirror.under(keys.TOPOLOGY)):
+        raise PermanentError(
+            Reason.NOT_FOUND, f"{name} is not part of the machine; `raddle dies` lists it."
+        )
 
 
 def _events(mirror: Mirror, *subjects: str) -> list[Event]:
@@ -106,6 +113,11 @@ def _instance_lines(plan: InstancePlan) -> list[str]:
     return lines
 
 
+def _overlap(one: str, other: str) -> bool:
+    """Is one of two positions the other, or part of it?"""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+
+
 def _place(mirror: Mirror, position: str) -> tuple[Why, list[str]]:
     story = [_event_line(event) for event in _events(mirror, position)]
     for _, incident in mirror.under(keys.INCIDENTS):
@@ -114,16 +126,17 @@ def _place(mirror: Mirror, position: str) -> tuple[Why, list[str]]:
             for fault in incident.faults
             if fault.subject == position or fault.subject.startswith(f"{position}/")
         ]
-    hold = mirror.get(keys.hold(position))
-    if hold is not None:
-        return Why(reason=hold.kind, message=hold.message), story
+    holds = holds_over(holds_by_subject(mirror), position)
+    story += [f"held: {h.kind} on {h.subject} by {h.created_by}: {h.message}" for h in holds]
+    if holds:
+        return Why(reason=holds[0].kind, message=holds[0].message), story
     node = "/".join(position.split("/")[:2])
     if mirror.get(keys.registration(node)) is None:
         return Why(reason="ABSENT", message=f"no agent ever registered for {node}"), story
     health = mirror.get(keys.health(node))
     if health is None:
         return Why(reason="SILENT", message=f"the agent of {node} has no lease"), story
-    faults = [f for f in health.active_faults if f.subject.startswith(position)]
+    faults = [f for f in health.active_faults if _overlap(f.subject, position)]
     if faults:
         codes = ", ".join(f"{f.code} on {f.subject}" for f in faults)
         return Why(reason="FAULT", message=f"active faults: {codes}"), story
