@@ -40,6 +40,8 @@ def put_hold(context: Context, subject: str, kind: HoldKind, message: str, ident
     )
     context.state.put(keys.hold(subject, kind), hold)
     context.set_hold(hold)
+    # Nothing new fits, but those who wait are told other numbers.
+    context.queue_dirty = True
     note(context, f"HOLD_{kind}", subject, hold.message, identity=identity)
     return hold
 
