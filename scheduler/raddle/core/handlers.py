@@ -220,7 +220,7 @@ def delete_job(request: DeleteJob, context: Context, identity: str) -> None:
     _require_owner(job, request.managed_by)
     if not is_ended(job):
         raise PermanentError(
-            Reason.STALE_REVISION, f"Job {job.uid} is {job.state}: cancel it before deleting it."
+            Reason.NOT_ENDED, f"Job {job.uid} is {job.state}: cancel it before deleting it."
         )
     context.state.delete(keys.job(job.uid))
     context.state.delete(keys.name(job.spec.namespace, job.spec.name))
