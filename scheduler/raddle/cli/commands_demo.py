@@ -69,7 +69,9 @@ def sim(ctx: typer.Context) -> None:
     Examples: `raddle sim`, `raddle sim --seed 7 --trace`
     """
     # A process of its own: the command line starts daemons and never imports them.
-    os.execv(sys.executable, [sys.executable, "-m", "raddle.sim.main", *ctx.args])
+    form = ctx.obj["output"]
+    before = ["--output", form] if form else []
+    os.execv(sys.executable, [sys.executable, "-m", "raddle.sim.main", *before, *ctx.args])
 
 
 def register(app: typer.Typer) -> None:

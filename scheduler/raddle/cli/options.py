@@ -12,6 +12,9 @@ from raddle.model.errors import RaddleError
 Output = Annotated[str, typer.Option("--output", "-o", help="table, json or yaml")]
 
 
+OUTPUTS = ("table", "json", "yaml")
+
+
 def session(ctx: typer.Context, output: str = "") -> Any:
     """The session of this call; an output option after the command wins."""
     from raddle.cli.contexts import choose_context
@@ -25,15 +28,24 @@ def session(ctx: typer.Context, output: str = "") -> Any:
     return Session(chosen, form, given["timeout"])
 
 
-def output_of(ctx: typer.Context, output: str) -> str:
-    """The form of what goes to stdout; the option after the command wins.
+def output_of(ctx: typer.Context, output: str, default: str = "table") -> str:
+    """The form of what goes to stdout: the option after the command, the one before it, a table.
 
     Raises:
         BadParameter: no form that there is.
     """
-    if output and output not in ("table", "json", "yaml"):
-        raise typer.BadParameter("must be table, json or yaml", param_hint="--output")
-    return output or str(ctx.obj["output"])
+    require_output(output)
+    return output or ctx.obj["output"] or default
+
+
+def require_output(output: str) -> None:
+    """Refuse a form that there is not; empty is not named.
+
+    Raises:
+        BadParameter: it is none of `OUTPUTS`.
+    """
+    if output and output not in OUTPUTS:
+        raise typer.BadParameter(f"must be one of {', '.join(OUTPUTS)}", param_hint="--output")
 
 
 SECONDS_MAX = 10 * 365 * 86_400.0

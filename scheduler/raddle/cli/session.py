@@ -22,7 +22,7 @@ from raddle.cli.contexts import CliContext
 from raddle.model.errors import RaddleError, Reason
 from raddle.telemetry.channels import make_channel
 from raddle.v1 import scheduler_pb2_grpc
-from raddle.wire.status import error_from
+from raddle.wire.status import error_from, is_answered
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -82,11 +82,8 @@ class Session:
 
     def _explained(self, error: grpc.aio.AioRpcError) -> RaddleError:
         failure = error_from(error)
-        if failure.reason is Reason.NO_LEADER and "connect" in failure.message.lower():
-            failure.message = (
-                f"no scheduler answers at {self.context.server}: start one with `raddle up`, or"
-                " name another with --server."
-            )
+        if failure.reason is Reason.NO_LEADER and not is_answered(error):
+            failure.message = _unreachable(self.context.server, failure.message)
         if failure.reason is Reason.DEADLINE_EXCEEDED and failure.message == "Deadline Exceeded":
             failure.message = (
                 f"{self.context.server} did not answer within {self.timeout_s:g} s: repeat with the"
@@ -117,6 +114,18 @@ def to_data(message: Message) -> dict[str, Any]:
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     return found
+
+
+def _unreachable(server: str, message: str) -> str:
+    text = message.lower()
+    if "dns" in text or "resol" in text:
+        return f"the host of {server} has no known address: name another one with --server."
+    if "connect" in text:
+        return (
+            f"no scheduler answers at {server}: start one with `raddle up`, or name another with"
+            " --server."
+        )
+    return f"{server} ended the call, for it stops or is gone: repeat, or name another --server."
 
 
 def print_data(data: Any, output: str) -> None:

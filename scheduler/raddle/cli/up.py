@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raddle.cli.cluster import LocalCluster
 from raddle.cli.session import EXIT_FAILED, EXIT_OK, say
-from raddle.model.errors import PermanentError, RaddleError, Reason
+from raddle.model.errors import RaddleError
 from raddle.store.ports import is_free
 
 _WATCH_S = 0.5
@@ -16,6 +16,12 @@ _WATCH_S = 0.5
 
 async def run_up(folder: Path, *, machine: str, real_nodes: int, schedulers: int, port: int) -> int:
     """Until SIGINT, SIGTERM or SIGHUP, or until a part ends by itself; gives the exit code."""
+    if port and not is_free(port):
+        say(
+            f"raddle up: port {port} of this machine is in use: name another one with --port, or"
+            " end what listens there."
+        )
+        return EXIT_FAILED
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     # SIGHUP is what a terminal that is closed sends.
@@ -30,12 +36,6 @@ async def run_up(folder: Path, *, machine: str, real_nodes: int, schedulers: int
         tell=say,
     )
     try:
-        if port and not is_free(port):
-            raise PermanentError(
-                Reason.ALREADY_EXISTS,
-                f"port {port} of this machine is in use: name another one with --port, or end what"
-                " listens there.",
-            )
         await cluster.start()
         address = cluster.addresses[0]
         say(f"ready: {cluster.supernode.dies} dies; try `raddle --server {address} nodes`")

@@ -21,8 +21,8 @@ from raddle import traces
 from raddle.cli.cluster import LocalCluster
 from raddle.cli.demo import jobs
 from raddle.cli.demo.client import Answers, get_text, send_all
-from raddle.cli.demo.report import document, print_incident, print_result
-from raddle.cli.session import EXIT_FAILED, EXIT_OK, print_data, say
+from raddle.cli.demo.report import document, print_incident, show_result
+from raddle.cli.session import EXIT_FAILED, EXIT_OK, say
 from raddle.model.errors import RaddleError
 from raddle.traces import TraceRequest
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
@@ -189,10 +189,7 @@ async def _collect(demo: Demo) -> None:
 def _judge(demo: Demo) -> bool:
     """Print the result; is every token the same and no request lost?"""
     result = document(demo)
-    if demo.output == "table":
-        print_result(result)
-    else:
-        print_data(result, demo.output)
+    show_result(result, demo.output)
     failures = demo.undisturbed.failures | demo.disturbed.failures
     for number, why in sorted(failures.items()):
         say(f"request {number} was lost: {why}")
