@@ -42,7 +42,7 @@ def summary(verdicts: Sequence[Verdict], cpu_s: float) -> dict[str, Any]:
         "commits": sum(v.commits for v in verdicts),
         "leader_terms": sum(v.terms for v in verdicts),
         "incidents_per_cpu_s": round(incidents / max(cpu_s, 1e-9), 1),
-        "options": dict(sorted(options.items())),
+        "options": {str(option): n for option, n in sorted(options.items())},
         "faults_by_phase": dict(sorted(hits.items())),
         "digests": {str(v.seed): v.digest for v in verdicts},
     }
