@@ -128,6 +128,7 @@ class World:
                         rank=key.rank,
                         die=rank.die,
                         incarnation=f"{key}-{rank.start_count}",
+                        engine_address=f"{assignment.node}:{key}-{rank.start_count}",
                         epoch=job.epoch,
                         stage=stage,
                         start_count=rank.start_count,

@@ -6,6 +6,7 @@ import asyncio
 
 from raddle.core.events import FrontDoorLost, SequencesReported
 from raddle.model import keys
+from raddle.model.errors import PermanentError
 from raddle.model.kinds import RoleKind
 from raddle.model.routes import Routes, RouteState, SequenceReport
 from raddle.model.types import RankKey
@@ -57,7 +58,12 @@ class SimulatedFrontDoor:
                 for gone in [c.key for c in item.changes if c.record is None]:
                     self._gone(gone.removeprefix(keys.ROUTES))
             for key, value in changed:
-                self._routed(codec.decode(key, value))
+                try:
+                    routes = codec.decode(key, value)
+                except PermanentError:
+                    # It goes on with what it knows until the record is written anew.
+                    continue
+                self._routed(routes)
 
     def _gone(self, job_uid: str) -> None:
         self.routes.pop(job_uid, None)

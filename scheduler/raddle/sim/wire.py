@@ -16,6 +16,9 @@ _DELAY_MAX_S = 0.004
 # One message of a hundred is slow: lost packets, a busy host.
 _SLOW_SHARE = 0.01
 _SLOW_MAX_S = 0.3
+# A process needs a while until it answers: long enough for more to happen meanwhile.
+_START_MIN_S = 0.05
+_START_MAX_S = 0.8
 
 
 class Wire:
@@ -30,6 +33,10 @@ class Wire:
         """One message on its way."""
         longest_s = _SLOW_MAX_S if self._rng.random() < _SLOW_SHARE else _DELAY_MAX_S
         await asyncio.sleep(self._rng.uniform(_DELAY_MIN_S, longest_s))
+
+    async def start_delay(self) -> None:
+        """A process comes up."""
+        await asyncio.sleep(self._rng.uniform(_START_MIN_S, _START_MAX_S))
 
     @property
     def leader(self) -> Leader | None:
@@ -84,4 +91,4 @@ class HostsProber:
         return RankProbed(probe.job_uid, probe.incarnation, self._answers(probe.incarnation))
 
     def _answers(self, incarnation: str) -> bool:
-        return self._reachable() and self._hosts.answers(incarnation)
+        return self._reachable() and self._hosts.living(incarnation) is not None
