@@ -176,12 +176,21 @@ def test_a_rank_not_up_yet_is_stopped_too(agent: Agent) -> None:
 
 
 def test_a_new_start_count_is_another_process(agent: Agent) -> None:
-    """A new start_count stops the old process and starts the new one in its place."""
+    """A new start_count stops the old process, and starts the new one when that has ended."""
     agent(assigned(job()), started())
     again = job(want(start=2), epoch=2)
-    assert agent(assigned(again)) == [stop(start=1), StartRank(again, want(start=2)), acks()]
+    assert agent(assigned(again)) == [stop(start=1), acks()]
+    assert agent(exited(start=1)) == [StartRank(again, want(start=2)), acks()]
     assert agent(started(start=2)) == [acks(status(start=2))]
-    assert agent(exited(start=1)) == [acks(status(start=2))]
+
+
+def test_a_die_has_one_process_at_a_time(agent: Agent) -> None:
+    """A job on a die whose last process is still ending is started when that is gone."""
+    agent(assigned(job()), started())
+    other = job(uid="job-b")
+    assert agent(assigned(other)) == [stop(), acks()]
+    assert agent(assigned(other)) == []
+    assert agent(exited()) == [StartRank(other, want()), WriteAcks(JOB, None)]
 
 
 def test_an_ending_process_is_not_taken_for_the_new_one(agent: Agent) -> None:
@@ -189,7 +198,8 @@ def test_an_ending_process_is_not_taken_for_the_new_one(agent: Agent) -> None:
     agent(assigned(job()))
     agent(assigned(job(want(start=2), epoch=2)))
     assert agent(started(start=1)) == []
-    assert agent(exited(start=1, code=7)) == [acks()]
+    again = StartRank(job(want(start=2), epoch=2), want(start=2))
+    assert agent(exited(start=1, code=7)) == [again, acks()]
     assert agent(started(start=2)) == [acks(status(start=2))]
 
 

@@ -130,9 +130,12 @@ class UpdateJobRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    MANAGED_BY_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     expected_generation: _builtins.int
     """0 means any."""
+    managed_by: _builtins.str
+    """Who acts; must be the job's own `managed_by`, if it has one."""
     @_builtins.property
     def spec(self) -> _job_pb2.JobSpec: ...
     @_builtins.property
@@ -144,10 +147,11 @@ class UpdateJobRequest(_message.Message):
         spec: _job_pb2.JobSpec | None = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
         expected_generation: _builtins.int = ...,
+        managed_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_generation", b"expected_generation", "job_uid", b"job_uid", "spec", b"spec", "update_mask", b"update_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_generation", b"expected_generation", "job_uid", b"job_uid", "managed_by", b"managed_by", "spec", b"spec", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -353,11 +357,14 @@ class ScaleJobRequest(_message.Message):
     INSTANCES_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     EXPECTED_GENERATION_FIELD_NUMBER: _builtins.int
+    MANAGED_BY_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     role: _builtins.str
     instances: _builtins.int
     ranks: _builtins.int
     expected_generation: _builtins.int
+    managed_by: _builtins.str
+    """Who acts; must be the job's own `managed_by`, if it has one."""
     def __init__(
         self,
         *,
@@ -366,10 +373,11 @@ class ScaleJobRequest(_message.Message):
         instances: _builtins.int = ...,
         ranks: _builtins.int = ...,
         expected_generation: _builtins.int = ...,
+        managed_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_generation", b"expected_generation", "instances", b"instances", "job_uid", b"job_uid", "ranks", b"ranks", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_generation", b"expected_generation", "instances", b"instances", "job_uid", b"job_uid", "managed_by", b"managed_by", "ranks", b"ranks", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,15 +412,19 @@ class CancelJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_UID_FIELD_NUMBER: _builtins.int
+    MANAGED_BY_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
+    managed_by: _builtins.str
+    """Who acts; must be the job's own `managed_by`, if it has one."""
     def __init__(
         self,
         *,
         job_uid: _builtins.str = ...,
+        managed_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_uid", b"job_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_uid", b"job_uid", "managed_by", b"managed_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -447,15 +459,19 @@ class DeleteJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_UID_FIELD_NUMBER: _builtins.int
+    MANAGED_BY_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
+    managed_by: _builtins.str
+    """Who acts; must be the job's own `managed_by`, if it has one."""
     def __init__(
         self,
         *,
         job_uid: _builtins.str = ...,
+        managed_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_uid", b"job_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_uid", b"job_uid", "managed_by", b"managed_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

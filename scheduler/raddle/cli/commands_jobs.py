@@ -227,12 +227,18 @@ def watch(
     s.run(work)
 
 
+ManagedBy = Annotated[
+    str, typer.Option(help="act as the owner of a job that is managed by somebody, e.g. operator")
+]
+
+
 def scale(
     ctx: typer.Context,
     job: JobName,
     role: Annotated[str, typer.Argument(help="name of the role")],
     instances: Annotated[int, typer.Option(help="new number of instances")] = 0,
     ranks: Annotated[int, typer.Option(help="new number of ranks an instance")] = 0,
+    managed_by: ManagedBy = "",
     output: Output = "",
 ) -> None:
     """Change the size of a role: the job is placed anew at its next epoch.
@@ -246,7 +252,11 @@ def scale(
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
         request = scheduler_pb2.ScaleJobRequest(
-            job_uid=found.uid, role=role, instances=instances, ranks=ranks
+            job_uid=found.uid,
+            role=role,
+            instances=instances,
+            ranks=ranks,
+            managed_by=managed_by,
         )
         answer = await stub.ScaleJob(request, timeout=s.timeout_s)
         s.show(answer, _COLUMNS, [_row(answer.job)])
@@ -265,6 +275,7 @@ def update(
     expected_generation: Annotated[
         int, typer.Option(help="refuse if the job has another generation")
     ] = 0,
+    managed_by: ManagedBy = "",
     output: Output = "",
 ) -> None:
     """Change what can be changed of a job while it runs.
@@ -281,7 +292,7 @@ def update(
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
         request = scheduler_pb2.UpdateJobRequest(
-            job_uid=found.uid, expected_generation=expected_generation
+            job_uid=found.uid, expected_generation=expected_generation, managed_by=managed_by
         )
         request.spec.priority, request.spec.queue = priority or 0, queue
         request.update_mask.paths.extend(paths)
@@ -291,7 +302,9 @@ def update(
     s.run(work)
 
 
-def cancel(ctx: typer.Context, job: JobName, output: Output = "") -> None:
+def cancel(
+    ctx: typer.Context, job: JobName, managed_by: ManagedBy = "", output: Output = ""
+) -> None:
     """End a job; its record stays until it is deleted.
 
     Example: `raddle cancel deepseek-r1`
@@ -302,14 +315,14 @@ def cancel(ctx: typer.Context, job: JobName, output: Output = "") -> None:
 
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
-        request = scheduler_pb2.CancelJobRequest(job_uid=found.uid)
+        request = scheduler_pb2.CancelJobRequest(job_uid=found.uid, managed_by=managed_by)
         answer = await stub.CancelJob(request, timeout=s.timeout_s)
         s.show(answer, _COLUMNS, [_row(answer.job)])
 
     s.run(work)
 
 
-def delete(ctx: typer.Context, job: JobName) -> None:
+def delete(ctx: typer.Context, job: JobName, managed_by: ManagedBy = "") -> None:
     """Remove the record of an ended job; its name is free again.
 
     Example: `raddle delete deepseek-r1`
@@ -321,7 +334,7 @@ def delete(ctx: typer.Context, job: JobName) -> None:
 
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
-        request = scheduler_pb2.DeleteJobRequest(job_uid=found.uid)
+        request = scheduler_pb2.DeleteJobRequest(job_uid=found.uid, managed_by=managed_by)
         await stub.DeleteJob(request, timeout=s.timeout_s)
         say(f"job {found.uid} is deleted")
 

@@ -10,6 +10,7 @@ import re
 from functools import lru_cache
 
 from raddle.core.cluster import Cluster
+from raddle.core.sizes import record_bytes, spec_bytes
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.job import JobSpec, ModelSpec, RoleSpec
 from raddle.model.kinds import RecoveryKind, RoleKind
@@ -21,6 +22,10 @@ SLOTS_MAX = 1_024
 INSTANCES_MAX = 1_024
 KV_BLOCK_TOKENS_MAX = 4_096
 TEXT_MAX = 1_024
+# Every node's assignment carries the spec; the largest config.json known has 5 KB.
+SPEC_BYTES_MAX = 64 * 1024
+# The store takes 1.5 MB a transaction: this, an incident, and what a plan says of sequences.
+JOB_BYTES_MAX = 900_000
 # Buffers of dispatch and combine: about 645 MB a die (CloudMatrix384, section 4.2.1).
 ENGINE_BUFFER_BYTES = 645_000_000
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
@@ -70,6 +75,7 @@ def check_spec(spec: JobSpec, cluster: Cluster) -> ModelShape:
         _check_role(f"roles[{index}]", spec, role, shape)
         _check_fit(f"roles[{index}]", spec, role, shape, cluster)
     _check_fit_together(spec, cluster)
+    _check_size(spec, shape)
     return shape
 
 
@@ -107,6 +113,27 @@ def _check_model_texts(model: ModelSpec) -> None:
                 f"model.{name} has control characters: use printable text.",
                 field=f"model.{name}",
             )
+
+
+def _check_size(spec: JobSpec, shape: ModelShape) -> None:
+    """What cannot be stored is refused now, not when its turn has come."""
+    size = spec_bytes(spec)
+    if size > SPEC_BYTES_MAX:
+        raise PermanentError(
+            Reason.LIMIT_EXCEEDED,
+            f"the spec takes {size} bytes; at most {SPEC_BYTES_MAX} are allowed: shorten"
+            " model.config or the launch command's texts.",
+            field="model.config",
+        )
+    size = record_bytes(spec, shape)
+    if size > JOB_BYTES_MAX:
+        raise PermanentError(
+            Reason.LIMIT_EXCEEDED,
+            f"placement and expert maps of the job take {size / 1e6:.1f} MB; at most"
+            f" {JOB_BYTES_MAX / 1e6:.1f} MB can be committed at once: use fewer slots_per_rank, or"
+            " several jobs.",
+            field="roles",
+        )
 
 
 def _check_recovery(spec: JobSpec) -> None:

@@ -7,6 +7,7 @@ masks of free dies and hosts, and failure domains. Which job gets which die is n
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from itertools import accumulate
 
 import numpy as np
@@ -229,6 +230,18 @@ class Cluster:
         """Give back all host memory of a job."""
         for used in self._host_used:
             used.pop(owner, None)
+
+    def idle(self) -> Cluster:
+        """The same machine as if nothing ran on it: what a job can have once others have ended."""
+        found = copy(self)
+        found.vacate()
+        return found
+
+    def vacate(self) -> None:
+        """Nobody owns anything any more."""
+        self._taken = np.zeros_like(self._taken)
+        self._owner = [None] * len(self._owner)
+        self._host_used = [{} for _ in self._host_used]
 
     # --- reads ---------------------------------------------------------------------------------
 

@@ -57,16 +57,12 @@ class Context:
     draining: dict[str, str] = field(default_factory=dict[str, str])
     #: Holds by subject.
     holds: dict[str, Hold] = field(default_factory=dict[str, Hold])
-    #: Incarnations that peers lost and that do not answer.
-    dead_incarnations: dict[str, None] = field(default_factory=dict[str, None])
-    #: (job uid, incarnation, epoch) that were probed.
-    asked: dict[tuple[str, str, int], None] = field(
-        default_factory=dict[tuple[str, str, int], None]
-    )
-    #: What the first accuser of an incarnation said: its name and its reason.
-    accusations: dict[str, str] = field(default_factory=dict[str, str])
-    #: How often an answering rank was reconnected, by incarnation.
-    reconnects: dict[str, int] = field(default_factory=dict[str, int])
+    #: What peers say of each job's ranks.
+    suspicions: dict[str, Suspicions] = field(default_factory=dict[str, "Suspicions"])
+    #: The last process that a recovery started in each seat of each job.
+    lives: dict[str, dict[RankKey, Life]] = field(default_factory=dict[str, dict[RankKey, "Life"]])
+    #: When a job whose processes keep ending may start them again.
+    restart_due: dict[str, float] = field(default_factory=dict[str, float])
     #: Jobs that a drain would take down: nothing moves until something becomes free.
     drain_blocked: dict[str, None] = field(default_factory=dict[str, None])
     #: When a job stops waiting for a silent agent.
@@ -122,6 +118,24 @@ class Context:
         """How long this leader has seen a thing; its own clock alone counts."""
         return self.now - self.seen_since.setdefault(name, self.now)
 
+    def suspicions_of(self, job_uid: str) -> Suspicions:
+        return self.suspicions.setdefault(job_uid, Suspicions())
+
+    def forget(self, job_uid: str) -> None:
+        """Drop what is remembered beside the records of a job that has ended."""
+        for memory in (
+            self.seen_since,
+            self.suspicions,
+            self.lives,
+            self.restart_due,
+            self.drain_blocked,
+            self.control_due,
+            self.seats,
+            self.to_reconnect,
+        ):
+            memory.pop(job_uid, None)
+        self.state.forget(job_uid)
+
     def take_reconnects(self) -> list[tuple[str, str]]:
         found, self.to_reconnect = list(self.to_reconnect.items()), {}
         return found
@@ -130,6 +144,32 @@ class Context:
         """Free the dies that the new placement leaves and take those that it adds."""
         release(self, old)
         occupy(self, new)
+
+
+@dataclass(slots=True)
+class Suspicions:
+    """What peers say of one job's ranks, by incarnation."""
+
+    #: (incarnation, epoch) that were probed.
+    asked: dict[tuple[str, int], None] = field(default_factory=dict[tuple[str, int], None])
+    #: What the first accuser said: its name and its reason.
+    accusations: dict[str, str] = field(default_factory=dict[str, str])
+    #: When an answering rank was reconnected, lately.
+    reconnects: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    #: Those that are believed lost: code and sentence.
+    dead: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+
+
+@dataclass(slots=True)
+class Life:
+    """One process of a seat: when it was started, how many before it in a row had short lives."""
+
+    started_s: float
+    starts: int
+    ended_s: float | None = None
+
+    def is_shorter_than(self, seconds: float) -> bool:
+        return self.ended_s is not None and self.ended_s - self.started_s < seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +216,16 @@ def status_of(context: Context, job: Job, seat: Seat) -> RankStatus | None:
     if status is None or status.start_count != seat.placement.start_count:
         return None
     return status
+
+
+def next_epoch(context: Context, job: Job) -> int:
+    """Above everything that the store or any live agent knows of this job."""
+    known = [
+        status.epoch
+        for acks in context.state.acks.get(job.uid, {}).values()
+        for status in acks.ranks
+    ]
+    return max([job.epoch, *known]) + 1
 
 
 def note(context: Context, kind: str, subject: str, message: str, **more: object) -> None:
@@ -301,6 +351,11 @@ def clear_assignments(context: Context, job_uid: str, placement: Placement) -> N
     for node in _nodes_with(context, job_uid, placement):
         _replace_job(context, node, job_uid, None)
     context.state.stages.pop(job_uid, None)
+
+
+def drop_assignment(context: Context, node: str, job_uid: str) -> None:
+    """The node has no ranks of this job any more: its agent ends them."""
+    _replace_job(context, node, job_uid, None)
 
 
 def _nodes_with(context: Context, job_uid: str, placement: Placement) -> list[str]:

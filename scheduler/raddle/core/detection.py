@@ -20,6 +20,8 @@ from raddle.model.types import RankKey
 CONTROL_LOST_S = 5.0
 # A suspected rank that answers is reconnected this often before its peers are believed.
 RECONNECTS_MAX = 2
+# ...within this time: two hiccups a month do not make a rank a bad one.
+RECONNECTS_WINDOW_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,9 @@ def _cause(
         what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
         text = f"rank process ended: {what} {status.message}".strip()
         return FaultKind.RANK_EXITED, status.stage, text
-    if status is not None and status.incarnation in context.dead_incarnations:
-        return FaultKind.PEER_REPORTS, "NO_ANSWER", "peers lost it and it does not answer"
+    suspicions = context.suspicions.get(job.uid)
+    if status is not None and suspicions is not None and status.incarnation in suspicions.dead:
+        return FaultKind.PEER_REPORTS, *suspicions.dead[status.incarnation]
     if job.uid in context.drain_blocked:
         return None
     if context.is_draining(seat.placement.die or seat.placement.node):
@@ -108,7 +111,7 @@ def rank_ahead(context: Context, job: Job, ranks: Ranks) -> str:
     """A rank that lives at an epoch above the job's: the store was set back. Its incarnation."""
     for _, status in ranks:
         if status is not None and status.epoch > job.epoch:
-            context.accusations[status.incarnation] = (
+            context.suspicions_of(job.uid).accusations[status.incarnation] = (
                 f"a live rank is at epoch {status.epoch}, above the store's {job.epoch}"
             )
             return status.incarnation
@@ -124,16 +127,19 @@ def probes_for(context: Context, job: Job, ranks: Ranks) -> list[ProbeRank]:
         if status is not None and status.stage not in (RankStage.EXITED, RankStage.FAILED):
             by_incarnation[status.incarnation] = (seat, status)
     probes: list[ProbeRank] = []
+    suspicions = context.suspicions_of(job.uid)
+    suspicions.asked = {key: None for key in suspicions.asked if key[1] >= job.epoch}
     for _, acks in sorted(context.state.acks.get(job.uid, {}).items()):
         for accuser in acks.ranks:
             for suspicion in accuser.suspicions:
                 target = by_incarnation.get(suspicion.incarnation)
-                asked = (job.uid, suspicion.incarnation, job.epoch)
-                if target is None or suspicion.epoch != job.epoch or asked in context.asked:
+                asked = (suspicion.incarnation, job.epoch)
+                if target is None or suspicion.epoch != job.epoch or asked in suspicions.asked:
                     continue
-                context.asked[asked] = None
+                suspicions.asked[asked] = None
                 name = f"{accuser.role}/{accuser.instance}/{accuser.rank}"
-                context.accusations[suspicion.incarnation] = f"{name} says {suspicion.reason}"
+                said = f"{name} says {suspicion.reason}"
+                suspicions.accusations[suspicion.incarnation] = said
                 seat, status = target
                 context.nodes.accused(seat.placement.node)
                 probes.append(ProbeRank(job.uid, suspicion.incarnation, status.engine_address))
@@ -142,12 +148,18 @@ def probes_for(context: Context, job: Job, ranks: Ranks) -> list[ProbeRank]:
 
 def rank_probed(context: Context, job: Job, incarnation: str, *, answered: bool) -> None:
     """A suspected rank answered or did not; one that answers too often is believed lost."""
-    times = context.reconnects.get(incarnation, 0) + 1
-    if answered and times <= RECONNECTS_MAX:
-        context.reconnects[incarnation] = times
+    suspicions = context.suspicions_of(job.uid)
+    since = context.now - RECONNECTS_WINDOW_S
+    lately = [moment for moment in suspicions.reconnects.get(incarnation, []) if moment >= since]
+    if answered and len(lately) < RECONNECTS_MAX:
+        suspicions.reconnects[incarnation] = [*lately, context.now]
         context.to_reconnect[job.uid] = incarnation
+    elif answered:
+        times = f"{len(lately) + 1} times in {RECONNECTS_WINDOW_S / 60:.0f} minutes"
+        said = f"it answers, but peers lost their connections to it {times}"
+        suspicions.dead[incarnation] = ("CONNECTION_UNRELIABLE", said)
     else:
-        context.dead_incarnations[incarnation] = None
+        suspicions.dead[incarnation] = ("NO_ANSWER", "peers lost it and it does not answer")
         for acks in context.state.acks.get(job.uid, {}).values():
             if any(status.incarnation == incarnation for status in acks.ranks):
                 context.nodes.rank_gone(acks.node, now=context.now)

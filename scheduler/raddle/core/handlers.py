@@ -115,13 +115,17 @@ def _dry_run(context: Context, job: Job) -> tuple[Job, Placement | None]:
     return replace(job, uid="", why=placed), None
 
 
-def _require_writable(job: Job, managed_by: str, expected_generation: int) -> None:
+def _require_owner(job: Job, managed_by: str) -> None:
     if job.managed_by and managed_by != job.managed_by:
         raise PermanentError(
             Reason.MANAGED_BY_OTHER,
             f"Job {job.uid} is managed by {job.managed_by}: change it there.",
             managed_by=job.managed_by,
         )
+
+
+def _require_writable(job: Job, managed_by: str, expected_generation: int) -> None:
+    _require_owner(job, managed_by)
     if expected_generation and expected_generation != job.generation:
         raise ConflictError(
             Reason.STALE_GENERATION,
@@ -173,7 +177,7 @@ def _with_path(spec: JobSpec, source: JobSpec, path: str) -> JobSpec:
 def scale_job(request: ScaleJob, context: Context, identity: str) -> Job:
     """Change a role's size: the job is placed anew at its next epoch with the new size."""
     job = context.state.require_job(request.job_uid)
-    _require_writable(job, job.managed_by, request.expected_generation)
+    _require_writable(job, request.managed_by, request.expected_generation)
     if (request.instances > 0) == (request.ranks > 0):
         raise PermanentError(
             Reason.INVALID_ARGUMENT, "Say either instances or ranks, as a number above 0."
@@ -203,20 +207,24 @@ def scale_job(request: ScaleJob, context: Context, identity: str) -> Job:
 @answer.register
 def cancel_job(request: CancelJob, context: Context, identity: str) -> Job:
     job = context.state.require_job(request.job_uid)
+    _require_owner(job, request.managed_by)
     if is_ended(job) or job.state is JobState.STOPPING:
         return job
-    return lifecycle.stop(context, job, Why(reason="CANCELLED", message=f"cancelled by {identity}"))
+    why = Why(reason=lifecycle.CANCELLED, message=f"cancelled by {identity}")
+    return lifecycle.stop(context, job, why)
 
 
 @answer.register
 def delete_job(request: DeleteJob, context: Context, identity: str) -> None:
     job = context.state.require_job(request.job_uid)
+    _require_owner(job, request.managed_by)
     if not is_ended(job):
         raise PermanentError(
             Reason.STALE_REVISION, f"Job {job.uid} is {job.state}: cancel it before deleting it."
         )
     context.state.delete(keys.job(job.uid))
     context.state.delete(keys.name(job.spec.namespace, job.spec.name))
+    context.forget(job.uid)
     note(context, "JOB_DELETED", job.uid, f"{job.spec.name}", identity=identity)
 
 

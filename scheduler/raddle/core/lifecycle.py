@@ -16,6 +16,7 @@ from raddle.core.context import (
     Context,
     active_seats,
     clear_assignments,
+    next_epoch,
     note,
     occupy,
     promote_assignments,
@@ -30,6 +31,7 @@ from raddle.core.context import (
 from raddle.core.experts.maps import to_expert_map
 from raddle.core.experts.place import initial_map
 from raddle.core.placement.gang import PlacedJob, place_job
+from raddle.core.sizes import CommitSize, commit_size
 from raddle.core.state import WRITES_A_COMMIT_MAX
 from raddle.model import keys
 from raddle.model.health import RankStage, RankStatus
@@ -47,6 +49,8 @@ from raddle.model.types import Why
 
 # A job that waited this long is not overtaken any more by smaller or less important ones.
 RESERVE_AFTER_S = 60.0
+#: The reason of a job that somebody ended.
+CANCELLED = "CANCELLED"
 _RUNNING = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
 _FENCED_OR_LATER = (RankStage.FENCED, RankStage.REPAIRED, RankStage.LIVE)
 _STARTED_OR_LATER = (RankStage.STARTED, *_FENCED_OR_LATER)
@@ -62,11 +66,12 @@ def schedule(context: Context) -> bool:
     while heads:
         (_, _, job_uid), shape = heappop(heads)
         job = context.state.require_job(job_uid)
-        staged = context.state.staged
-        if staged and staged + _writes_of(job) > WRITES_A_COMMIT_MAX:
+        size = size_of(context, job)
+        if not context.state.has_room(size):
             return True
         placed = place_job(job.spec, context.cluster)
         if isinstance(placed, PlacedJob):
+            context.state.make_room(size)
             start(context, job, placed)
             following = waiting.head(shape)
             if following is not None:
@@ -74,14 +79,40 @@ def schedule(context: Context) -> bool:
             continue
         # Dies only get fewer in one pass: what does not fit now, fits for no job like it.
         unfit[shape] = placed
-        if context.seen_for_s(job_uid) > RESERVE_AFTER_S:
+        if _is_next(context, job):
+            behind = _turn(job)
+            unfit |= {other: behind for _, other in heads}
             break
     return _tell(context, unfit)
+
+
+def _is_next(context: Context, job: Job) -> bool:
+    """Has it waited so long that room is kept for it? Only if room can come from jobs that end."""
+    if context.seen_for_s(job.uid) <= RESERVE_AFTER_S:
+        return False
+    return isinstance(place_job(job.spec, context.cluster.idle()), PlacedJob)
+
+
+def _turn(job: Job) -> Why:
+    name = f"{job.spec.namespace}/{job.spec.name}"
+    message = (
+        f"waits behind {name} ({job.uid}), which has waited for over {RESERVE_AFTER_S:.0f} s: what"
+        " becomes free is kept for it"
+    )
+    return Why(reason="WAITS_FOR_TURN", message=message)
+
+
+def size_of(context: Context, job: Job) -> CommitSize:
+    """What a new epoch of the job writes."""
+    nodes = len(context.cluster.node_names)
+    return commit_size(job.spec, model_shape(job.spec.model), nodes)
 
 
 def _tell(context: Context, unfit: dict[int, Why]) -> bool:
     """Tell jobs what they wait for, once. True if the commit is full and more are to be told."""
     waiting = context.state.waiting
+    for shape, reason in [(shape, why.reason) for shape, why in unfit.items()]:
+        waiting.waits_for(shape, reason)
     for job_uid in list(waiting.untold):
         why = unfit.get(waiting.shape_of(job_uid))
         if why is None:
@@ -93,14 +124,9 @@ def _tell(context: Context, unfit: dict[int, Why]) -> bool:
     return False
 
 
-def _writes_of(job: Job) -> int:
-    ranks = sum(role.instances * (role.ranks + role.spares) for role in job.spec.roles)
-    return 8 + min(ranks, 48)
-
-
 def start(context: Context, job: Job, placed: PlacedJob) -> None:
     """Commit a placement at the next epoch and have the ranks started."""
-    epoch = job.epoch + 1
+    epoch = next_epoch(context, job)
     context.seen_since.pop(job.uid, None)
     placement = _with_starts(placed.placement(job.uid, epoch), epoch)
     job = replace(
@@ -237,6 +263,7 @@ def stop(context: Context, job: Job, why: Why) -> Job:
     """End the ranks of a job; its dies stay its own until agents said that they ended."""
     placement = context.state.placement(job.uid)
     if placement is None:
+        timeline.abandoned(context, job)
         return _ended(context, job, why)
     job = replace(job, state=JobState.STOPPING, why=why)
     put_job(context, job)
@@ -269,8 +296,11 @@ def _all_ranks_ended(context: Context, job_uid: str) -> bool:
 
 
 def _ended(context: Context, job: Job, why: Why) -> Job:
-    job = replace(job, state=JobState.CANCELLED, why=why, end_time=context.now)
+    """Cancelled if somebody wished it, failed for any other reason."""
+    state = JobState.CANCELLED if why.reason == CANCELLED else JobState.FAILED
+    job = replace(job, state=state, why=why, end_time=context.now)
     put_job(context, job)
+    context.forget(job.uid)
     note(context, "JOB_ENDED", job.uid, why.message, epoch=job.epoch)
     return job
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import singledispatchmethod
 from typing import Any
 
-from raddle.core import detection, lifecycle, recover, timeline
+from raddle.core import detection, lifecycle, recover, restarts, resume, timeline
 from raddle.core.cluster import Cluster
-from raddle.core.context import Context, active_ranks, active_seats, status_of
+from raddle.core.context import Context, active_ranks, active_seats, set_why, status_of
 from raddle.core.detection import Loss
 from raddle.core.events import (
     AgentStreamBroken,
@@ -75,6 +75,7 @@ class Machine:
             elif key.startswith(keys.JOBS):
                 context.touched[value.uid] = None
         context.drains_dirty = True
+        resume.resume(context)
 
     # --- the door ------------------------------------------------------------------------------
 
@@ -141,11 +142,13 @@ class Machine:
     @_take.register
     def _(self, event: RankProbed) -> None:
         job = self.context.state.job(event.job_uid)
-        if job is not None:
+        if job is not None and job.state in recover.RECOVERABLE:
             detection.rank_probed(self.context, job, event.incarnation, answered=event.answered)
 
     @_take.register
     def _(self, event: StatsReported) -> None:
+        if self.context.state.job(event.job_uid) is None:
+            return
         pool = self.context.state.pool(event.job_uid)
         for report in event.reports:
             for change in report.kv_events:
@@ -153,6 +156,8 @@ class Machine:
 
     @_take.register
     def _(self, event: SequencesReported) -> None:
+        if self.context.state.job(event.job_uid) is None:
+            return
         doors = self.context.state.sequences.setdefault(event.job_uid, {})
         if event.snapshot:
             doors[event.front_door_id] = {}
@@ -283,6 +288,7 @@ class Machine:
     def _plan(self, losses: list[Loss]) -> None:
         """Gather for a moment, then decide everything that is lost at once."""
         context = self.context
+        losses = self._within_budget(losses)
         if not losses:
             self._first_loss_s = None
             return
@@ -295,6 +301,29 @@ class Machine:
         for loss in losses:
             context.touched.pop(loss.job_uid, None)
         context.drains_dirty = bool(context.draining)
+
+    def _within_budget(self, losses: list[Loss]) -> list[Loss]:
+        """Losses that are dealt with now: not those of jobs whose processes keep ending."""
+        context = self.context
+        by_job: dict[str, list[Loss]] = {}
+        for loss in losses:
+            by_job.setdefault(loss.job_uid, []).append(loss)
+        context.restart_due = {u: t for u, t in context.restart_due.items() if u in by_job}
+        found: list[Loss] = []
+        for job_uid, lost in by_job.items():
+            job = context.state.require_job(job_uid)
+            spent = restarts.exhausted(context, lost)
+            due_s = restarts.due_s(context, lost)
+            if spent is not None:
+                context.touched.pop(job_uid, None)
+                lifecycle.stop(context, job, spent)
+            elif due_s <= context.now:
+                context.restart_due.pop(job_uid, None)
+                found += lost
+            elif context.restart_due.get(job_uid) != due_s:
+                context.restart_due[job_uid] = due_s
+                set_why(context, job, restarts.waits(context, lost, due_s))
+        return found
 
     def _look_at_drains(self) -> None:
         context = self.context
@@ -400,6 +429,7 @@ class Machine:
         if context.queue_dirty:
             due.append(context.now)
         due += context.control_due.values()
+        due += context.restart_due.values()
         due += [
             context.now + self._drain_left_s(m)
             for m in context.state.maintenances()

@@ -20,6 +20,8 @@ STORM_WINDOW_S = 2 * LEASE_TTL_S
 # Leases that one event lets lapse do not end in the same instant: before the first silent node is
 # called lost, it is seen whether others follow. A peer's word makes waiting needless.
 STORM_GATHER_S = 0.5
+# A silent node whose ranks answered is asked again: its host may go after its agent.
+ASK_AGAIN_S = 1.0
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class Node:
     has_lease: bool = False
     has_stream: bool = False
     silent_since_s: float = 0.0
+    answered_s: float = 0.0
     probing: bool = False
     accused: bool = False
 
@@ -105,9 +108,12 @@ class NodeTracker:
         After a takeover a dead node's lease lives on for a while, and no stream of it can break.
         """
         node = self.node(name)
-        if node.state is NodeState.READY and not node.has_stream:
+        if node.has_stream or node.state is NodeState.LOST:
+            return
+        if node.state is NodeState.READY:
             self._fall_silent(node, "NO_STREAM", "its agent does not stream to this leader", now)
-            node.accused = True
+        node.accused = True
+        self._to_probe[name] = None
 
     def declared_lost(self, name: str, message: str) -> None:
         """An operator's word against a silent node needs no probe."""
@@ -121,12 +127,17 @@ class NodeTracker:
         if node.has_lease and node.has_stream:
             self._set(node, NodeState.READY, "READY", "agent is back")
         elif answered:
+            node.answered_s = now
             self._set(
                 node,
                 NodeState.SUSPECT,
                 "RANKS_ANSWER",
                 "the agent is silent but its ranks answer: no new work, nothing moves",
             )
+        elif node.why.reason == "RANKS_ANSWER":
+            # The host goes after its agent: a silence of its own, which others may share.
+            node.silent_since_s = now
+            self._set(node, NodeState.SUSPECT, "RANKS_SILENT", "its agent, then its ranks")
         elif now < node.silent_since_s + STORM_GATHER_S and not node.accused:
             # Judged a moment later; `wake` asks again.
             return
@@ -162,9 +173,10 @@ class NodeTracker:
         """Ask silent nodes again when it is time to judge; the time to look again, or None."""
         later: list[float] = []
         for node in self.nodes.values():
-            # A suspect whose ranks answered is judged already.
-            if node.state is NodeState.SUSPECT and node.why.reason != "RANKS_ANSWER":
+            if node.state is NodeState.SUSPECT:
                 due = node.silent_since_s + STORM_GATHER_S
+                if node.why.reason == "RANKS_ANSWER":
+                    due = node.answered_s + ASK_AGAIN_S
                 if now < due:
                     later.append(due)
                 elif not node.probing:

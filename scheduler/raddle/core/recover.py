@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raddle.core import lifecycle, timeline
+from raddle.core import lifecycle, restarts, timeline
 from raddle.core.context import (
     Context,
     active_seats,
     instance_of,
+    next_epoch,
     note,
     put_assignments,
     put_expert_maps,
@@ -53,7 +54,10 @@ GATHER_S = 0.005
 # States in which a lost rank is a loss.
 RECOVERABLE = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
 PLANS_AN_INCIDENT_MAX = 64
-FAULTS_AN_INCIDENT_MAX = 1_000
+FAULTS_AN_INCIDENT_MAX = 400
+# What one plan names of sequences and of their blocks; front doors place the others by load.
+RESTORES_A_PLAN_MAX = 1_000
+BLOCKS_A_PLAN_MAX = 2_000
 
 
 @dataclass(slots=True)
@@ -67,8 +71,6 @@ class Draft:
     moves: dict[RankKey, tuple[ExpertMove, ...]] = field(
         default_factory=dict[RankKey, tuple[ExpertMove, ...]]
     )
-    starts: bool = False
-    released: list[str] = field(default_factory=list[str])
 
 
 def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
@@ -85,11 +87,14 @@ def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
         return
     incident = _incident(context, by_job, losses, first_seen_s)
     for job_uid, lost in by_job.items():
-        plan = _recover_job(context, context.state.require_job(job_uid), lost, incident.id)
+        job = context.state.require_job(job_uid)
+        context.state.make_room(lifecycle.size_of(context, job))
+        plan = _recover_job(context, job, lost, incident.id)
         incident = replace(incident, plans=(*incident.plans, plan)[-PLANS_AN_INCIDENT_MAX:])
-    incident = replace(incident, why=_summary(incident))
-    context.state.put(keys.incident(incident.id), incident)
-    context.state.stimulus(incident.id)
+        incident = replace(incident, why=_summary(incident))
+        # The journal and the epochs that it tells of are one commit, for as many as fit in one.
+        context.state.put(keys.incident(incident.id), incident)
+        context.state.stimulus(incident.id)
     note(
         context,
         "INCIDENT_DECIDED",
@@ -129,9 +134,13 @@ def _must_stay(context: Context, job_uid: str, lost: list[Loss]) -> bool:
 
 
 def reconnect(context: Context, job: Job, incarnation: str) -> None:
-    """Peers lost a rank that answers: the same members start a new epoch together."""
+    """Peers lost a rank that answers: the same members start a new epoch together.
+
+    Unless the job has ended or is placed anew since it was asked.
+    """
     placement = context.state.placement(job.uid)
-    assert placement is not None, job.uid
+    if placement is None or job.state not in RECOVERABLE:
+        return
     for seat in active_seats(context, job, placement):
         status = status_of(context, job, seat)
         if status is not None and status.incarnation == incarnation:
@@ -139,7 +148,7 @@ def reconnect(context: Context, job: Job, incarnation: str) -> None:
             break
     else:
         return
-    said = context.accusations.get(incarnation, "peers")
+    said = context.suspicions_of(job.uid).accusations.get(incarnation, "peers")
     message = f"{position}: {said}, but the rank answers"
     # No rank is named: nobody is lost.
     kind = FaultKind.PEER_REPORTS
@@ -226,7 +235,7 @@ def _summary(incident: Incident) -> Why:
 def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: str) -> JobPlan:
     placement = context.state.placement(job.uid)
     assert placement is not None, job.uid
-    epoch = _next_epoch(context, job)
+    epoch = next_epoch(context, job)
     live = job.live_epoch > 0
     state = JobState.RECOVERING if live else JobState.STARTING
     job = replace(job, epoch=epoch, state=state)
@@ -249,16 +258,6 @@ def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: st
     return JobPlan(job_uid=job.uid, epoch=epoch, instances=tuple(draft.plans))
 
 
-def _next_epoch(context: Context, job: Job) -> int:
-    """Above everything that the store or any live agent knows of this job."""
-    known = [
-        status.epoch
-        for acks in context.state.acks.get(job.uid, {}).values()
-        for status in acks.ranks
-    ]
-    return max([job.epoch, *known]) + 1
-
-
 def _decide_instance(
     context: Context, draft: Draft, role_name: str, instance: int, lost: list[Loss]
 ) -> bool:
@@ -279,7 +278,6 @@ def _decide_instance(
         draft.plans.append(_instance_plan(role_name, instance, decision, lost))
         return False
     seats = _with_start_counts(decision, draft.job.epoch)
-    draft.starts = draft.starts or bool(decision.starts)
     placement = replace(
         draft.placement,
         instances=tuple(
@@ -294,6 +292,8 @@ def _decide_instance(
         draft.maps[role_name, instance] = InstanceExpertMap(
             role=role_name, instance=instance, expert_map=decision.expert_map
         )
+    for rank in decision.starts:
+        restarts.started(context, draft.job, RankKey(role=role_name, instance=instance, rank=rank))
     for rank, moves in decision.moves.items():
         draft.moves[RankKey(role=role_name, instance=instance, rank=rank)] = moves
     draft.plans.append(_instance_plan(role_name, instance, decision, lost))
@@ -354,7 +354,7 @@ def _start_over(context: Context, draft: Draft, lost: list[Loss]) -> JobPlan:
 def _commit(context: Context, draft: Draft, losses: list[Loss], incident_id: str) -> None:
     """Stage everything that the next epoch of the job consists of."""
     job, placement, state = draft.job, draft.placement, context.state
-    restores = _restores(context, job, placement, losses)
+    restores = _restores(context, job, placement)
     draft.plans = [_with_kv(plan, restores) for plan in draft.plans]
     put_job(context, replace(job, why=Why(reason="RECOVERING", message=losses[0].message)))
     state.put(keys.placement(job.uid), placement)
@@ -367,11 +367,17 @@ def _commit(context: Context, draft: Draft, losses: list[Loss], incident_id: str
         context,
         job,
         placement,
-        AssignmentStage.START if draft.starts else AssignmentStage.PREPARE,
+        AssignmentStage.PREPARE if _all_are_up(context, job, placement) else AssignmentStage.START,
         incident_id=incident_id,
         moves=lambda key: draft.moves.get(key, ()),
         restores=restores,
     )
+
+
+def _all_are_up(context: Context, job: Job, placement: Placement) -> bool:
+    """Has every active rank told its address? One that an earlier plan starts may have not yet."""
+    seats = active_seats(context, job, placement)
+    return all(status_of(context, job, seat) is not None for seat in seats)
 
 
 def _with_kv(plan: InstancePlan, restores: tuple[SequenceRestore, ...]) -> InstancePlan:
@@ -384,19 +390,20 @@ def _with_kv(plan: InstancePlan, restores: tuple[SequenceRestore, ...]) -> Insta
     )
 
 
-def _restores(
-    context: Context, job: Job, placement: Placement, losses: list[Loss]
-) -> tuple[SequenceRestore, ...]:
-    """A new home for each sequence of the lost decode ranks."""
-    lost = {loss.key for loss in losses}
+def _restores(context: Context, job: Job, placement: Placement) -> tuple[SequenceRestore, ...]:
+    """A new home for each sequence that sits on no process that was ever live.
+
+    So also for those of an earlier plan, which gives way to this one before it was carried out.
+    """
+    seats = active_seats(context, job, placement)
+    stay = {seat.key for seat in seats if seat.placement.start_count <= job.live_epoch}
     sequences = context.state.all_sequences(job.uid)
-    mine = [s for s in sequences if s.rank in lost]
+    mine = [s for s in sequences if s.rank not in stay][:RESTORES_A_PLAN_MAX]
     if not mine:
         return ()
-    seats = active_seats(context, job, placement)
     counts: dict[RankKey, int] = {}
     for sequence in sequences:
-        if sequence.rank not in lost:
+        if sequence.rank in stay:
             counts[sequence.rank] = counts.get(sequence.rank, 0) + 1
     survivors = tuple(
         Survivor(seat.key, counts.get(seat.key, 0), seat.role.max_sequences_per_rank)
@@ -404,10 +411,22 @@ def _restores(
         if seat.role.kind is RoleKind.DECODE
     )
     pool_members = tuple(seat.key for seat in seats if seat.role.kind is RoleKind.CACHE)
-    return plan_restores(
+    found = plan_restores(
         tuple(mine),
         survivors,
         context.state.pool(job.uid),
         job.spec.model.kv_block_tokens,
         pool_members,
     )
+    return _bounded(found)
+
+
+def _bounded(restores: tuple[SequenceRestore, ...]) -> tuple[SequenceRestore, ...]:
+    """Name no more blocks than a transaction has room for: ranks look the others up themselves."""
+    left = BLOCKS_A_PLAN_MAX
+    found: list[SequenceRestore] = []
+    for restore in restores:
+        hashes = restore.block_hashes[:left]
+        left -= len(hashes)
+        found.append(replace(restore, block_hashes=hashes))
+    return tuple(found)

@@ -40,16 +40,19 @@ class ScaleJob:
     instances: int = 0
     ranks: int = 0
     expected_generation: int = 0
+    managed_by: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelJob:
     job_uid: str
+    managed_by: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteJob:
     job_uid: str
+    managed_by: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from raddle.core.instructions import Commit, Reply, Write
 from raddle.core.kvcache.index import PoolIndex
+from raddle.core.sizes import CommitSize
 from raddle.core.waiting import WaitingJobs
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
@@ -34,6 +35,10 @@ EVENTS_MAX = 10_000
 INCIDENTS_MAX = 1_000
 # Below etcd's 128 operations a transaction, with room for what one more decision adds.
 WRITES_A_COMMIT_MAX = 120
+# Below the 1.5 MB a transaction that etcd takes, by the estimates of `raddle.core.sizes`.
+BYTES_A_COMMIT_MAX = 1_400_000
+# An assignment carries its job's model and launch command: below 80 KB, see admission.
+ASSIGNMENTS_A_PART = 16
 _INDEXED = (keys.JOBS, keys.INCIDENTS, keys.ASSIGNMENTS, keys.TOPOLOGY, keys.MAINTENANCE)
 
 
@@ -43,8 +48,11 @@ class State:
     def __init__(self, records: Mapping[str, Any]) -> None:
         self.records: dict[str, Any] = dict(sorted(records.items()))
         self._writes: dict[str, Any] = {}
+        self._bytes_announced = 0
         self._replies: list[Reply] = []
         self._stimulus: dict[str, None] = {}
+        #: Commits of decisions that are complete, before what is staged now.
+        self._sealed: list[Commit | Reply] = []
         #: Job uids in the order of their keys, then of their arrival.
         self.job_uids: dict[str, None] = {}
         self.waiting = WaitingJobs()
@@ -150,20 +158,51 @@ class State:
     def staged(self) -> int:
         return len(self._writes)
 
+    def has_room(self, size: CommitSize) -> bool:
+        """Would a decision of this size fit into one commit with what is staged?"""
+        return not self._writes or (
+            len(self._writes) + size.writes <= WRITES_A_COMMIT_MAX
+            and self._bytes_announced + size.bytes <= BYTES_A_COMMIT_MAX
+        )
+
+    def make_room(self, size: CommitSize) -> None:
+        """Begin a commit of its own for a decision that does not fit beside what is staged.
+
+        So a decision is committed whole or not at all, whatever others were taken with it.
+        """
+        if not self.has_room(size):
+            self._seal()
+        self._bytes_announced += size.bytes
+
     def flush(self) -> list[Commit | Reply]:
-        """The commits of what was staged since the last flush, each within the store's limit."""
+        """The commits of what was staged since the last flush, each within the store's limits."""
+        self._seal()
+        sealed, self._sealed = self._sealed, []
+        return sealed
+
+    def _seal(self) -> None:
         writes = [Write(key, value) for key, value in self._writes.items()]
         replies, stimulus = tuple(self._replies), tuple(self._stimulus)
+        large = self._bytes_announced > BYTES_A_COMMIT_MAX
         self._writes, self._replies, self._stimulus = {}, [], {}
+        self._bytes_announced = 0
         if not writes:
-            return list(replies)
+            self._sealed += replies
+            return
         # Assignments last: an agent must find the records that its assignment speaks of.
-        writes.sort(key=lambda write: write.key.startswith(keys.ASSIGNMENTS))
-        size = WRITES_A_COMMIT_MAX
-        parts = [tuple(writes[i : i + size]) for i in range(0, len(writes), size)]
-        commits: list[Commit | Reply] = [Commit(part) for part in parts[:-1]]
-        commits.append(Commit(parts[-1], replies=replies, stimulus=stimulus))
-        return commits
+        parts = _parts(writes, apart=large)
+        self._sealed += [Commit(part) for part in parts[:-1]]
+        self._sealed.append(Commit(parts[-1], replies=replies, stimulus=stimulus))
+
+    # --- ends ----------------------------------------------------------------------------------
+
+    def forget(self, job_uid: str) -> None:
+        """Drop what is kept beside the records of a job that has ended."""
+        self.pools.pop(job_uid, None)
+        self.sequences.pop(job_uid, None)
+        self.stages.pop(job_uid, None)
+        if not self._nodes_of.get(job_uid):
+            self._nodes_of.pop(job_uid, None)
 
     # --- what agents write ---------------------------------------------------------------------
 
@@ -172,8 +211,10 @@ class State:
         if value is None:
             old = self.records.pop(key, None)
             if isinstance(old, AgentAcks):
-                self.acks.get(old.job_uid, {}).pop(old.node, None)
-                self._statuses.get(old.job_uid, {}).pop(old.node, None)
+                for by_job in (self.acks, self._statuses):
+                    by_job.get(old.job_uid, {}).pop(old.node, None)
+                    if not by_job.get(old.job_uid):
+                        by_job.pop(old.job_uid, None)
             return
         self.records[key] = value
         if isinstance(value, AgentAcks):
@@ -268,6 +309,21 @@ class State:
         self.put(keys.event(name), replace(event, id=name))
         if len(self._event_ids) > EVENTS_MAX:
             self.delete(keys.event(self._event_ids.pop(0)))
+
+
+def _parts(writes: list[Write], *, apart: bool) -> list[tuple[Write, ...]]:
+    """Within the store's number of writes; with `apart`, assignments in small parts of their own.
+
+    A leader that dies between two parts leaves assignments of an older epoch, or none, and the
+    next one writes them anew.
+    """
+    assignments = [w for w in writes if w.key.startswith(keys.ASSIGNMENTS)]
+    others = [w for w in writes if not w.key.startswith(keys.ASSIGNMENTS)]
+    lists = [others, assignments] if apart else [[*others, *assignments]]
+    size = ASSIGNMENTS_A_PART if apart else WRITES_A_COMMIT_MAX
+    return [
+        tuple(part[start : start + size]) for part in lists for start in range(0, len(part), size)
+    ]
 
 
 def _next_number(names: list[str]) -> int:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from raddle.core.context import Context
+from raddle.core.context import Context, is_ended
 from raddle.model import keys
 from raddle.model.incident import Incident, IncidentPhase, TimelineEntry
-from raddle.model.job import Job
+from raddle.model.job import Job, JobState
 from raddle.model.types import ExpertMove, RankKey, SequenceRestore
 
 _ORDER = list(IncidentPhase)
@@ -107,7 +107,7 @@ def abandoned(context: Context, job: Job) -> None:
 
 def _is_done(context: Context, job_uid: str, epoch: int) -> bool:
     job = context.state.job(job_uid)
-    return job is None or job.live_epoch >= epoch
+    return job is None or is_ended(job) or job.state is JobState.STOPPING or job.live_epoch >= epoch
 
 
 def journal_of(

@@ -21,6 +21,8 @@ class WaitingJobs:
         self._by_shape: dict[int, list[Place]] = {}
         self._known: dict[str, tuple[int, Place]] = {}
         self._shapes: dict[Any, int] = {}
+        #: The reason that jobs of each shape were told.
+        self._told: dict[int, str] = {}
         #: Jobs that were not told yet what they wait for.
         self.untold: dict[str, None] = {}
 
@@ -38,16 +40,22 @@ class WaitingJobs:
     def shape_of(self, job_uid: str) -> int:
         return self._known[job_uid][0]
 
+    def waits_for(self, shape: int, reason: str) -> None:
+        """Jobs of this shape wait for this; those that were told another reason are told anew."""
+        if self._told.setdefault(shape, reason) != reason:
+            self._told[shape] = reason
+            self.untold |= {place[2]: None for place in self._by_shape[shape]}
+
     def put(self, job: Job) -> None:
         """A job waits, perhaps at another place than before."""
         model = job.spec.model
         asked = (job.spec.roles, model.config_digest, model.weight_dtype, model.kv_dtype)
-        shape = self._shapes.setdefault(asked, len(self._shapes))
-        known = (shape, (-job.spec.priority, job.create_time, job.uid))
-        if self._known.get(job.uid) != known:
+        place = (-job.spec.priority, job.create_time, job.uid)
+        if self._known.get(job.uid) != (self._shapes.get(asked), place):
             self.drop(job.uid)
-            insort(self._by_shape.setdefault(shape, []), known[1])
-            self._known[job.uid] = known
+            shape = self._shapes.setdefault(asked, len(self._shapes))
+            insort(self._by_shape.setdefault(shape, []), place)
+            self._known[job.uid] = (shape, place)
         if job.why.reason.startswith(_TOLD):
             self.untold.pop(job.uid, None)
         else:
@@ -65,3 +73,4 @@ class WaitingJobs:
             del self._by_shape[shape]
         if not self._by_shape:
             self._shapes.clear()
+            self._told.clear()

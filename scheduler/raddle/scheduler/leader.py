@@ -41,6 +41,15 @@ COMMIT_TIMEOUT_S = 5.0
 log = structlog.get_logger()
 
 
+def steady_clock() -> Callable[[], float]:
+    """Seconds since 1970 as they were when a term began, carried on by the monotonic clock.
+
+    Decisions measure time with it: a step of the host's wall clock must not hold a recovery up.
+    """
+    began_s, began_monotonic_s = time.time(), time.monotonic()
+    return lambda: began_s + time.monotonic() - began_monotonic_s
+
+
 class Deposed(Exception):  # noqa: N818 - an event of a leader's life, not a mistake
     """Another replica leads, or our lease is past its local deadline."""
 
@@ -56,7 +65,7 @@ class Leader:
         prober: RankProber,
         metrics: Metrics,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         make_machine: Callable[..., Machine] = Machine,
     ) -> None:
         self._store = store
@@ -64,7 +73,7 @@ class Leader:
         self._term = term
         self._prober = prober
         self._metrics = metrics
-        self._clock = clock
+        self._clock = clock or steady_clock()
         self._make_machine = make_machine
         self._store_term = mirror.store_term
         self._queue: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)

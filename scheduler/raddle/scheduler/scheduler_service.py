@@ -97,6 +97,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
                 spec=from_message(request.spec, JobSpec),
                 update_mask=tuple(request.update_mask.paths),
                 expected_generation=request.expected_generation,
+                managed_by=request.managed_by,
             ),
             context,
         )
@@ -191,17 +192,22 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
                 instances=request.instances,
                 ranks=request.ranks,
                 expected_generation=request.expected_generation,
+                managed_by=request.managed_by,
             ),
             context,
         )
         return scheduler_pb2.ScaleJobResponse(job=self._job_message(job))
 
     async def CancelJob(self, request: Any, context: Context) -> scheduler_pb2.CancelJobResponse:
-        job = await self._ask(requests.CancelJob(job_uid=request.job_uid), context)
+        job = await self._ask(
+            requests.CancelJob(job_uid=request.job_uid, managed_by=request.managed_by), context
+        )
         return scheduler_pb2.CancelJobResponse(job=self._job_message(job))
 
     async def DeleteJob(self, request: Any, context: Context) -> scheduler_pb2.DeleteJobResponse:
-        await self._ask(requests.DeleteJob(job_uid=request.job_uid), context)
+        await self._ask(
+            requests.DeleteJob(job_uid=request.job_uid, managed_by=request.managed_by), context
+        )
         return scheduler_pb2.DeleteJobResponse()
 
     async def Explain(self, request: Any, _context: Context) -> scheduler_pb2.ExplainResponse:

@@ -83,11 +83,11 @@ class AgentMachine:
         self.node = node
         self.assignment: Assignment | None = None
         self.ranks: dict[Slot, Rank] = {}
-        #: Processes that were told to end and have not yet, by (slot, start_count).
-        self.ending: dict[tuple[Slot, int], None] = {}
+        #: Processes that were told to end and have not yet, by (slot, start_count): their dies.
+        self.ending: dict[tuple[Slot, int], str] = {}
         self._dirty: dict[str, None] = {}
-        #: Processes in whose place another one is known, to be told to end.
-        self._strays: dict[tuple[Slot, int], None] = {}
+        #: Processes in whose place another one is known, to be told to end: their dies.
+        self._strays: dict[tuple[Slot, int], str] = {}
 
     def handle(self, events: Sequence[Event]) -> list[Instruction]:
         """Take in all events, then say what is to be done."""
@@ -124,10 +124,10 @@ class AgentMachine:
             return
         known = self.ranks.get(slot)
         if known is not None and known.start_count > event.start_count:
-            self._strays[slot, event.start_count] = None
+            self._strays[slot, event.start_count] = event.die
             return
         if known is not None and known.start_count < event.start_count and not known.is_gone:
-            self._strays[slot, known.start_count] = None
+            self._strays[slot, known.start_count] = known.status.die
         status = RankStatus(
             role=event.key.role,
             instance=event.key.instance,
@@ -235,15 +235,26 @@ class AgentMachine:
                 out += self._end(slot, have)
         for slot, (job, want) in wanted.items():
             known = self.ranks.get(slot)
-            if known is None:
+            if known is None and not self._is_occupied(want.die):
                 out += self._begin(job, want)
+            elif known is None:
+                # Looked at again when the process on the die has ended.
+                continue
             elif known.is_up:
                 out += self._drive(known, job, want)
         return out
 
+    def _is_occupied(self, die: str) -> bool:
+        """Is a process on the die, perhaps one that is ending? The next one waits for its end."""
+        if not die:
+            return False
+        return die in self.ending.values() or any(
+            rank.status.die == die and not rank.is_gone for rank in self.ranks.values()
+        )
+
     def _stop_strays(self) -> list[Instruction]:
-        strays, self._strays = list(self._strays), {}
-        self.ending.update(dict.fromkeys(strays))
+        strays, self._strays = self._strays, {}
+        self.ending.update(strays)
         return [StopRank(slot[0], slot[1], start_count) for slot, start_count in strays]
 
     def _end(self, slot: Slot, rank: Rank) -> list[Instruction]:
@@ -251,7 +262,7 @@ class AgentMachine:
         self._dirty[slot[0]] = None
         if rank.is_gone:
             return []
-        self.ending[slot, rank.start_count] = None
+        self.ending[slot, rank.start_count] = rank.status.die
         return [StopRank(slot[0], slot[1], rank.start_count)]
 
     def _begin(self, job: JobAssignment, want: RankAssignment) -> list[Instruction]:
