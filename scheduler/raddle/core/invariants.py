@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from raddle.core.context import Context, active_seats, is_ended, role_of
+from raddle.core.context import Context, active_ranks, active_seats, is_ended, role_of
 from raddle.core.state import State
 from raddle.model import keys
 from raddle.model.incident import Incident, IncidentPhase
@@ -115,8 +115,10 @@ def _ranks_may_run(context: Context, job: Job) -> None:
     placement = context.state.placement(job.uid)
     if placement is None or job.state not in _RUNNING or job.uid in context.touched:
         return
-    for seat in active_seats(context, job, placement):
+    for seat, status in active_ranks(context, job, placement):
         story = f"job {job.uid} epoch {job.epoch}: {seat.key} goes on at"
+        ahead = status is not None and status.epoch > job.epoch
+        assert not ahead, f"{story} {status}, above the job's epoch"
         node = context.nodes.node(seat.placement.node)
         assert node.state is not NodeState.LOST, f"{story} {node.name}, which is lost"
         fault = context.cluster.fault_of(seat.placement.die) if seat.placement.die else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from typing import Any
 
 from raddle.model import keys
@@ -19,6 +20,8 @@ from raddle.wire import records as codec
 
 ENDED = (JobState.CANCELLED, JobState.FAILED)
 _FREE = (keys.AGENTS, keys.LEADER, keys.OPERATIONS)
+# States of the past that a store can be restored to.
+_SNAPSHOTS_MAX = 40
 # No record begins with a field of this kind.
 GARBAGE = b"\xff\xff\xff\xff"
 
@@ -37,6 +40,7 @@ class CheckedBackend(MemoryBackend):
         self._epochs: dict[tuple[str, str], int] = {}
         self._jobs: dict[str, JobState] = {}
         self._ttls: dict[int, float] = {}
+        self._past: deque[tuple[int, dict[str, Record]]] = deque(maxlen=_SNAPSHOTS_MAX)
         self.is_away = False
         self.commits = 0
 
@@ -153,13 +157,37 @@ class CheckedBackend(MemoryBackend):
         self.overwrite(key, GARBAGE)
         return old.value
 
-    def overwrite(self, key: str, data: bytes) -> None:
-        """Write past every rule, as a bad disk or an operator's hand does."""
-        old = self.records[key]
+    def overwrite(self, key: str, data: bytes | None) -> None:
+        """Write past every rule, as a bad disk or an operator's hand does; None deletes."""
+        old = self.records.pop(key)
         revision = self.revision + 1
-        record = Record(key, data, revision, old.create_revision, old.lease_id)
-        self.records[key] = record
+        record = None
+        if data is not None:
+            record = Record(key, data, revision, old.create_revision, old.lease_id)
+            self.records[key] = record
         self._append(Changes(revision, (Change(key, record, revision),), self.term))
+
+    def _append(self, changes: Changes) -> None:
+        super()._append(changes)
+        self._past.append((self.revision, dict(self.records)))
+
+    def set_back(self, share: float) -> int:
+        """Restore one of the newest states (0: the oldest of them); gives how much was forgotten.
+
+        What was under a lease that has ended since stays gone. Epochs in the store go back too.
+        """
+        was = self.revision
+        revision, records = self._past[int(share * (len(self._past) - 1))]
+        alive = {0, *self.leases}
+        self.records = {key: r for key, r in records.items() if r.lease_id in alive}
+        self.revision = self.compact_revision = revision
+        self.history.clear()
+        self._past.clear()
+        self._epochs.clear()
+        jobs = {keys.job(job.uid): job.state for job in self.jobs()}
+        self._jobs.clear()
+        self._jobs.update(jobs)
+        return was - revision
 
     def _end_after(self, lease_id: int, ttl_s: float) -> None:
         self._ttls[lease_id] = ttl_s

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from raddle.model import keys
 from raddle.model.incident import IncidentPhase
 from raddle.model.job import Assignment, AssignmentStage, JobState
-from raddle.sim.checks import GARBAGE
+from raddle.sim.checks import ENDED, GARBAGE
 from raddle.sim.cluster import SimulatedCluster
 from raddle.sim.engine import SimulatedRank
 from raddle.sim.ranks import KILLED
@@ -24,6 +24,7 @@ _NODES_DOWN_MAX = 4
 _SUPERVISED_SHARE = 0.5
 # How long the agent of a host that dies a slow death is gone before its ranks.
 _HOST_DIES_LATER_S = 8.0
+_RESTORED_WITHIN_S = 2.0
 _MOMENT_S = 0.01
 _MOMENTS_MAX = 100
 #: Records that may rot: those whose loss the rest of the store, or their writer, makes good.
@@ -58,6 +59,7 @@ class Faults:
             "store_elects": self._store_elects,
             "store_away": self._store_away,
             "store_returns": self._store_returns,
+            "store_set_back": self._store_set_back,
             "compaction": self._compaction,
             "rot": self._rot,
             **users.kinds,
@@ -94,10 +96,15 @@ class Faults:
         await self._users.undo()
 
     def _repair_records(self) -> None:
-        """An operator puts back what rotted, where nobody has written it anew."""
+        """An operator puts back what rotted, where nobody wrote it anew and its job goes on."""
         backend = self._cluster.backend
+        running = {job.uid for job in backend.jobs() if job.state not in ENDED}
         for key, data in self._rotten.items():
-            if key in backend.records and backend.records[key].value == GARBAGE:
+            if key not in backend.records or backend.records[key].value != GARBAGE:
+                continue
+            if key.startswith(keys.ROUTES) and key.removeprefix(keys.ROUTES) not in running:
+                backend.overwrite(key, None)
+            else:
                 backend.overwrite(key, data)
         self._rotten.clear()
 
@@ -233,6 +240,15 @@ class Faults:
         if self._cluster.backend.is_away:
             self._cluster.backend.come_back()
             await self._mend()
+
+    async def _store_set_back(self) -> None:
+        """The store is lost and restored from a state of some decisions ago."""
+        await self._store_away()
+        await self._cluster.pass_time(self._rng.uniform(0.0, _RESTORED_WITHIN_S))
+        forgotten = self._cluster.backend.set_back(self._rng.random())
+        self._rotten.clear()
+        self._cluster.say(f"{forgotten} revisions are forgotten")
+        await self._store_returns()
 
     async def _compaction(self) -> None:
         self._cluster.backend.compact(self._cluster.backend.revision)
