@@ -4,242 +4,27 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from raddle.core.events import (
     AgentStreamBroken,
-    Committed,
-    Event,
-    NodeProbed,
-    RecordChanged,
-    RequestReceived,
     Woken,
 )
-from raddle.core.instructions import Commit, ProbeNode, Reply
-from raddle.core.machine import Machine
 from raddle.core.requests import (
-    ApplySuperNode,
     CancelJob,
     Cordon,
     CreateMaintenance,
     DeclareNodeLost,
-    Request,
     SubmitJob,
     Uncordon,
 )
-from raddle.machines import load_machine
 from raddle.model import keys
 from raddle.model.errors import RaddleError, Reason
-from raddle.model.health import (
-    ActiveFault,
-    AgentAcks,
-    AgentHealth,
-    AgentRegistration,
-    FaultLevel,
-    RankStage,
-    RankStatus,
-)
 from raddle.model.incident import IncidentPhase, MaintenanceState
-from raddle.model.job import AssignmentStage, EngineSpec, JobSpec, JobState, ModelSpec, RoleSpec
-from raddle.model.kinds import NodeState, RoleKind
-from raddle.models import config_text
-from raddle.wire import records as wire
-
-_STAGES = {
-    AssignmentStage.START: RankStage.STARTED,
-    AssignmentStage.PREPARE: RankStage.REPAIRED,
-    AssignmentStage.LIVE: RankStage.LIVE,
-}
-
-
-class World:
-    """A machine, a store of its records, and agents that do at once what they are told."""
-
-    def __init__(self) -> None:
-        self.store: dict[str, Any] = {}
-        self.now = 100.0
-        self.machine = Machine({}, now=self.now)
-        self.dead: set[str] = set()
-        self.exited: set[tuple[str, str, int, int, int]] = set()
-        self.replies: dict[str, Reply] = {}
-        self.epochs: dict[str, int] = {}
-
-    def handle(self, *events: Event) -> None:
-        """Hand events in, carry commits out, and feed back what follows from them."""
-        pending: list[Event] = list(events)
-        while pending:
-            instructions = self.machine.handle(pending, now=self.now)
-            self.machine.validate()
-            pending = []
-            for instruction in instructions:
-                if isinstance(instruction, Commit):
-                    self._commit(instruction)
-                    if instruction.stimulus:
-                        pending.append(Committed(instruction.stimulus))
-                elif isinstance(instruction, Reply):
-                    self.replies[instruction.request_id] = instruction
-                elif isinstance(instruction, ProbeNode):
-                    alive = instruction.node not in self.dead
-                    pending.append(NodeProbed(instruction.node, alive))
-
-    def _commit(self, commit: Commit) -> None:
-        assert len(commit.writes) <= 128
-        assert len({write.key for write in commit.writes}) == len(commit.writes)
-        for write in commit.writes:
-            if write.value is None:
-                self.store.pop(write.key, None)
-                continue
-            self.store[write.key] = wire.decode(write.key, wire.encode(write.key, write.value))
-            if write.key.startswith(keys.JOBS):
-                assert write.value.epoch >= self.epochs.get(write.key, 0), "an epoch went back"
-                self.epochs[write.key] = write.value.epoch
-        for reply in commit.replies:
-            self.replies[reply.request_id] = reply
-
-    def ask(self, request: Request) -> Any:
-        name = f"r{len(self.replies)}"
-        self.handle(RequestReceived(name, "client/test", request))
-        reply = self.replies[name]
-        if reply.error is not None:
-            raise reply.error
-        return reply.value
-
-    def agents(self) -> None:
-        """Every living agent acknowledges what its assignment asks for."""
-        for key, assignment in sorted(self.store.items()):
-            if key.startswith(keys.ASSIGNMENTS) and assignment.node not in self.dead:
-                self._acknowledge(assignment)
-
-    def _acknowledge(self, assignment: Any) -> None:
-        listed = set()
-        for job in assignment.jobs:
-            listed.add(job.job_uid)
-            ranks = []
-            for rank in job.ranks:
-                key = rank.rank
-                mark = (job.job_uid, key.role, key.instance, key.rank, rank.start_count)
-                stage = RankStage.EXITED if mark in self.exited else _STAGES[job.stage]
-                ranks.append(
-                    RankStatus(
-                        role=key.role,
-                        instance=key.instance,
-                        rank=key.rank,
-                        die=rank.die,
-                        incarnation=f"{key}-{rank.start_count}",
-                        engine_address=f"{assignment.node}:{key}-{rank.start_count}",
-                        epoch=job.epoch,
-                        stage=stage,
-                        start_count=rank.start_count,
-                    )
-                )
-            acks = AgentAcks(node=assignment.node, job_uid=job.job_uid, ranks=tuple(ranks))
-            self.observe(keys.acks(assignment.node, job.job_uid), acks)
-        for key in [k for k in self.store if k.startswith(f"agents/{assignment.node}/acks/")]:
-            if key.rsplit("/", 1)[1] not in listed:
-                self.observe(key, None)
-
-    def observe(self, key: str, value: Any) -> None:
-        """An agent wrote this."""
-        if self.store.get(key) == value:
-            return
-        if value is None:
-            del self.store[key]
-        else:
-            self.store[key] = value
-        self.handle(RecordChanged(key, value))
-
-    def settle(self) -> None:
-        """Let time pass and agents act until nothing changes any more."""
-        for _ in range(12):
-            self.now += 0.1
-            self.handle(Woken())
-            self.agents()
-
-    def node_up(self, node: str) -> None:
-        self.dead.discard(node)
-        registration = AgentRegistration(
-            node=node, drivers=("simulated",), host_memory_bytes=10**12
-        )
-        self.observe(keys.registration(node), registration)
-        self.observe(keys.health(node), AgentHealth(node=node, boot_id=f"b{self.now}"))
-
-    def node_down(self, node: str) -> None:
-        self.dead.add(node)
-        self.handle(AgentStreamBroken(node))
-        self.observe(keys.health(node), None)
-
-    def fault(self, die: str, *, present: bool) -> None:
-        node = "/".join(die.split("/")[:2])
-        if node in self.dead:
-            return
-        fault = ActiveFault(
-            code="80E18005", subject_kind="die", subject=die, level=FaultLevel.SEPARATE_NPU
-        )
-        faults = (fault,) if present else ()
-        self.observe(
-            keys.health(node),
-            AgentHealth(node=node, boot_id="b", sequence=int(self.now * 100), active_faults=faults),
-        )
-
-    def new_leader(self) -> None:
-        """The leader is gone; the next one has the store and nothing else."""
-        self.machine = Machine(dict(self.store), now=self.now)
-        self.machine.validate()
-        self.handle(Woken())
-
-
-def spec(name: str = "small", ranks: int = 8) -> JobSpec:
-    engine = EngineSpec(driver="simulated")
-    model = ModelSpec(
-        name="m",
-        config=config_text("raddle-demo"),
-        weight_dtype="int8",
-        kv_dtype="bf16",
-        kv_block_tokens=16,
-    )
-    roles = (
-        RoleSpec(
-            name="decode",
-            kind=RoleKind.DECODE,
-            instances=1,
-            ranks=ranks,
-            tp=1,
-            slots_per_rank=6,
-            spread_nodes=2,
-            engine=engine,
-        ),
-        RoleSpec(
-            name="cache",
-            kind=RoleKind.CACHE,
-            instances=1,
-            ranks=2,
-            tp=1,
-            dram_bytes=10**9,
-            engine=engine,
-        ),
-    )
-    return JobSpec(namespace="default", name=name, queue="default", model=model, roles=roles)
-
-
-@pytest.fixture
-def world() -> World:
-    world = World()
-    machine = load_machine("nvl72")
-    world.ask(ApplySuperNode(supernode=machine))
-    for node in machine.node_names():
-        world.node_up(node)
-    # Past the time in which a new term believes no silence.
-    world.now += 10
-    return world
-
-
-def submit(world: World, name: str = "small", key: str = "") -> str:
-    request = SubmitJob(spec=spec(name), job_uid=f"j-{name}", spec_digest="d", idempotency_key=key)
-    job, _ = world.ask(request)
-    world.settle()
-    return str(job.uid)
+from raddle.model.job import JobState
+from raddle.model.kinds import NodeState
+from tests.core.world import World, spec, submit
 
 
 def test_a_job_is_placed_started_and_ready(world: World) -> None:

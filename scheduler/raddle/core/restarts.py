@@ -36,11 +36,11 @@ def due_s(context: Context, losses: list[Loss]) -> float:
 
 def _due_s(context: Context, loss: Loss) -> float:
     life = _life(context, loss)
-    if life is None or life.ended_s is None or life.starts <= STARTS_AT_ONCE:
+    if life is None or life.ended_s is None or life.starts < STARTS_AT_ONCE:
         return context.now
     if not life.is_shorter_than(SETTLED_S):
         return context.now
-    wait_s = BACKOFF_S * 2.0 ** (life.starts - STARTS_AT_ONCE - 1)
+    wait_s = BACKOFF_S * 2.0 ** (life.starts - STARTS_AT_ONCE)
     return life.ended_s + min(wait_s, BACKOFF_S_MAX)
 
 

@@ -14,7 +14,7 @@ from raddle.model.job import JobSpec, RoleSpec
 from raddle.model.llm import ModelShape
 
 # Placement, member of the routes and assignment of one rank, the names in them aside.
-_RANK_BYTES = 420
+_RANK_BYTES = 500
 _RECORD_BYTES = 1_024
 # Job, name, placement, maps (new and old), routes, incident, events.
 _RECORDS = 10
@@ -47,7 +47,8 @@ def record_bytes(spec: JobSpec, shape: ModelShape) -> int:
     """Job, placement, expert maps and routes of one epoch."""
     # A slot is a varint: the expert's number, or ten bytes for -1 (few slots are empty).
     slot_bytes = 1 if shape.experts <= 1 << 7 else 2
-    maps = sum(_slots(role, shape) for role in spec.roles) * slot_bytes
+    layers = sum(role.instances for role in spec.roles) * shape.moe_layers
+    maps = sum(_slots(role, shape) for role in spec.roles) * slot_bytes + 8 * layers
     ranks = sum(
         role.instances * (role.ranks + role.spares) * (_RANK_BYTES + 3 * len(role.name))
         for role in spec.roles
