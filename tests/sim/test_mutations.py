@@ -1,4 +1,4 @@
-"""The simulator catches what it is there for: each mutation of the control plane fails some seed."""
+"""Each mutation of the control plane fails some seed: the simulator catches what it is for."""
 
 from __future__ import annotations
 
@@ -87,5 +87,4 @@ def test_a_mutation_is_caught(
     mutation(monkeypatch)
     found = next(_failing(range(_SEEDS)), None)
     assert found is not None, mutation.__doc__
-    print(found.seed, found.failures)
     assert all(found.failures)

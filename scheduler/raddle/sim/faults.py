@@ -9,16 +9,19 @@ from collections.abc import Awaitable, Callable
 from raddle.model import keys
 from raddle.model.incident import IncidentPhase
 from raddle.model.job import Assignment, AssignmentStage, JobState
-from raddle.sim.checks import ENDED, GARBAGE
+from raddle.sim.checks import GARBAGE
 from raddle.sim.cluster import SimulatedCluster
 from raddle.sim.engine import SimulatedRank
 from raddle.sim.ranks import KILLED
 from raddle.sim.users import Users
+from raddle.wire import records as codec
 
 # Of two faults in a row, this share comes within milliseconds: in the middle of a recovery.
 _BURST_SHARE = 0.4
 _BURST_MEAN_S = 0.02
 _PAUSE_MEAN_S = 2.0
+# What takes ranks away is what everything else is about.
+_WEIGHTS = {"rank": 4, "die": 3, "dies_of_nodes": 3, "rank_while_others_start": 3, "node": 2}
 _NODES_DOWN_MAX = 4
 # A killed scheduler is started again at once as often as not.
 _SUPERVISED_SHARE = 0.5
@@ -28,7 +31,17 @@ _RESTORED_WITHIN_S = 2.0
 _MOMENT_S = 0.01
 _MOMENTS_MAX = 100
 #: Records that may rot: those whose loss the rest of the store, or their writer, makes good.
-_MAY_ROT = (keys.INCIDENTS, keys.ROUTES, keys.AUDIT, keys.FAULTS, keys.ASSIGNMENTS)
+_MAY_ROT = (
+    keys.INCIDENTS,
+    keys.ROUTES,
+    keys.AUDIT,
+    keys.FAULTS,
+    keys.ASSIGNMENTS,
+    keys.PLACEMENTS,
+    keys.EXPERT_MAPS,
+    keys.JOBS,
+    keys.NAMES,
+)
 
 
 class Faults:
@@ -38,7 +51,7 @@ class Faults:
         self._cluster = cluster
         self._users = users
         self._rng = rng
-        #: Keys of rotten records, with what they held.
+        #: What records held before they rotted.
         self._rotten: dict[str, bytes] = {}
         self.hits: Counter[tuple[str, str]] = Counter()
         self.kinds: dict[str, Callable[[], Awaitable[None]]] = {
@@ -71,7 +84,7 @@ class Faults:
             burst = self._rng.random() < _BURST_SHARE
             mean_s = _BURST_MEAN_S if burst else _PAUSE_MEAN_S
             await self._cluster.pass_time(self._rng.expovariate(1 / mean_s))
-            kind = self._rng.choice(list(self.kinds))
+            kind = self._rng.choices(list(self.kinds), [_WEIGHTS.get(k, 1) for k in self.kinds])[0]
             self.hits[kind, self._phase()] += 1
             self._cluster.say(f"fault {kind}")
             await self.kinds[kind]()
@@ -92,21 +105,22 @@ class Faults:
         self._schedulers_return()
         for scheduler in self._cluster.schedulers.values():
             scheduler.dies_between_parts = False
-        self._repair_records()
+        await self._repair_records()
         await self._users.undo()
 
-    def _repair_records(self) -> None:
-        """An operator puts back what rotted, where nobody wrote it anew and its job goes on."""
-        backend = self._cluster.backend
-        running = {job.uid for job in backend.jobs() if job.state not in ENDED}
-        for key, data in self._rotten.items():
-            if key not in backend.records or backend.records[key].value != GARBAGE:
+    async def _repair_records(self) -> None:
+        """An operator writes what the leader knows, else what a job was; the rest is deleted."""
+        cluster, backend = self._cluster, self._cluster.backend
+        await cluster.until(lambda: cluster.machine is not None, "a scheduler leads")
+        assert cluster.machine is not None
+        known = cluster.machine.context.state.records
+        for key in sorted(backend.records):
+            if backend.records[key].value != GARBAGE:
                 continue
-            if key.startswith(keys.ROUTES) and key.removeprefix(keys.ROUTES) not in running:
-                backend.overwrite(key, None)
-            else:
-                backend.overwrite(key, data)
-        self._rotten.clear()
+            data = codec.encode(key, known[key]) if key in known else None
+            if data is None and key.startswith(keys.JOBS):
+                data = self._rotten[key]
+            backend.overwrite(key, data)
 
     # --- dies, ranks and nodes -----------------------------------------------------------------
 
@@ -246,7 +260,6 @@ class Faults:
         await self._store_away()
         await self._cluster.pass_time(self._rng.uniform(0.0, _RESTORED_WITHIN_S))
         forgotten = self._cluster.backend.set_back(self._rng.random())
-        self._rotten.clear()
         self._cluster.say(f"{forgotten} revisions are forgotten")
         await self._store_returns()
 
@@ -257,7 +270,7 @@ class Faults:
         """One record cannot be read any more."""
         backend = self._cluster.backend
         found = [key for key in sorted(backend.records) if key.startswith(_MAY_ROT)]
-        sound = [key for key in found if key not in self._rotten]
+        sound = [key for key in found if backend.records[key].value != GARBAGE]
         if sound and not backend.is_away:
             key = self._rng.choice(sound)
             self._cluster.say(f"rot {key}")
