@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from raddle.model.incident import Incident, IncidentPhase
 from raddle.model.job import AssignmentStage, Job, JobState
 from raddle.model.kinds import NodeState, RoleKind, SeatState
 from raddle.model.routes import SequenceReport
-from raddle.model.types import RankKey
+from raddle.model.types import ExpertMove, RankKey, WeightSource
 from tests.core.world import World, spec, submit
 
 
@@ -101,7 +102,6 @@ def test_a_second_loss_while_a_replacement_starts_waits_for_it(world: World) -> 
 def test_the_sequences_of_a_first_loss_are_planned_again_with_a_second(world: World) -> None:
     """A plan that gives way before it was carried out takes no sequence's new home with it."""
     uid = submit(world)
-    seats = world.store[keys.placement(uid)].instances[0].ranks
     reports = tuple(
         SequenceReport(
             sequence_id=f"s{rank}",
@@ -113,16 +113,68 @@ def test_the_sequences_of_a_first_loss_are_planned_again_with_a_second(world: Wo
     )
     world.handle(SequencesReported("door", uid, True, reports, ()))
     for rank, planned in ((0, {"s0"}), (5, {"s0", "s5"})):
-        key = keys.acks(seats[rank].node, uid)
-        acks = world.store[key]
-        told = tuple(
-            replace(s, stage=RankStage.EXITED) if (s.role, s.rank) == ("decode", rank) else s
-            for s in acks.ranks
-        )
-        world.observe(key, replace(acks, ranks=told))
-        world.now += 0.02
-        world.handle(Woken())
+        exits(world, uid, rank)
         assert {r.sequence_id for r in world.store[keys.routes(uid)].restores} == planned
+
+
+def experts_by_rank(world: World, uid: str, epoch: int) -> set[tuple[int, int, int]]:
+    """(rank, layer, expert) of the decode instance's map at an epoch."""
+    found = world.store[keys.expert_maps(uid, epoch)].instances[0].expert_map
+    return {
+        (slot // found.slots_per_rank, number, expert)
+        for number, layer in enumerate(found.layers)
+        for slot, expert in enumerate(layer.physical_to_logical)
+        if expert >= 0
+    }
+
+
+def moves_of(world: World, uid: str) -> dict[tuple[int, int, int], ExpertMove]:
+    """What decode ranks are told to load: by (rank, layer, expert)."""
+    return {
+        (rank.rank.rank, move.layer, move.expert): move
+        for key, assignment in world.store.items()
+        if key.startswith(keys.ASSIGNMENTS)
+        for item in assignment.jobs
+        if item.job_uid == uid
+        for rank in item.ranks
+        if rank.rank.role == "decode"
+        for move in rank.moves
+    }
+
+
+def exits(world: World, uid: str, rank: int) -> None:
+    """One process ends, before any other rank acts on what it was told."""
+    seat = world.store[keys.placement(uid)].instances[0].ranks[rank]
+    key = keys.acks(seat.node, uid)
+    acks = world.store[key]
+    told = tuple(
+        replace(s, stage=RankStage.EXITED) if (s.role, s.rank) == ("decode", rank) else s
+        for s in acks.ranks
+    )
+    world.observe(key, replace(acks, ranks=told))
+    world.now += 0.02
+    world.handle(Woken())
+
+
+def test_loads_of_an_overtaken_epoch_are_planned_again(world: World) -> None:
+    """A second loss before the first plan's loads were done: they are named again.
+
+    And no rank is told to read an expert from one that has not loaded it.
+    """
+    uid = submit(world)
+    had = experts_by_rank(world, uid, 1)
+    exits(world, uid, 0)
+    exits(world, uid, 1)
+    assert job_of(world, uid).epoch == 3
+    seats = world.store[keys.placement(uid)].instances[0].ranks
+    fresh = {seat.rank for seat in seats if seat.start_count > 1}
+    wanted = {item for item in experts_by_rank(world, uid, 3) - had if item[0] not in fresh}
+    moves = moves_of(world, uid)
+    assert wanted
+    assert wanted <= set(moves)
+    for (_, layer, expert), move in moves.items():
+        if move.source is WeightSource.PEER:
+            assert (move.source_rank, layer, expert) in had
 
 
 def test_a_probe_that_answers_late_brings_no_cancelled_job_back(world: World) -> None:
@@ -248,7 +300,13 @@ def test_nothing_is_remembered_of_jobs_that_ended(world: World, *, deleted: bool
             world.ask(DeleteJob(job_uid=uid))
             world.handle(SequencesReported("door", uid, True, (), ()))
     state = context.state
-    memories = [state.pools, state.acks, context.seats, context.suspicions, context.lives]
+    memories: list[Sized] = [
+        state.pools,
+        state.acks,
+        context.seats,
+        context.suspicions,
+        context.lives,
+    ]
     memories += [state.stages, state.sequences if deleted else {}, context.seen_since]
     assert [len(memory) for memory in memories] == [0] * len(memories)
 

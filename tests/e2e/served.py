@@ -142,9 +142,9 @@ class Served:
                 return number
         raise AssertionError("no etcd member leads")
 
-    async def submit(self) -> None:
-        """Submit the small job."""
-        spec = job_message(JOB, self.cluster.folder)
+    async def submit(self, job: str = JOB) -> None:
+        """Submit the small job, or another one of its name."""
+        spec = job_message(job, self.cluster.folder)
         request = scheduler_pb2.SubmitJobRequest(spec=spec)
         self.uid = (await self.cluster.stub.SubmitJob(request, timeout=10.0)).job.uid
 
@@ -161,7 +161,10 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, on_made: Callable[[LocalCluster], None] = lambda _: None, **options: Any
+    folder: Path,
+    on_made: Callable[[LocalCluster], None] = lambda _: None,
+    job: str = JOB,
+    **options: Any,
 ) -> AsyncIterator[Served]:
     """Start a cluster, the small job and its front door; all of it ends with the block."""
     settings: dict[str, Any] = {"machine": SMALL_MACHINE, "real_nodes": 4, "schedulers": 2}
@@ -170,7 +173,7 @@ async def serving(
     try:
         await cluster.start()
         served = Served(cluster, "", "")
-        await served.submit()
+        await served.submit(job)
         await served.ready_at(1)
         served.address = cluster.start_front_door("default/small", "raddle-demo")
 

@@ -314,7 +314,9 @@ Global___SetExpertMapResponse: _TypeAlias = SetExpertMapResponse  # noqa: Y015
 
 @_typing.final
 class LoadExpertsRequest(_message.Message):
-    """Load these, in this order."""
+    """Load what the map names for this rank and is not there yet: these first, each from where it says,
+    then whatever else is missing.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,6 +26,7 @@ from raddle.core.detection import Loss
 from raddle.core.kvcache.restore import Survivor, plan_restores
 from raddle.core.recovery.planner import InstanceDecision, plan_instance
 from raddle.core.recovery.request import recovery_request
+from raddle.core.recovery.unfinished import carry_over, unfinished
 from raddle.model import keys
 from raddle.model.incident import (
     Incident,
@@ -240,6 +241,7 @@ def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: st
     state = JobState.RECOVERING if live else JobState.STARTING
     job = replace(job, epoch=epoch, state=state)
     maps = context.state.expert_maps(job.uid, placement.epoch)
+    left = unfinished(context, context.state.require_job(job.uid), placement)
     draft = Draft(
         job,
         replace(placement, epoch=epoch),
@@ -252,6 +254,7 @@ def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: st
     for (role, instance), lost in lost_by_instance.items():
         if not _decide_instance(context, draft, role, instance, lost):
             return _start_over(context, draft, lost)
+    draft.moves = carry_over(draft.moves, left, draft.maps)
     if not lost_by_instance:
         draft.plans.append(_reconnect_plan(losses))
     _commit(context, draft, losses, incident_id)

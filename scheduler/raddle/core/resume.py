@@ -7,7 +7,7 @@ and a record that was set aside as corrupted is missing here.
 
 from __future__ import annotations
 
-from raddle.core import lifecycle
+from raddle.core import lifecycle, timeline
 from raddle.core.admission import model_shape
 from raddle.core.context import (
     Context,
@@ -85,7 +85,9 @@ def _resume_job(context: Context, job: Job, placement: Placement) -> None:
     stage = _common_stage(context, job, placement)
     if stage is None:
         stage = AssignmentStage.LIVE if live else AssignmentStage.START
-        put_assignments(context, job, placement, stage)
+        # Moves are lost with the assignments that named them: ranks load what their map asks for.
+        ids = [incident.id for incident in timeline.incidents_of(context, job)]
+        put_assignments(context, job, placement, stage, incident_id="".join(ids[:1]))
     context.state.stages[job.uid] = (job.epoch, stage)
 
 

@@ -14,7 +14,7 @@ from raddle.model.job import JobSpec, RoleSpec
 from raddle.model.llm import ModelShape
 
 # Placement, member of the routes and assignment of one rank, the names in them aside.
-_RANK_BYTES = 500
+_RANK_BYTES = 450
 _RECORD_BYTES = 1_024
 # Job, name, placement, maps (new and old), routes, incident, events.
 _RECORDS = 10
@@ -45,8 +45,8 @@ def _slots(role: RoleSpec, shape: ModelShape) -> int:
 
 def record_bytes(spec: JobSpec, shape: ModelShape) -> int:
     """Job, placement, expert maps and routes of one epoch."""
-    # A slot is a varint: the expert's number, or ten bytes for -1 (few slots are empty).
-    slot_bytes = 1 if shape.experts <= 1 << 7 else 2
+    # A slot is a zigzag varint: seven bits a byte, one of them for the sign.
+    slot_bytes = 1 if shape.experts <= 1 << 6 else 2
     layers = sum(role.instances for role in spec.roles) * shape.moe_layers
     maps = sum(_slots(role, shape) for role in spec.roles) * slot_bytes + 8 * layers
     ranks = sum(
