@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from raddle.model.incident import Incident, IncidentPhase
 from raddle.model.job import Job
+from raddle.scheduler.mirror import Mirror
 from raddle.telemetry.metrics import PHASE_BUCKETS_S
 
 
@@ -42,7 +43,7 @@ class Metrics:
             **registry,
         )
         self._incidents = Counter("raddle_incidents_total", "Incidents closed.", **registry)
-        self.records_set_aside = Gauge(
+        self._set_aside = Gauge(
             "raddle_records_set_aside", "Records that could not be read.", **registry
         )
         self.requests = Counter(
@@ -52,6 +53,11 @@ class Metrics:
             **registry,
         )
         self._job_states: dict[str, str] = {}
+
+    def follow(self, mirror: Mirror) -> None:
+        """Count what a mirror holds, and what it had to set aside."""
+        mirror.listen(self.record_changed)
+        self._set_aside.set_function(lambda: len(mirror.set_aside) + len(mirror.too_new))
 
     def decided(self, events: int, cpu_s: float) -> None:
         self._events.inc(events)

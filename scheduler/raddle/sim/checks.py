@@ -171,6 +171,11 @@ class CheckedBackend(MemoryBackend):
         super()._append(changes)
         self._past.append((self.revision, dict(self.records)))
 
+    def forget_past(self) -> None:
+        """No state of before now is ever restored."""
+        self._past.clear()
+        self._past.append((self.revision, dict(self.records)))
+
     def set_back(self, share: float) -> int:
         """Restore one of the newest states (0: the oldest of them); gives how much was forgotten.
 
@@ -182,11 +187,13 @@ class CheckedBackend(MemoryBackend):
         self.records = {key: r for key, r in records.items() if r.lease_id in alive}
         self.revision = self.compact_revision = revision
         self.history.clear()
-        self._past.clear()
+        self.forget_past()
         self._epochs.clear()
         jobs = {keys.job(job.uid): job.state for job in self.jobs()}
         self._jobs.clear()
         self._jobs.update(jobs)
+        for wake in tuple(self._changed):
+            wake()
         return was - revision
 
     def _end_after(self, lease_id: int, ttl_s: float) -> None:

@@ -46,7 +46,7 @@ class SimulatedCluster:
         self.findings = Findings()
         self.hosts = Hosts(self.findings)
         self.backend = CheckedBackend(self.findings, self.hosts)
-        self.wire = Wire(random.Random(rng.random()))
+        self.wire = Wire(self.backend, random.Random(rng.random()))
         self._clocks = random.Random(rng.random())
         parts = (self.backend, self.hosts, self.findings, self.wire)
         self.nodes = {
@@ -105,6 +105,7 @@ class SimulatedCluster:
         self.go(self.front_door.run())
         await self.ask(ApplySuperNode(supernode=self.supernode))
         await self.until(self._has_health, "all agents report")
+        self.backend.forget_past()
 
     def _has_health(self) -> bool:
         return all(keys.health(name) in self.backend.records for name in self.nodes)

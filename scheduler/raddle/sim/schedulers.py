@@ -176,11 +176,8 @@ class SimulatedScheduler:
             self._killing = asyncio.create_task(self.kill())
 
     async def _leads(self, leader: Leader | None) -> None:
-        if leader is not None:
-            self.terms += 1
-            self._wire.leads(leader)
-        elif self._wire.leader is self.leader:
-            self._wire.leads(None)
+        self.terms += leader is not None
+        self._wire.leads(self.identity, leader)
         self.leader = leader
 
     async def _probe(self, record: Record) -> Probe:

@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 from raddle.core.events import AgentStreamBroken, AgentStreamOpened, NodeProbed, RankProbed
 from raddle.core.instructions import ProbeNode, ProbeRank
+from raddle.model import keys
 from raddle.scheduler.leader import Leader
 from raddle.sim.ranks import Hosts
+from raddle.store.memory import MemoryBackend
+from raddle.wire import records as codec
 
 _DELAY_MIN_S = 0.0002
 _DELAY_MAX_S = 0.004
@@ -22,12 +25,16 @@ _START_MAX_S = 0.8
 
 
 class Wire:
-    """Delays of one simulation, and who leads as the agents would find out."""
+    """Delays of one simulation, and who leads as the store's record says to everybody."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, backend: MemoryBackend, rng: random.Random) -> None:
+        self._backend = backend
         self._rng = rng
-        self._leader: Leader | None = None
+        #: Those who think that they lead, by identity.
+        self._leaders: dict[str, Leader] = {}
+        self._told: Leader | None = None
         self._changed = asyncio.Event()
+        backend.on_change(self._look)
 
     async def delay(self) -> None:
         """One message on its way."""
@@ -40,12 +47,24 @@ class Wire:
 
     @property
     def leader(self) -> Leader | None:
-        return self._leader
+        record = self._backend.records.get(keys.LEADER)
+        if record is None:
+            return None
+        return self._leaders.get(codec.decode(record.key, record.value).identity)
 
-    def leads(self, leader: Leader | None) -> None:
-        self._leader = leader
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    def leads(self, identity: str, leader: Leader | None) -> None:
+        """A replica begins or ends a term."""
+        self._leaders.pop(identity, None)
+        if leader is not None:
+            self._leaders[identity] = leader
+        self._look()
+
+    def _look(self) -> None:
+        leader = self.leader
+        if leader is not self._told:
+            self._told = leader
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
 
     async def wait_change(self) -> None:
         await self._changed.wait()

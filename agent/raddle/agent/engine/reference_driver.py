@@ -120,7 +120,14 @@ class ReferenceDriver:
             if found is None:
                 continue
             address, config = found
-            log.info("rank adopted", incarnation=address.incarnation, pid=address.pid)
+            log.info(
+                "rank adopted",
+                job_uid=address.job_uid,
+                epoch=address.epoch,
+                rank=f"{address.role}/{address.instance}/{address.rank}",
+                incarnation=address.incarnation,
+                pid=address.pid,
+            )
             await self._begin(address, config.die)
 
     async def start(self, instruction: StartRank) -> None:
@@ -136,7 +143,7 @@ class ReferenceDriver:
             return
         if where in self._stopping:
             # It was not wanted any more before it was up.
-            await end(address.pid, ProcessWatch(address.pid))
+            await end(ProcessWatch(address.pid))
             self._stopping.discard(where)
             self._tell(RankExited(*where, 0, "ended on request"))
             return
@@ -206,6 +213,7 @@ class ReferenceDriver:
         ]
 
     async def _watch_end(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        _forget_epoch()
         code = await rank.watch.wait()
         wanted = slot in self._stopping
         self._stopping.discard(slot)
@@ -219,17 +227,24 @@ class ReferenceDriver:
         self._stopping.add(slot)
         rank = self._ranks.get(slot)
         if rank is not None:
-            await end(rank.address.pid, ProcessWatch(rank.address.pid))
+            await end(rank.watch)
 
     # --- reports -------------------------------------------------------------------------------
 
     async def _follow_reports(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        _forget_epoch()
         while slot in self._ranks:
             try:
                 async for message in rank.stub.WatchStats(engine_pb2.WatchStatsRequest()):
                     self._reported(slot, from_message(message, RankStats))
             except grpc.aio.AioRpcError as error:
-                log.info("rank reports broke off", why=error.details())
+                job_uid, key, _ = slot
+                log.info(
+                    "rank reports broke off",
+                    job_uid=job_uid,
+                    rank=f"{key.role}/{key.instance}/{key.rank}",
+                    why=error.details(),
+                )
             await asyncio.sleep(_RETRY_S)
 
     def _reported(self, slot: tuple[str, RankKey, int], stats: RankStats) -> None:
@@ -346,6 +361,11 @@ class ReferenceDriver:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await rank.close()
         self._ranks.clear()
+
+
+def _forget_epoch() -> None:
+    """Lines of a task that outlives the epoch in which it began do not name that one."""
+    structlog.contextvars.unbind_contextvars("epoch", "incident_id")
 
 
 def _messages(values: Iterable[Any], message_type: Any) -> list[Any]:
