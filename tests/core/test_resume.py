@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from raddle.core.admission import JOB_BYTES_MAX, check_spec, model_shape
 from raddle.core.events import RecordChanged, Woken
 from raddle.core.instructions import Commit
-from raddle.core.requests import CancelJob, SubmitJob
+from raddle.core.machine import Machine
+from raddle.core.requests import CancelJob, Cordon, SubmitJob
 from raddle.core.sizes import commit_size, record_bytes
 from raddle.machines import load_machine
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.health import ActiveFault, AgentHealth, FaultLevel
 from raddle.model.incident import IncidentPhase
-from raddle.model.job import JobSpec, JobState, ModelSpec
+from raddle.model.job import AssignmentStage, JobSpec, JobState, ModelSpec
+from raddle.model.routes import RouteState
 from raddle.wire import records as wire
 from tests.core.machines import DEEPSEEK, make_cluster
 from tests.core.world import World, ready_world, spec, submit
@@ -206,6 +208,36 @@ def test_a_job_that_was_being_cancelled_ends(world: World) -> None:
     assert keys.placement(uid) not in world.store
 
 
+def test_ranks_that_serve_already_make_a_job_ready(world: World) -> None:
+    """A store set back to before publication: ranks that serve already are asked no more."""
+    uid = submit(world)
+    job, routes = world.store[keys.job(uid)], world.store[keys.routes(uid)]
+    world.store[keys.job(uid)] = replace(job, state=JobState.STARTING, live_epoch=0)
+    world.store[keys.routes(uid)] = replace(routes, state=RouteState.STARTING)
+    for key in [k for k in world.store if k.startswith(keys.ASSIGNMENTS)]:
+        items = tuple(replace(j, stage=AssignmentStage.PREPARE) for j in world.store[key].jobs)
+        world.store[key] = replace(world.store[key], jobs=items)
+    world.new_leader()
+    assert world.store[keys.job(uid)].state is JobState.READY
+
+
+def test_a_job_leaves_nothing_behind(world: World) -> None:
+    """Whatever its epochs were, an ended job has no routes, maps or assignments any more."""
+    uid = submit(world)
+    node = world.store[keys.placement(uid)].instances[0].ranks[0].node
+    key = keys.acks(node, uid)
+    ahead = tuple(replace(s, epoch=7) for s in world.store[key].ranks)
+    world.observe(key, replace(world.store[key], ranks=ahead))
+    world.settle()
+    assert world.store[keys.job(uid)].epoch == 8
+    maps = [k for k in world.store if k.startswith(keys.EXPERT_MAPS)]
+    assert maps == [keys.expert_maps(uid, 1), keys.expert_maps(uid, 8)]
+    world.ask(CancelJob(job_uid=uid))
+    world.settle()
+    left = [k for k in world.store if uid in k and not k.startswith((keys.JOBS, keys.AUDIT))]
+    assert left == []
+
+
 # --- sizes ---------------------------------------------------------------------------------------
 
 
@@ -237,24 +269,21 @@ def test_a_job_that_could_never_be_committed_is_refused(
 def test_large_jobs_are_placed_in_commits_that_the_store_takes() -> None:
     """Of several large jobs that become placeable together, each commit stays within the limit."""
     world = ready_world("cloudmatrix384")
+    world.ask(Cordon(subject="sn0"))
     for number in range(3):
         wanted = replace(large(128, 30, QWEN), name=f"k{number}")
         world.ask(SubmitJob(spec=wanted, job_uid=f"j-k{number}", spec_digest="d"))
-    world.store = {
-        k: v for k, v in world.store.items() if not k.startswith((keys.PLACEMENTS, keys.ROUTES))
-    }
-    world.machine = type(world.machine)(dict(world.store), now=world.now)
+    del world.store[keys.hold("sn0")]
+    world.machine = Machine(dict(world.store), now=world.now)
     sizes = []
-    for _ in range(8):
+    for _ in range(3):
         for commit in commits_of(world, Woken()):
             values = [w for w in commit.writes if w.value is not None]
             sizes.append(sum(len(wire.encode(w.key, w.value)) for w in values))
             world._commit(commit)
-    assert max(sizes) > 500_000
+    assert {world.store[keys.job(f"j-k{n}")].state for n in range(3)} == {JobState.STARTING}
+    assert sum(sizes) > 1_500_000
     assert max(sizes) < 1_500_000
-    for _ in range(4):
-        world.settle()
-    assert {world.store[keys.job(f"j-k{n}")].state for n in range(3)} == {JobState.READY}
 
 
 @settings(deadline=None, max_examples=25)

@@ -378,8 +378,7 @@ def _replace_job(context: Context, node: str, job_uid: str, item: JobAssignment 
 def put_expert_maps(context: Context, maps: JobExpertMaps) -> None:
     """Write the maps of an epoch; those of epochs before the last one are gone."""
     context.state.put(keys.expert_maps(maps.job_uid, maps.epoch), maps)
-    for epoch in range(max(1, maps.epoch - 3), maps.epoch - 1):
-        context.state.delete(keys.expert_maps(maps.job_uid, epoch))
+    context.state.drop_maps(maps.job_uid, but=2)
 
 
 def occupy(context: Context, placement: Placement) -> None:

@@ -184,29 +184,38 @@ def _initial_maps(context: Context, job: Job, placement: Placement) -> JobExpert
 
 
 def advance(context: Context, job: Job) -> None:
-    """Take the next step of a job if all its ranks are there."""
+    """Take the next steps of a job for as far as all its ranks are there already."""
     if job.state is JobState.STOPPING:
         finish_stopping(context, job)
         return
+    while _step(context, job):
+        job = context.state.require_job(job.uid)
+
+
+def _step(context: Context, job: Job) -> bool:
+    """One step further, if all its ranks reached what it needs."""
     placement = context.state.placement(job.uid)
     if job.state not in _RUNNING or placement is None:
-        return
+        return False
     statuses = [status_of(context, job, seat) for seat in active_seats(context, job, placement)]
     _, stage = context.state.stages.get(job.uid, (0, AssignmentStage.UNSPECIFIED))
     if stage is AssignmentStage.START:
         if all(_has_started(job, status) for status in statuses):
             _prepare(context, job, placement)
+            return True
     elif stage is AssignmentStage.PREPARE:
         if all(_reached(job, status, _FENCED_OR_LATER) for status in statuses):
             timeline.fenced(context, job)
         if all(_reached(job, status, _REPAIRED_OR_LATER) for status in statuses):
             _publish(context, job, placement)
+            return True
     elif (
         stage is AssignmentStage.LIVE
         and job.state is not JobState.READY
         and all(_reached(job, status, (RankStage.LIVE,)) for status in statuses)
     ):
         _ready(context, job)
+    return False
 
 
 def _reached(job: Job, status: RankStatus | None, stages: tuple[RankStage, ...]) -> bool:
@@ -281,9 +290,6 @@ def finish_stopping(context: Context, job: Job) -> None:
         return
     release(context, placement)
     context.state.delete(keys.placement(job.uid))
-    context.state.delete(keys.routes(job.uid))
-    for epoch in range(max(1, job.epoch - 3), job.epoch + 1):
-        context.state.delete(keys.expert_maps(job.uid, epoch))
     _ended(context, job, job.why)
 
 
@@ -300,6 +306,8 @@ def _ended(context: Context, job: Job, why: Why) -> Job:
     state = JobState.CANCELLED if why.reason == CANCELLED else JobState.FAILED
     job = replace(job, state=state, why=why, end_time=context.now)
     put_job(context, job)
+    context.state.delete(keys.routes(job.uid))
+    context.state.drop_maps(job.uid, but=0)
     context.forget(job.uid)
     note(context, "JOB_ENDED", job.uid, why.message, epoch=job.epoch)
     return job
@@ -310,9 +318,9 @@ def requeue(context: Context, job: Job, why: Why) -> Job:
     placement = context.state.placement(job.uid)
     if placement is not None:
         put_routes(context, job, placement, RouteState.FENCED, restores=())
-        clear_assignments(context, job.uid, placement)
         release(context, placement)
         context.state.delete(keys.placement(job.uid))
+    clear_assignments(context, job.uid, placement or Placement(job_uid=job.uid))
     job = replace(job, state=JobState.PENDING, why=why, restarts=job.restarts + 1)
     put_job(context, job)
     note(context, "JOB_REQUEUED", job.uid, why.message, epoch=job.epoch)

@@ -7,6 +7,7 @@ doors say at a high rate (sequences, pool blocks) lives beside the records and i
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -39,7 +40,14 @@ WRITES_A_COMMIT_MAX = 120
 BYTES_A_COMMIT_MAX = 1_400_000
 # An assignment carries its job's model and launch command: below 80 KB, see admission.
 ASSIGNMENTS_A_PART = 16
-_INDEXED = (keys.JOBS, keys.INCIDENTS, keys.ASSIGNMENTS, keys.TOPOLOGY, keys.MAINTENANCE)
+_INDEXED = (
+    keys.JOBS,
+    keys.INCIDENTS,
+    keys.ASSIGNMENTS,
+    keys.TOPOLOGY,
+    keys.MAINTENANCE,
+    keys.EXPERT_MAPS,
+)
 
 
 class State:
@@ -70,6 +78,8 @@ class State:
         self._event_ids: list[str] = []
         self._incident_ids: list[str] = []
         self._open_incidents: dict[str, None] = {}
+        #: Epochs whose expert maps are stored, in order, by job.
+        self._map_epochs: dict[str, list[int]] = {}
         self._assigned_at: dict[str, tuple[str, ...]] = {}
         self._nodes_of: dict[str, dict[str, None]] = {}
         #: Stage and epoch that a job's assignments ask for.
@@ -104,6 +114,10 @@ class State:
                 self._open_incidents[value.id] = None
         elif key.startswith(keys.ASSIGNMENTS):
             self._index_assignment(value)
+        elif key.startswith(keys.EXPERT_MAPS):
+            epochs = self._map_epochs.setdefault(value.job_uid, [])
+            if value.epoch not in epochs:
+                insort(epochs, value.epoch)
 
     def _index_acks(self, acks: AgentAcks) -> None:
         self.acks.setdefault(acks.job_uid, {})[acks.node] = acks
@@ -120,6 +134,15 @@ class State:
         for item in assignment.jobs:
             self.stages[item.job_uid] = (item.epoch, item.stage)
             self._nodes_of.setdefault(item.job_uid, {})[assignment.node] = None
+
+    def drop_maps(self, job_uid: str, *, but: int) -> None:
+        """Stage the deletion of a job's expert maps, except those of its newest epochs."""
+        epochs = self._map_epochs.get(job_uid, [])
+        for epoch in epochs[: max(0, len(epochs) - but)]:
+            self.delete(keys.expert_maps(job_uid, epoch))
+        self._map_epochs[job_uid] = epochs[max(0, len(epochs) - but) :]
+        if not but:
+            self._map_epochs.pop(job_uid, None)
 
     def nodes_assigned(self, job_uid: str) -> list[str]:
         """Nodes whose assignment lists the job."""
