@@ -1,6 +1,6 @@
 # One vocabulary for people and CI. `make verify` is what CI enforces. Every target sets up what it
 # needs by itself: Python 3.11 or newer, make and git are enough.
-.PHONY: help docs setup proto lint format types tools test soak bench demo verify clean
+.PHONY: help docs setup proto lint format types tools test soak bench bench-experts bench-kv demo verify clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:             ## Show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/  /' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /' | expand -t 12
 
 setup: $(STAMP)   ## Make .venv with all extras and development tools
 $(STAMP): requirements-dev.txt pyproject.toml
@@ -50,6 +50,12 @@ soak: tools       ## Faults drawn from a seed against the demo's cluster, MINUTE
 
 bench: tools      ## Measure (up to 20 minutes); one JSON object on stdout
 	$(BIN)/python -m benchmarks
+
+bench-experts: setup ## Measure expert placement and repair alone (1 minute); one JSON object
+	@$(BIN)/python -m benchmarks.experts
+
+bench-kv: setup   ## Measure the KV index and plans alone; one JSON object on stdout
+	@$(BIN)/python -m benchmarks.kv
 
 demo: setup       ## Place DeepSeek-R1, serve tokens, kill a rank and a node, compare every token
 	$(BIN)/raddle demo

@@ -21,6 +21,7 @@ from benchmarks import (
     delivery,
     failover,
     footprint,
+    kv,
     throughput,
     tokens,
 )
@@ -29,6 +30,7 @@ from benchmarks.cluster import say
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "decisions": decisions.measure,
     "throughput": throughput.measure,
+    "kv": lambda: {"kv": kv.measure()},
     "footprint": lambda: asyncio.run(footprint.measure()),
     "delivery": lambda: asyncio.run(delivery.measure()),
     "control_plane": lambda: asyncio.run(control_plane.measure()),

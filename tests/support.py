@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from raddle.store.embedded import EmbeddedEtcd, EtcdBinary, pins_digest, tools_folder
+from raddle.store.etcd.store import EtcdStore
 from raddle.store.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,19 @@ async def three_members(folder: Path, binary: EtcdBinary) -> list[EmbeddedEtcd]:
     return members
 
 
+async def end(*members: EmbeddedEtcd) -> None:
+    """End members that are not needed any more, stopped ones too."""
+    for member in members:
+        if member.process is not None:
+            member.process.kill()
+            await asyncio.to_thread(member.process.wait)
+
+
+def prefer(store: EtcdStore, endpoint: str) -> None:
+    """The client's next calls and streams go to this member."""
+    store.connection._current = endpoint
+
+
 def holds_socket(pid: int, port: int) -> bool:
     """Does the process hold a TCP socket that is bound to this port of the loopback?"""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -83,15 +97,22 @@ class CuttingProxy:
         self._open.set()
         self.bytes_max: int | None = None
         self.refuse = False
-        #: How many connections were let through.
+        #: How many connections were let through, and how many were not.
         self.connections = 0
+        self.refused = 0
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuse:
+            self.refused += 1
             writer.close()
             return
         try:

@@ -6,13 +6,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raddle.core.cluster import Cluster
+from raddle.core.experts.layout import Layout
 from raddle.core.experts.maps import check_map, to_array, to_expert_map
-from raddle.core.experts.place import initial_map
+from raddle.core.experts.place import place_unknown_loads
 from raddle.core.placement.gang import PlacedJob, place_job
 from raddle.core.recovery.planner import InstanceDecision, plan_instance
 from raddle.core.recovery.request import recovery_request
@@ -71,14 +73,14 @@ class Placed:
         )
         width = self.role.slots_per_rank
         dies = [seat.die for seat in self.part.ranks if seat.state is SeatState.ACTIVE]
-        table = initial_map(
-            layers,
-            self.experts,
-            width,
-            self.cluster.domains(dies),
-            shared_expert_ranks=self.role.shared_expert_ranks,
-        )
+        table = place_unknown_loads(layers, self.experts, self.layout(dies, range(len(dies))))
         return InstanceExpertMap(expert_map=to_expert_map(table, width, self.experts))
+
+    def layout(self, dies: Sequence[str], ranks: Sequence[int]) -> Layout:
+        """The instance's dies with these ranks alive; the last ones host the shared expert."""
+        routed = self.role.ranks - self.role.shared_expert_ranks
+        hosts = np.isin(np.arange(len(dies)), [rank for rank in ranks if rank < routed])
+        return Layout.of(self.cluster.domains(dies), self.role.slots_per_rank, hosts=hosts)
 
     def break_dies(self, *ranks: int) -> None:
         """The devices of these ranks report that they are to be separated."""
@@ -129,7 +131,8 @@ class Placed:
         if decision.expert_map is None:
             return
         table = to_array(decision.expert_map)
-        assert check_map(table, self.experts, self.role.slots_per_rank, sorted(active)) == []
+        placed = [seat.die for seat in self.part.ranks if seat.state is not SeatState.SPARE]
+        assert check_map(table, self.experts, self.layout(placed, active)) == []
         for rank, moves in decision.moves.items():
             assert rank in active
             for move in moves:

@@ -301,7 +301,7 @@ def test_nothing_is_remembered_of_jobs_that_ended(world: World, *, deleted: bool
             world.handle(SequencesReported("door", uid, True, (), ()))
     state = context.state
     memories: list[Sized] = [
-        state.pools,
+        state.kv_tokens,
         state.acks,
         context.seats,
         context.suspicions,

@@ -163,6 +163,7 @@ class Served:
 async def serving(
     folder: Path,
     on_made: Callable[[LocalCluster], None] = lambda _: None,
+    *,
     job: str = JOB,
     **options: Any,
 ) -> AsyncIterator[Served]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -11,17 +11,25 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raddle.agent.engine.reference.blocks import block_hashes, cache_key, keeper
-from raddle.agent.engine.reference.pool import BlockStore, PoolClient
+from raddle.agent.engine.reference.blocks import block_hashes, cache_key
+from raddle.agent.engine.reference.places import Places
+from raddle.agent.engine.reference.pool import Block, BlockStore, PoolClient, PoolPeers
+from raddle.agent.engine.reference.repair import PoolRepair
+from raddle.agent.engine.reference.routing import Routing
 from raddle.model.kinds import RoleKind
-from raddle.model.types import Fence, RankKey
-from tests.engine.served import FENCE, cache, ignore
+from raddle.model.routes import Routes
+from raddle.model.types import Fence, Member, RankKey, SequenceRestore, Why
+from tests.engine.served import FENCE, Cache, cache, ignore
 from tests.engine.small import EPOCH, JOB, make_member
 
 KEY = cache_key("model")
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=40)
-NAMES = [f"{number:032x}" for number in range(100)]
-CACHES = [make_member(rank, kind=RoleKind.CACHE, node=f"n{rank // 2}") for rank in range(8)]
+NAMES = [f"{number:032x}"[::-1] for number in range(100)]
+CACHES = [
+    make_member(rank, kind=RoleKind.CACHE, node=f"n{rank // 2}", engine=f"h:{rank}")
+    for rank in range(8)
+]
+A, B, C = NAMES[:3]
 WRITER = RankKey(role="decode", instance=0, rank=0)
 
 
@@ -62,6 +70,16 @@ def test_names_stay_what_they_are() -> None:
 # --- keepers -------------------------------------------------------------------------------------
 
 
+def places(members: Sequence[Member], replicas: int = 1) -> Places:
+    made = Places(lambda: 0.0)
+    made.set_members([replace(member, kv_replicas=replicas) for member in members])
+    return made
+
+
+def kept(members: Sequence[Member], node: str, replicas: int = 1) -> list[set[RankKey]]:
+    return [{m.rank for m in found} for found in places(members, replicas).keepers(NAMES, node)]
+
+
 @given(gone=st.integers(0, 7), node=st.sampled_from(["n0", "n1", "elsewhere"]), data=st.data())
 def test_a_leaving_member_moves_only_its_own_blocks(
     gone: int, node: str, data: st.DataObject
@@ -69,28 +87,41 @@ def test_a_leaving_member_moves_only_its_own_blocks(
     """Keepers depend on no order of members, and only the blocks of one that left change theirs."""
     members = data.draw(st.permutations(CACHES))
     left = [member for member in members if member.rank.rank != gone]
-    for name in NAMES:
-        was, now = keeper(name, CACHES, node), keeper(name, left, node)
-        assert was is not None
-        assert was == keeper(name, members, node)
-        assert now == was or was.rank.rank == gone
+    assert kept(CACHES, node) == kept(members, node)
+    for was, now in zip(kept(CACHES, node), kept(left, node), strict=True):
+        assert now == was or {key.rank for key in was} == {gone}
 
 
 def test_a_block_is_kept_on_another_node_or_not_at_all() -> None:
-    """A node's loss never takes a rank and its blocks; every member elsewhere gets its share."""
-    kept = [keeper(name, CACHES, "n1") for name in NAMES]
-    assert {member.node for member in kept if member is not None} == {"n0", "n2", "n3"}
-    assert keeper(NAMES[0], CACHES[:2], "n0") is None
+    """A node's loss never takes a rank and its only copies; every member elsewhere has a share."""
+    ranks = {key.rank for found in kept(CACHES, "n1") for key in found}
+    assert ranks == {0, 1, 4, 5, 6, 7}
+    assert kept(CACHES[:2], "n0") == [set()] * len(NAMES)
+
+
+def test_copies_are_on_different_nodes() -> None:
+    """Two copies, two nodes, whoever wrote them."""
+    for found in kept(CACHES, "n1", replicas=2):
+        assert len({key.rank // 2 for key in found}) == 2
 
 
 def test_a_restarted_member_keeps_its_blocks() -> None:
     """Who keeps a block hangs on the rank, not on the process or its address."""
-    again = [replace(member, incarnation="new", engine_address="new:1") for member in CACHES]
-    for name in NAMES:
-        was, now = keeper(name, CACHES, "n9"), keeper(name, again, "n9")
-        assert was is not None
-        assert now is not None
-        assert was.rank == now.rank
+    again = [replace(m, incarnation=f"new-{m.rank.rank}", engine_address="new:1") for m in CACHES]
+    assert kept(CACHES, "n9") == kept(again, "n9")
+
+
+def test_a_member_that_comes_later_begins_with_a_small_share() -> None:
+    """It is empty: it takes few blocks at first, its whole share after the ramp."""
+    now = 0.0
+    made = Places(lambda: now)
+    made.set_members(CACHES[:7])
+    made.set_members(CACHES)
+    begun = sum(found[0].rank.rank == 7 for found in made.keepers(NAMES))
+    now = 1_000.0
+    whole = [found[0].rank for found in made.keepers(NAMES)]
+    assert whole == [found[0].rank for found in places(CACHES).keepers(NAMES)]
+    assert begun < sum(key.rank == 7 for key in whole)
 
 
 # --- the store -----------------------------------------------------------------------------------
@@ -99,11 +130,12 @@ def test_a_restarted_member_keeps_its_blocks() -> None:
 def test_blocks_are_put_once_and_read_back() -> None:
     """A put counts what is new and keeps the first bytes of a name; a get leaves out the rest."""
     told: list[tuple[str, tuple[str, ...]]] = []
+    one, two, three = (Block.of(payload) for payload in (b"1", b"2", b"3"))
     store = BlockStore(100, lambda kind, names: told.append((kind, names)))
-    assert store.put([("a", b"1"), ("b", b"2")]) == 2
-    assert store.put([("b", b"x"), ("c", b"3")]) == 1
-    assert store.put([("a", b"1")]) == 0
-    assert store.get(["c", "nothing", "b"]) == [("c", b"3"), ("b", b"2")]
+    assert store.put([("a", one), ("b", two)]) == 2
+    assert store.put([("b", three), ("c", three)]) == 1
+    assert store.put([("a", one)]) == 0
+    assert store.get(["c", "nothing", "b"]) == [("c", three), ("b", two)]
     assert told == [("STORED", ("a", "b")), ("STORED", ("c",))]
 
 
@@ -117,7 +149,7 @@ _GETS = st.lists(st.integers(0, 11), max_size=4)
 def test_a_full_store_drops_the_longest_unused(steps: list[tuple[bool, list[int]]]) -> None:
     """Within its bytes it holds the blocks used last, and its reports replay to what is there."""
     limit, replayed = 20, set[str]()
-    model: OrderedDict[str, bytes] = OrderedDict()
+    model: OrderedDict[str, Block] = OrderedDict()
 
     def changed(kind: str, names: tuple[str, ...]) -> None:
         if kind == "STORED":
@@ -128,11 +160,11 @@ def test_a_full_store_drops_the_longest_unused(steps: list[tuple[bool, list[int]
     store = BlockStore(limit, changed)
     for put, numbers in steps:
         # Block 11 alone is larger than the store.
-        blocks = [(NAMES[n], bytes(25 if n == 11 else n)) for n in dict.fromkeys(numbers)]
+        blocks = [(NAMES[n], Block.of(bytes(25 if n == 11 else n))) for n in dict.fromkeys(numbers)]
         if put:
             store.put(blocks)
             model.update({name: payload for name, payload in blocks if name not in model})
-            while sum(map(len, model.values())) > limit:
+            while sum(len(block.payload) for block in model.values()) > limit:
                 model.popitem(last=False)
         else:
             wanted = [(name, model[name]) for name, _ in blocks if name in model]
@@ -146,7 +178,7 @@ def test_a_full_store_drops_the_longest_unused(steps: list[tuple[bool, list[int]
 def test_a_store_of_no_bytes_holds_nothing() -> None:
     """A cache rank without memory takes blocks and forgets them at once."""
     store = BlockStore(0, ignore)
-    store.put([("a", b"1")])
+    store.put([("a", Block.of(b"1"))])
     assert store.get(["a"]) == []
 
 
@@ -175,7 +207,7 @@ async def test_blocks_spread_over_members_come_back_to_any_node() -> None:
         assert not held[0] & held[1]
         for node in ("n0", "n1", "n2"):
             async with client(node, one.member, two.member) as reader:
-                assert await reader.get(FENCE, ["nothing", *NAMES]) == blocks
+                assert await reader.get(FENCE, ["f" * 32, *NAMES]) == blocks
 
 
 async def test_blocks_do_not_stay_on_their_writers_node() -> None:
@@ -202,10 +234,10 @@ async def test_a_dead_member_costs_blocks_but_no_error() -> None:
 async def test_a_writer_of_the_past_changes_nothing(stale: Fence) -> None:
     """An older epoch or another job neither writes, nor reads, nor moves the member's epoch."""
     async with cache() as pool, client("n0", pool.member) as rank:
-        await rank.put(FENCE, {"a": b"1"})
-        await rank.put(stale, {"b": b"2"})
-        assert await rank.get(stale, ["a"]) == {}
-        assert pool.blocks.names() == ("a",)
+        await rank.put(FENCE, {A: b"1"})
+        await rank.put(stale, {B: b"2"})
+        assert await rank.get(stale, [A]) == {}
+        assert pool.blocks.names() == (A,)
         assert pool.standing.epoch == EPOCH
 
 
@@ -214,10 +246,116 @@ async def test_the_first_call_of_a_newer_epoch_shuts_the_older_one_out(by: str) 
     """Blocks outlive an epoch, its writers do not."""
     newer = replace(FENCE, epoch=EPOCH + 1)
     async with cache() as pool, client("n0", pool.member) as rank:
-        await rank.put(FENCE, {"a": b"1"})
+        await rank.put(FENCE, {A: b"1"})
         if by == "put":
-            await rank.put(newer, {"b": b"2"})
-        assert (await rank.get(newer, ["a"])) == {"a": b"1"}
-        await rank.put(FENCE, {"c": b"3"})
-        assert await rank.get(newer, ["c"]) == {}
+            await rank.put(newer, {B: b"2"})
+        assert (await rank.get(newer, [A])) == {A: b"1"}
+        await rank.put(FENCE, {C: b"3"})
+        assert await rank.get(newer, [C]) == {}
         assert pool.standing.epoch == EPOCH + 1
+
+
+# --- checksums and repair ------------------------------------------------------------------------
+
+
+def two_copies(*caches: Cache) -> list[Member]:
+    return [replace(one.member, kv_replicas=2) for one in caches]
+
+
+def spoil(one: Cache, name: str) -> None:
+    """A bit of the block flips in the member's memory."""
+    block = one.blocks.peek(name)
+    assert block is not None
+    one.blocks._blocks[name] = block._replace(payload=bytes([block.payload[0] ^ 1]))
+
+
+async def test_a_broken_block_is_not_stored_and_not_served() -> None:
+    """Bytes that are not those of their checksum are refused; a reader takes the other copy."""
+    async with cache(0, node="n1") as one, cache(1, node="n2") as two:
+        peers = PoolPeers(WRITER, "n0")
+        assert not await peers.put(FENCE, one.member, [(A, Block(b"x", 0)), (B, Block.of(b"2"))])
+        assert one.blocks.names() == (B,)
+        await peers.close()
+        async with client("n0", *two_copies(one, two)) as rank:
+            await rank.put(FENCE, {A: b"1"})
+            spoil(one, A)
+            assert await rank.get(FENCE, [A]) == {A: b"1"}
+            spoil(two, A)
+            assert await rank.get(FENCE, [A]) == {}
+
+
+async def repaired(one: Cache, members: Sequence[Member], bytes_per_s: float = 1e9) -> int:
+    """One pass of a member's repair."""
+    peers = PoolPeers(one.member.rank, one.member.node)
+    repair = PoolRepair(one.member.rank, one.blocks, peers, lambda: FENCE, bytes_per_s=bytes_per_s)
+    repair.set_members(members)
+    try:
+        return await repair.make_one_pass()
+    finally:
+        await peers.close()
+
+
+async def test_lost_copies_are_made_again_once() -> None:
+    """After a member's loss the others give its blocks to those that should have them now."""
+    async with (
+        cache(0, node="n0") as zero,
+        cache(1, node="n1") as one,
+        cache(2, node="n2") as two,
+        cache(3, node="n3") as three,
+    ):
+        async with client("n9", *two_copies(zero, one, two, three)) as rank:
+            await rank.put(FENCE, {name: name.encode() for name in NAMES})
+        lost = set(zero.blocks.names())
+        left = two_copies(one, two, three)
+        made = [await repaired(each, left) for each in (one, two, three)]
+        held = [name for each in (one, two, three) for name in each.blocks.names()]
+        assert sum(made) == len(lost) > 0
+        assert all(held.count(name) == 2 for name in NAMES)
+        assert [await repaired(each, left) for each in (one, two, three)] == [0, 0, 0]
+        for each in (one, two, three):
+            for name in each.blocks.names():
+                block = each.blocks.peek(name)
+                assert block == Block.of(name.encode())
+
+
+async def test_the_most_recently_used_blocks_are_repaired_first() -> None:
+    """A new empty member gets the blocks of the last use first."""
+    async with cache(0, node="n0") as zero, cache(1, node="n1") as one:
+        zero.blocks.put([(name, Block.of(name.encode())) for name in NAMES])
+        zero.blocks.get([B])
+        assert await repaired(zero, two_copies(zero, one)) == len(NAMES)
+        assert one.blocks.names()[:2] == (B, NAMES[-1])
+
+
+async def test_one_copy_needs_no_repair() -> None:
+    """With single copies, or a single member, nothing is copied."""
+    async with cache(0, node="n0") as zero, cache(1, node="n1") as one:
+        zero.blocks.put([(A, Block.of(b"1"))])
+        assert await repaired(zero, [zero.member, one.member]) == 0
+        assert await repaired(zero, two_copies(zero)) == 0
+        assert one.blocks.names() == ()
+
+
+async def test_a_member_that_does_not_answer_is_asked_again() -> None:
+    """Its copies stay due: once it is there they are made."""
+    async with cache(1, node="n1") as gone:
+        pass
+    async with cache(0, node="n0") as zero, cache(1, node="n1") as back:
+        zero.blocks.put([(A, Block.of(b"1"))])
+        peers = PoolPeers(zero.member.rank, "n0")
+        repair = PoolRepair(zero.member.rank, zero.blocks, peers, lambda: FENCE)
+        repair.set_members(two_copies(zero, gone))
+        assert await repair.make_one_pass() == 0
+        repair.set_members(two_copies(zero, back))
+        assert await repair.make_one_pass() == 1
+        assert repair.progress.copies_made == 1
+        await peers.close()
+
+
+def test_a_sequence_that_the_plan_gave_up_is_told_why() -> None:
+    """The front door ends it with the plan's sentence; others are not touched."""
+    routing = Routing("door", ["h:1"], "default", "job", "digest")
+    gone = SequenceRestore(sequence_id="s", why=Why(reason="GIVE_UP", message="too late"))
+    routes = Routes(restores=(gone, SequenceRestore(sequence_id="t", why=Why(reason="RESTORE"))))
+    assert routing.given_up(routes, "s") == "too late"
+    assert (routing.given_up(routes, "t"), routing.given_up(routes, "u")) == ("", "")

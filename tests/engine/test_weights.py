@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raddle.agent.engine.reference.exchange import ExchangeClient
 from raddle.agent.engine.reference.shape import parse_shape
-from raddle.agent.engine.reference.slots import Slots
+from raddle.agent.engine.reference.slots import Experts, Slots
 from raddle.agent.engine.reference.weights import (
     Expert,
     Matrix,
@@ -22,7 +23,7 @@ from raddle.agent.engine.reference.weights import (
     load_shared,
     write_checkpoint,
 )
-from tests.engine.small import SHAPE, config, expert_map
+from tests.engine.small import EVERYTHING_HERE, SHAPE, config, expert_map
 
 OTHER = parse_shape(config(weights_seed=8))
 PAIRS = [(layer, e) for layer in range(SHAPE.layers) for e in range(SHAPE.experts)]
@@ -149,3 +150,16 @@ def test_rows_of_an_expert_that_is_not_here_are_refused(checkpoint: Path) -> Non
     assert slots.compute(0, [4, 4], rows, scale) is not None
     assert slots.compute(0, [4, 5], rows, scale) is None
     assert slots.compute(1, [4, 4], rows, scale) is None
+
+
+def test_loads_are_told_once(checkpoint: Path) -> None:
+    """Each call gives the tokens since the last one, for the layers that had any."""
+    client = ExchangeClient("j", 1.0, None)
+    experts = Experts(1, EVERYTHING_HERE, 0, Slots(checkpoint), client, {})
+    experts.loads[0, 3] += 2
+    assert [(row.layer, row.tokens[3], sum(row.tokens)) for row in experts.take_loads()] == [
+        (0, 2, 2)
+    ]
+    experts.loads[1, 1] += 5
+    assert [(row.layer, row.tokens[1]) for row in experts.take_loads()] == [(1, 5)]
+    assert experts.take_loads() == ()

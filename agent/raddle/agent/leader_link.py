@@ -69,12 +69,12 @@ class StatsStream:
         node: str,
         leader: LeaderAddress,
         tls: TlsFiles | None,
-        on_connect: Callable[[], None] = lambda: None,
     ) -> None:
         self._node = node
         self._leader = leader
         self._tls = tls
-        self._on_connect = on_connect
+        #: Called for each leader: it knows nothing of what ranks told the one before.
+        self.on_connect: list[Callable[[], None]] = []
         self._queue: asyncio.Queue[tuple[str, RankStats]] = asyncio.Queue(QUEUE_MAX)
 
     def report(self, job_uid: str, stats: RankStats) -> None:
@@ -104,7 +104,8 @@ class StatsStream:
     async def _send(self, channel: grpc.aio.Channel) -> None:
         stub: Any = scheduler_pb2_grpc.SchedulerStub(channel)
         try:
-            self._on_connect()
+            for tell_again in self.on_connect:
+                tell_again()
             await stub.ReportStats(self._messages())
         except grpc.aio.AioRpcError as error:
             log.info("stats stream ended", node=self._node, why=error.details())

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from raddle.agent.core.events import Event
 from raddle.agent.engine.driver import EngineDriver
+from raddle.agent.engine.kv_events.source import read_sources
 from raddle.agent.engine.reference_driver import ReferenceDriver
 from raddle.agent.engine.simulated import SimulatedDriver
 from raddle.agent.health.simulated import SimulatedSource
@@ -29,6 +31,9 @@ from raddle.store.etcd.store import EtcdStore
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.settings import load_settings, require, setting
 from raddle.telemetry.tls import require_safe_listen, tls_files
+
+if TYPE_CHECKING:
+    from raddle.agent.engine.kv_events.subscriber import KvSubscriber
 
 EXIT_REFUSED = 2
 DRIVERS = ("reference", "simulated")
@@ -47,6 +52,7 @@ class Settings:
     drivers: list[str] = setting(["simulated"], "engine drivers to offer: reference, simulated")
     rank_host: str = setting("127.0.0.1", "address that ranks listen on and are reached at")
     faults_dir: str = setting("", "folder of simulated faults: <node with - for />.json")
+    kv_events: str = setting("", "YAML list of ZeroMQ publishers of KV events to follow")
     log_json: bool = setting(False, "JSON log lines even on a terminal")
     tls_ca: str = setting("", "CA of all members (PEM)")
     tls_certificate: str = setting("", "our certificate (PEM)")
@@ -75,6 +81,7 @@ def check(settings: Settings) -> SuperNode:
             raise PermanentError(
                 Reason.INVALID_ARGUMENT, f"driver {name!r} is unknown; known are {known}."
             )
+    read_sources(settings.kv_events)
     supernode = load_machine(settings.machine)
     nodes = set(supernode.node_names())
     for node in settings.node:
@@ -94,6 +101,7 @@ class AgentProcess:
         self._tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
         require_safe_listen(f"{settings.rank_host}:0", self._tls)
         self._stores: list[EtcdStore] = []
+        self._subscribers: list[KvSubscriber] = []
 
     def _store(self, operation_key: str) -> EtcdStore:
         s = self._settings
@@ -108,6 +116,8 @@ class AgentProcess:
         faults = self._settings.faults_dir
         file = Path(faults) / f"{node.replace('/', '-')}.json" if faults else None
         stream = StatsStream(node, leader, self._tls)
+        if node == self._settings.node[0]:
+            self._follow_kv_events(stream)
         facts = NodeFacts(
             name=node,
             version=version("raddle"),
@@ -118,23 +128,27 @@ class AgentProcess:
         def drivers(tell: Callable[[Event], None]) -> list[EngineDriver]:
             made: list[EngineDriver] = []
             if "simulated" in self._settings.drivers:
-                made.append(SimulatedDriver(tell))
+                made.append(SimulatedDriver(tell, stream.report))
             if "reference" in self._settings.drivers:
                 folder = Path(self._settings.state_dir)
-                made.append(
-                    ReferenceDriver(
-                        node,
-                        folder,
-                        tell,
-                        stream.report,
-                        host=self._settings.rank_host,
-                        tls=self._tls,
-                    )
+                reference = ReferenceDriver(
+                    node, folder, tell, stream.report, host=self._settings.rank_host, tls=self._tls
                 )
+                stream.on_connect.append(reference.report_again)
+                made.append(reference)
             return made
 
         source = SimulatedSource(node, self._supernode, store, file)
         return NodeAgent(facts, store, source, stream, drivers)
+
+    def _follow_kv_events(self, stream: StatsStream) -> None:
+        """Publishers that this process listens to report through its first node's stream."""
+        for source in read_sources(self._settings.kv_events):
+            from raddle.agent.engine.kv_events.subscriber import KvSubscriber
+
+            subscriber = KvSubscriber(source, stream.report)
+            stream.on_connect.append(subscriber.report_again)
+            self._subscribers.append(subscriber)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until told to stop; real ranks run on."""
@@ -142,6 +156,7 @@ class AgentProcess:
         agents = [self._agent(node, leader) for node in self._settings.node]
         tasks = [asyncio.create_task(agent.run()) for agent in agents]
         tasks.append(asyncio.create_task(leader.run()))
+        tasks += [asyncio.create_task(subscriber.run()) for subscriber in self._subscribers]
         stopping = asyncio.create_task(stop.wait())
         log.info("agent runs", nodes=self._settings.node)
         try:

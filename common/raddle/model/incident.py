@@ -79,6 +79,10 @@ class InstancePlan:
     kv_tokens_restored: int = 0
     kv_tokens_recomputed: int = 0
     why: Why = field(default_factory=Why)
+    sequences_given_up: int = 0
+    # When half and all of the sequences make tokens again, counted from the plan.
+    kv_median_predicted: float = 0.0
+    kv_last_predicted: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

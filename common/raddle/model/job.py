@@ -102,6 +102,8 @@ class RoleSpec:
     engine: EngineSpec = field(default_factory=EngineSpec)
     # An instance sits on at least so many nodes, evenly; 0 means on as few as possible.
     spread_nodes: int = 0
+    # Of a cache role: copies that the pool keeps of each block, on different nodes; 0 means 2.
+    kv_replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,3 +52,5 @@ class SequenceReport:
     sent_tokens: int = 0
     # Hashes of the full KV blocks of prompt and sent tokens, oldest first.
     block_hashes: tuple[str, ...] = ()
+    # Time left for the request when this was said; 0 means without a deadline.
+    left: float = 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from raddle.model.kv import KvEventKind, KvTier
 from raddle.model.types import RankKey
 
 
@@ -58,10 +59,14 @@ class ExpertLoad:
 class KvEvent:
     """A pool member's change, numbered by the owner's incarnation."""
 
-    # STORED, REMOVED or CLEARED.
-    kind: str = ""
+    kind: KvEventKind = KvEventKind.UNSPECIFIED
     block_hashes: tuple[str, ...] = ()
     sequence: int = 0
+    tier: KvTier = KvTier.UNSPECIFIED
+    # What the hashes are within; empty where the job's model says it all.
+    lora: str = ""
+    tenant_salt: str = ""
+    kv_group: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

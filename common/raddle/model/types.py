@@ -68,6 +68,11 @@ class Member:
     data_address: str = ""
     # Names one process: a restarted rank has another incarnation.
     incarnation: str = ""
+    # Name of the rack that the node stands in.
+    rack: str = ""
+    # Of a cache member: copies that the pool keeps of each block, and the member's room.
+    kv_replicas: int = 0
+    dram_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,4 +121,7 @@ class SequenceRestore:
     tokens: int = 0
     tokens_restored: int = 0
     tokens_recomputed: int = 0
+    # RESTORE, RECOMPUTE or GIVE_UP (it would not be back before its deadline).
     why: Why = field(default_factory=Why)
+    # When it makes tokens again, counted from the plan.
+    predicted: float = 0.0

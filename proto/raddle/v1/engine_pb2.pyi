@@ -70,6 +70,32 @@ QUIESCE_MODE_ABORT: QuiesceMode.ValueType  # 2
 """Drop all sequences."""
 Global___QuiesceMode: _TypeAlias = QuiesceMode  # noqa: Y015
 
+class _KvTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_TIER_UNSPECIFIED: _KvTier.ValueType  # 0
+    KV_TIER_HBM: _KvTier.ValueType  # 1
+    """A die's own memory."""
+    KV_TIER_DRAM: _KvTier.ValueType  # 2
+    """A host's memory: the pool."""
+    KV_TIER_STORAGE: _KvTier.ValueType  # 3
+    """Files, local or remote."""
+
+class KvTier(_KvTier, metaclass=_KvTierEnumTypeWrapper):
+    """Which memory of a member a block lies in."""
+
+KV_TIER_UNSPECIFIED: KvTier.ValueType  # 0
+KV_TIER_HBM: KvTier.ValueType  # 1
+"""A die's own memory."""
+KV_TIER_DRAM: KvTier.ValueType  # 2
+"""A host's memory: the pool."""
+KV_TIER_STORAGE: KvTier.ValueType  # 3
+"""Files, local or remote."""
+Global___KvTier: _TypeAlias = KvTier  # noqa: Y015
+
 @_typing.final
 class DescribeRequest(_message.Message):
     """Empty."""
@@ -586,16 +612,26 @@ Global___ExpertLoad: _TypeAlias = ExpertLoad  # noqa: Y015
 
 @_typing.final
 class KvEvent(_message.Message):
-    """A pool member's change, numbered by the owner's incarnation."""
+    """A member's change, numbered by the owner's incarnation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     KIND_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
+    TENANT_SALT_FIELD_NUMBER: _builtins.int
+    KV_GROUP_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """STORED, REMOVED or CLEARED."""
     sequence: _builtins.int
+    tier: Global___KvTier.ValueType
+    """Unspecified means DRAM."""
+    lora: _builtins.str
+    """What the hashes are within, besides the job's model."""
+    tenant_salt: _builtins.str
+    kv_group: _builtins.int
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -604,10 +640,14 @@ class KvEvent(_message.Message):
         kind: _builtins.str = ...,
         block_hashes: _abc.Iterable[_builtins.str] | None = ...,
         sequence: _builtins.int = ...,
+        tier: Global___KvTier.ValueType = ...,
+        lora: _builtins.str = ...,
+        tenant_salt: _builtins.str = ...,
+        kv_group: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "kind", b"kind", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "kind", b"kind", "kv_group", b"kv_group", "lora", b"lora", "sequence", b"sequence", "tenant_salt", b"tenant_salt", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -173,6 +173,9 @@ class InstancePlan(_message.Message):
     KV_TOKENS_RESTORED_FIELD_NUMBER: _builtins.int
     KV_TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    SEQUENCES_GIVEN_UP_FIELD_NUMBER: _builtins.int
+    KV_MEDIAN_PREDICTED_FIELD_NUMBER: _builtins.int
+    KV_LAST_PREDICTED_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     instance: _builtins.int
     option: _builtins.str
@@ -180,12 +183,19 @@ class InstancePlan(_message.Message):
     sequences_restored: _builtins.int
     kv_tokens_restored: _builtins.int
     kv_tokens_recomputed: _builtins.int
+    sequences_given_up: _builtins.int
     @_builtins.property
     def lost_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def considered(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecoveryOption]: ...
     @_builtins.property
     def why(self) -> _types_pb2.Why: ...
+    @_builtins.property
+    def kv_median_predicted(self) -> _duration_pb2.Duration:
+        """When half and all of the sequences make tokens again, counted from the plan."""
+
+    @_builtins.property
+    def kv_last_predicted(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
@@ -199,10 +209,13 @@ class InstancePlan(_message.Message):
         kv_tokens_restored: _builtins.int = ...,
         kv_tokens_recomputed: _builtins.int = ...,
         why: _types_pb2.Why | None = ...,
+        sequences_given_up: _builtins.int = ...,
+        kv_median_predicted: _duration_pb2.Duration | None = ...,
+        kv_last_predicted: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_last_predicted", b"kv_last_predicted", "kv_median_predicted", b"kv_median_predicted", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["considered", b"considered", "experts_moved", b"experts_moved", "instance", b"instance", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "lost_ranks", b"lost_ranks", "option", b"option", "role", b"role", "sequences_restored", b"sequences_restored", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["considered", b"considered", "experts_moved", b"experts_moved", "instance", b"instance", "kv_last_predicted", b"kv_last_predicted", "kv_median_predicted", b"kv_median_predicted", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "lost_ranks", b"lost_ranks", "option", b"option", "role", b"role", "sequences_given_up", b"sequences_given_up", "sequences_restored", b"sequences_restored", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

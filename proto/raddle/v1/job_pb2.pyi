@@ -232,6 +232,7 @@ class RoleSpec(_message.Message):
     DRAM_BYTES_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     SPREAD_NODES_FIELD_NUMBER: _builtins.int
+    KV_REPLICAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     kind: _builtins.str
     """prefill, decode or cache."""
@@ -245,6 +246,8 @@ class RoleSpec(_message.Message):
     dram_bytes: _builtins.int
     spread_nodes: _builtins.int
     """An instance sits on at least so many nodes, evenly; 0 means on as few as possible."""
+    kv_replicas: _builtins.int
+    """Of a cache role: copies that the pool keeps of each block, on different nodes; 0 means 2."""
     @_builtins.property
     def engine(self) -> Global___EngineSpec: ...
     def __init__(
@@ -262,10 +265,11 @@ class RoleSpec(_message.Message):
         dram_bytes: _builtins.int = ...,
         engine: Global___EngineSpec | None = ...,
         spread_nodes: _builtins.int = ...,
+        kv_replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dram_bytes", b"dram_bytes", "engine", b"engine", "instances", b"instances", "kind", b"kind", "max_sequences_per_rank", b"max_sequences_per_rank", "name", b"name", "ranks", b"ranks", "shared_expert_ranks", b"shared_expert_ranks", "slots_per_rank", b"slots_per_rank", "spares", b"spares", "spread_nodes", b"spread_nodes", "tp", b"tp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dram_bytes", b"dram_bytes", "engine", b"engine", "instances", b"instances", "kind", b"kind", "kv_replicas", b"kv_replicas", "max_sequences_per_rank", b"max_sequences_per_rank", "name", b"name", "ranks", b"ranks", "shared_expert_ranks", b"shared_expert_ranks", "slots_per_rank", b"slots_per_rank", "spares", b"spares", "spread_nodes", b"spread_nodes", "tp", b"tp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -165,6 +165,11 @@ class PoolMemberStub(object):
                 request_serializer=raddle_dot_v1_dot_reference__pb2.GetBlocksRequest.SerializeToString,
                 response_deserializer=raddle_dot_v1_dot_reference__pb2.GetBlocksResponse.FromString,
                 _registered_method=True)
+        self.HasBlocks = channel.unary_unary(
+                '/raddle.v1.PoolMember/HasBlocks',
+                request_serializer=raddle_dot_v1_dot_reference__pb2.HasBlocksRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_reference__pb2.HasBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class PoolMemberServicer(object):
@@ -185,6 +190,13 @@ class PoolMemberServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HasBlocks(self, request, context):
+        """Which of these blocks are here; what members ask each other before they repair.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolMemberServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -197,6 +209,11 @@ def add_PoolMemberServicer_to_server(servicer, server):
                     servicer.GetBlocks,
                     request_deserializer=raddle_dot_v1_dot_reference__pb2.GetBlocksRequest.FromString,
                     response_serializer=raddle_dot_v1_dot_reference__pb2.GetBlocksResponse.SerializeToString,
+            ),
+            'HasBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.HasBlocks,
+                    request_deserializer=raddle_dot_v1_dot_reference__pb2.HasBlocksRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_reference__pb2.HasBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -254,6 +271,33 @@ class PoolMember(object):
             '/raddle.v1.PoolMember/GetBlocks',
             raddle_dot_v1_dot_reference__pb2.GetBlocksRequest.SerializeToString,
             raddle_dot_v1_dot_reference__pb2.GetBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HasBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raddle.v1.PoolMember/HasBlocks',
+            raddle_dot_v1_dot_reference__pb2.HasBlocksRequest.SerializeToString,
+            raddle_dot_v1_dot_reference__pb2.HasBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -80,6 +80,8 @@ class PoolMemberStub:
     """Store finished blocks. Refused for another job or an older epoch."""
     GetBlocks: _grpc.UnaryUnaryMultiCallable[_reference_pb2.GetBlocksRequest, _reference_pb2.GetBlocksResponse]
     """Read blocks; missing ones are left out."""
+    HasBlocks: _grpc.UnaryUnaryMultiCallable[_reference_pb2.HasBlocksRequest, _reference_pb2.HasBlocksResponse]
+    """Which of these blocks are here; what members ask each other before they repair."""
 
 @_typing.type_check_only
 class PoolMemberAsyncStub(PoolMemberStub):
@@ -90,6 +92,8 @@ class PoolMemberAsyncStub(PoolMemberStub):
     """Store finished blocks. Refused for another job or an older epoch."""
     GetBlocks: _aio.UnaryUnaryMultiCallable[_reference_pb2.GetBlocksRequest, _reference_pb2.GetBlocksResponse]  # type: ignore[assignment]
     """Read blocks; missing ones are left out."""
+    HasBlocks: _aio.UnaryUnaryMultiCallable[_reference_pb2.HasBlocksRequest, _reference_pb2.HasBlocksResponse]  # type: ignore[assignment]
+    """Which of these blocks are here; what members ask each other before they repair."""
 
 class PoolMemberServicer(metaclass=_abc_1.ABCMeta):
     """Served by cache members: blocks of KV in host memory, named by their prefix hash."""
@@ -109,5 +113,13 @@ class PoolMemberServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_reference_pb2.GetBlocksResponse, _abc.Awaitable[_reference_pb2.GetBlocksResponse]]:
         """Read blocks; missing ones are left out."""
+
+    @_abc_1.abstractmethod
+    def HasBlocks(
+        self,
+        request: _reference_pb2.HasBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_reference_pb2.HasBlocksResponse, _abc.Awaitable[_reference_pb2.HasBlocksResponse]]:
+        """Which of these blocks are here; what members ask each other before they repair."""
 
 def add_PoolMemberServicer_to_server(servicer: PoolMemberServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,34 +22,35 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from raddle.v1 import types_pb2 as raddle_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16raddle/v1/router.proto\x12\traddle.v1\x1a\x15raddle/v1/types.proto\"\x81\x02\n\x06Routes\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\x12$\n\x05state\x18\x06 \x01(\x0e\x32\x15.raddle.v1.RouteState\x12\r\n\x05model\x18\x07 \x01(\t\x12\x17\n\x0fkv_block_tokens\x18\x08 \x01(\x05\x12\"\n\x07members\x18\t \x03(\x0b\x32\x11.raddle.v1.Member\x12,\n\x08restores\x18\n \x03(\x0b\x32\x1a.raddle.v1.SequenceRestore\"]\n\x12WatchRoutesRequest\x12\x15\n\rfront_door_id\x18\x01 \x01(\t\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"8\n\x13WatchRoutesResponse\x12!\n\x06routes\x18\x01 \x01(\x0b\x32\x11.raddle.v1.Routes\"I\n\x10\x41\x63kRoutesRequest\x12\x15\n\rfront_door_id\x18\x01 \x01(\t\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\"\x13\n\x11\x41\x63kRoutesResponse\"\x8f\x01\n\x16ReportSequencesRequest\x12\x15\n\rfront_door_id\x18\x01 \x01(\t\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12*\n\x07updated\x18\x04 \x03(\x0b\x32\x19.raddle.v1.SequenceReport\x12\x0f\n\x07removed\x18\x05 \x03(\t\"\x89\x01\n\x0eSequenceReport\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12 \n\x04rank\x18\x02 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x13\n\x0bsent_tokens\x18\x04 \x01(\x05\x12\x14\n\x0c\x62lock_hashes\x18\x05 \x03(\t\"\x19\n\x17ReportSequencesResponse*\x88\x01\n\nRouteState\x12\x1b\n\x17ROUTE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROUTE_STATE_STARTING\x10\x01\x12\x16\n\x12ROUTE_STATE_FENCED\x10\x02\x12\x14\n\x10ROUTE_STATE_LIVE\x10\x03\x12\x15\n\x11ROUTE_STATE_ENDED\x10\x04\x32\xfc\x01\n\x06Router\x12N\n\x0bWatchRoutes\x12\x1d.raddle.v1.WatchRoutesRequest\x1a\x1e.raddle.v1.WatchRoutesResponse0\x01\x12\x46\n\tAckRoutes\x12\x1b.raddle.v1.AckRoutesRequest\x1a\x1c.raddle.v1.AckRoutesResponse\x12Z\n\x0fReportSequences\x12!.raddle.v1.ReportSequencesRequest\x1a\".raddle.v1.ReportSequencesResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16raddle/v1/router.proto\x12\traddle.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15raddle/v1/types.proto\"\x81\x02\n\x06Routes\x12\x16\n\x0eschema_version\x18\x01 \x01(\x05\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\x12$\n\x05state\x18\x06 \x01(\x0e\x32\x15.raddle.v1.RouteState\x12\r\n\x05model\x18\x07 \x01(\t\x12\x17\n\x0fkv_block_tokens\x18\x08 \x01(\x05\x12\"\n\x07members\x18\t \x03(\x0b\x32\x11.raddle.v1.Member\x12,\n\x08restores\x18\n \x03(\x0b\x32\x1a.raddle.v1.SequenceRestore\"]\n\x12WatchRoutesRequest\x12\x15\n\rfront_door_id\x18\x01 \x01(\t\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"8\n\x13WatchRoutesResponse\x12!\n\x06routes\x18\x01 \x01(\x0b\x32\x11.raddle.v1.Routes\"I\n\x10\x41\x63kRoutesRequest\x12\x15\n\rfront_door_id\x18\x01 \x01(\t\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\"\x13\n\x11\x41\x63kRoutesResponse\"\x8f\x01\n\x16ReportSequencesRequest\x12\x15\n\rfront_door_id\x18\x01 \x01(\t\x12\x0f\n\x07job_uid\x18\x02 \x01(\t\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12*\n\x07updated\x18\x04 \x03(\x0b\x32\x19.raddle.v1.SequenceReport\x12\x0f\n\x07removed\x18\x05 \x03(\t\"\xb2\x01\n\x0eSequenceReport\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12 \n\x04rank\x18\x02 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x12\x13\n\x0bsent_tokens\x18\x04 \x01(\x05\x12\x14\n\x0c\x62lock_hashes\x18\x05 \x03(\t\x12\'\n\x04left\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x19\n\x17ReportSequencesResponse*\x88\x01\n\nRouteState\x12\x1b\n\x17ROUTE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14ROUTE_STATE_STARTING\x10\x01\x12\x16\n\x12ROUTE_STATE_FENCED\x10\x02\x12\x14\n\x10ROUTE_STATE_LIVE\x10\x03\x12\x15\n\x11ROUTE_STATE_ENDED\x10\x04\x32\xfc\x01\n\x06Router\x12N\n\x0bWatchRoutes\x12\x1d.raddle.v1.WatchRoutesRequest\x1a\x1e.raddle.v1.WatchRoutesResponse0\x01\x12\x46\n\tAckRoutes\x12\x1b.raddle.v1.AckRoutesRequest\x1a\x1c.raddle.v1.AckRoutesResponse\x12Z\n\x0fReportSequences\x12!.raddle.v1.ReportSequencesRequest\x1a\".raddle.v1.ReportSequencesResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'raddle.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROUTESTATE']._serialized_start=883
-  _globals['_ROUTESTATE']._serialized_end=1019
-  _globals['_ROUTES']._serialized_start=61
-  _globals['_ROUTES']._serialized_end=318
-  _globals['_WATCHROUTESREQUEST']._serialized_start=320
-  _globals['_WATCHROUTESREQUEST']._serialized_end=413
-  _globals['_WATCHROUTESRESPONSE']._serialized_start=415
-  _globals['_WATCHROUTESRESPONSE']._serialized_end=471
-  _globals['_ACKROUTESREQUEST']._serialized_start=473
-  _globals['_ACKROUTESREQUEST']._serialized_end=546
-  _globals['_ACKROUTESRESPONSE']._serialized_start=548
-  _globals['_ACKROUTESRESPONSE']._serialized_end=567
-  _globals['_REPORTSEQUENCESREQUEST']._serialized_start=570
-  _globals['_REPORTSEQUENCESREQUEST']._serialized_end=713
-  _globals['_SEQUENCEREPORT']._serialized_start=716
-  _globals['_SEQUENCEREPORT']._serialized_end=853
-  _globals['_REPORTSEQUENCESRESPONSE']._serialized_start=855
-  _globals['_REPORTSEQUENCESRESPONSE']._serialized_end=880
-  _globals['_ROUTER']._serialized_start=1022
-  _globals['_ROUTER']._serialized_end=1274
+  _globals['_ROUTESTATE']._serialized_start=956
+  _globals['_ROUTESTATE']._serialized_end=1092
+  _globals['_ROUTES']._serialized_start=93
+  _globals['_ROUTES']._serialized_end=350
+  _globals['_WATCHROUTESREQUEST']._serialized_start=352
+  _globals['_WATCHROUTESREQUEST']._serialized_end=445
+  _globals['_WATCHROUTESRESPONSE']._serialized_start=447
+  _globals['_WATCHROUTESRESPONSE']._serialized_end=503
+  _globals['_ACKROUTESREQUEST']._serialized_start=505
+  _globals['_ACKROUTESREQUEST']._serialized_end=578
+  _globals['_ACKROUTESRESPONSE']._serialized_start=580
+  _globals['_ACKROUTESRESPONSE']._serialized_end=599
+  _globals['_REPORTSEQUENCESREQUEST']._serialized_start=602
+  _globals['_REPORTSEQUENCESREQUEST']._serialized_end=745
+  _globals['_SEQUENCEREPORT']._serialized_start=748
+  _globals['_SEQUENCEREPORT']._serialized_end=926
+  _globals['_REPORTSEQUENCESRESPONSE']._serialized_start=928
+  _globals['_REPORTSEQUENCESRESPONSE']._serialized_end=953
+  _globals['_ROUTER']._serialized_start=1095
+  _globals['_ROUTER']._serialized_end=1347
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ Routes for front doors and gateways, and the sequences that they own."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -243,6 +244,7 @@ class SequenceReport(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SENT_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     prompt_tokens: _builtins.int
     sent_tokens: _builtins.int
@@ -254,6 +256,10 @@ class SequenceReport(_message.Message):
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Hashes of the full KV blocks of prompt and sent tokens, oldest first."""
 
+    @_builtins.property
+    def left(self) -> _duration_pb2.Duration:
+        """Time left for the request when this was said; 0 means without a deadline."""
+
     def __init__(
         self,
         *,
@@ -262,10 +268,11 @@ class SequenceReport(_message.Message):
         prompt_tokens: _builtins.int = ...,
         sent_tokens: _builtins.int = ...,
         block_hashes: _abc.Iterable[_builtins.str] | None = ...,
+        left: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "sent_tokens", b"sent_tokens", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "left", b"left", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "sent_tokens", b"sent_tokens", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

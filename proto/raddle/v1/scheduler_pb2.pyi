@@ -1381,3 +1381,296 @@ class GetStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class GetKvStatusRequest(_message.Message):
+    """Which job: by uid, or by namespace and name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_UID_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    job_uid: _builtins.str
+    namespace: _builtins.str
+    name: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_uid: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_uid", b"job_uid", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKvStatusRequest: _TypeAlias = GetKvStatusRequest  # noqa: Y015
+
+@_typing.final
+class KvMemberStatus(_message.Message):
+    """One member of the pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    blocks: _builtins.int
+    @_builtins.property
+    def rank(self) -> _types_pb2.RankKey: ...
+    def __init__(
+        self,
+        *,
+        rank: _types_pb2.RankKey | None = ...,
+        node: _builtins.str = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "node", b"node", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvMemberStatus: _TypeAlias = KvMemberStatus  # noqa: Y015
+
+@_typing.final
+class KvRecovery(_message.Message):
+    """The lost sequences of one incident: what was planned and what came of it. Times count from the
+    plan; 0 while not known.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCIDENT_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    SEQUENCES_GIVEN_UP_FIELD_NUMBER: _builtins.int
+    SEQUENCES_BACK_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_RESTORED_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    MEDIAN_PREDICTED_FIELD_NUMBER: _builtins.int
+    MEDIAN_ACTUAL_FIELD_NUMBER: _builtins.int
+    LAST_PREDICTED_FIELD_NUMBER: _builtins.int
+    LAST_ACTUAL_FIELD_NUMBER: _builtins.int
+    incident_id: _builtins.str
+    epoch: _builtins.int
+    sequences: _builtins.int
+    sequences_given_up: _builtins.int
+    sequences_back: _builtins.int
+    kv_tokens_restored: _builtins.int
+    kv_tokens_recomputed: _builtins.int
+    @_builtins.property
+    def median_predicted(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def median_actual(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def last_predicted(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def last_actual(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        incident_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        sequences: _builtins.int = ...,
+        sequences_given_up: _builtins.int = ...,
+        sequences_back: _builtins.int = ...,
+        kv_tokens_restored: _builtins.int = ...,
+        kv_tokens_recomputed: _builtins.int = ...,
+        median_predicted: _duration_pb2.Duration | None = ...,
+        median_actual: _duration_pb2.Duration | None = ...,
+        last_predicted: _duration_pb2.Duration | None = ...,
+        last_actual: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_actual", b"last_actual", "last_predicted", b"last_predicted", "median_actual", b"median_actual", "median_predicted", b"median_predicted"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incident_id", b"incident_id", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "last_actual", b"last_actual", "last_predicted", b"last_predicted", "median_actual", b"median_actual", "median_predicted", b"median_predicted", "sequences", b"sequences", "sequences_back", b"sequences_back", "sequences_given_up", b"sequences_given_up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvRecovery: _TypeAlias = KvRecovery  # noqa: Y015
+
+@_typing.final
+class GetKvStatusResponse(_message.Message):
+    """A job's KV as the leader knows it now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_UID_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    BLOCKS_BY_COPIES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    BLOCKS_BELOW_FIELD_NUMBER: _builtins.int
+    PROTECTION_FIELD_NUMBER: _builtins.int
+    TIME_TO_PROTECTION_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_RESTORED_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    RECOVERIES_FIELD_NUMBER: _builtins.int
+    job_uid: _builtins.str
+    replicas: _builtins.int
+    """Copies that each block should have, and blocks by how many they have: [0, one copy, two, ...]."""
+    blocks: _builtins.int
+    blocks_below: _builtins.int
+    protection: _builtins.float
+    """Share of the blocks that have all their copies; 1 for an empty pool."""
+    hit_rate: _builtins.float
+    """Share of prompt tokens that ranks found in the pool since this leader began."""
+    kv_tokens_restored: _builtins.int
+    kv_tokens_recomputed: _builtins.int
+    @_builtins.property
+    def blocks_by_copies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def time_to_protection(self) -> _duration_pb2.Duration:
+        """Longest time that repair needs at its budget to protect all blocks."""
+
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvMemberStatus]: ...
+    @_builtins.property
+    def recoveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvRecovery]: ...
+    def __init__(
+        self,
+        *,
+        job_uid: _builtins.str = ...,
+        replicas: _builtins.int = ...,
+        blocks_by_copies: _abc.Iterable[_builtins.int] | None = ...,
+        blocks: _builtins.int = ...,
+        blocks_below: _builtins.int = ...,
+        protection: _builtins.float = ...,
+        time_to_protection: _duration_pb2.Duration | None = ...,
+        hit_rate: _builtins.float = ...,
+        kv_tokens_restored: _builtins.int = ...,
+        kv_tokens_recomputed: _builtins.int = ...,
+        members: _abc.Iterable[Global___KvMemberStatus] | None = ...,
+        recoveries: _abc.Iterable[Global___KvRecovery] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_protection", b"time_to_protection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "blocks_below", b"blocks_below", "blocks_by_copies", b"blocks_by_copies", "hit_rate", b"hit_rate", "job_uid", b"job_uid", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "members", b"members", "protection", b"protection", "recoveries", b"recoveries", "replicas", b"replicas", "time_to_protection", b"time_to_protection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKvStatusResponse: _TypeAlias = GetKvStatusResponse  # noqa: Y015
+
+@_typing.final
+class LocateKvBlocksRequest(_message.Message):
+    """Blocks of a job by their hashes, at most 1,000."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_UID_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
+    TENANT_SALT_FIELD_NUMBER: _builtins.int
+    KV_GROUP_FIELD_NUMBER: _builtins.int
+    job_uid: _builtins.str
+    namespace: _builtins.str
+    name: _builtins.str
+    lora: _builtins.str
+    tenant_salt: _builtins.str
+    kv_group: _builtins.int
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        job_uid: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        block_hashes: _abc.Iterable[_builtins.str] | None = ...,
+        lora: _builtins.str = ...,
+        tenant_salt: _builtins.str = ...,
+        kv_group: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "job_uid", b"job_uid", "kv_group", b"kv_group", "lora", b"lora", "name", b"name", "namespace", b"namespace", "tenant_salt", b"tenant_salt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateKvBlocksRequest: _TypeAlias = LocateKvBlocksRequest  # noqa: Y015
+
+@_typing.final
+class KvPlace(_message.Message):
+    """One copy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    tier: _engine_pb2.KvTier.ValueType
+    @_builtins.property
+    def rank(self) -> _types_pb2.RankKey: ...
+    def __init__(
+        self,
+        *,
+        rank: _types_pb2.RankKey | None = ...,
+        node: _builtins.str = ...,
+        tier: _engine_pb2.KvTier.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "rank", b"rank", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPlace: _TypeAlias = KvPlace  # noqa: Y015
+
+@_typing.final
+class KvBlockPlaces(_message.Message):
+    """One block with all its copies."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASH_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    block_hash: _builtins.str
+    @_builtins.property
+    def places(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPlace]: ...
+    def __init__(
+        self,
+        *,
+        block_hash: _builtins.str = ...,
+        places: _abc.Iterable[Global___KvPlace] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "places", b"places"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvBlockPlaces: _TypeAlias = KvBlockPlaces  # noqa: Y015
+
+@_typing.final
+class LocateKvBlocksResponse(_message.Message):
+    """In the order of the request, and how many of the first blocks are anywhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    PREFIX_BLOCKS_FIELD_NUMBER: _builtins.int
+    prefix_blocks: _builtins.int
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvBlockPlaces]: ...
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___KvBlockPlaces] | None = ...,
+        prefix_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "prefix_blocks", b"prefix_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateKvBlocksResponse: _TypeAlias = LocateKvBlocksResponse  # noqa: Y015

@@ -156,6 +156,16 @@ class SchedulerStub(object):
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.ReportStatsRequest.SerializeToString,
                 response_deserializer=raddle_dot_v1_dot_scheduler__pb2.ReportStatsResponse.FromString,
                 _registered_method=True)
+        self.GetKvStatus = channel.unary_unary(
+                '/raddle.v1.Scheduler/GetKvStatus',
+                request_serializer=raddle_dot_v1_dot_scheduler__pb2.GetKvStatusRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_scheduler__pb2.GetKvStatusResponse.FromString,
+                _registered_method=True)
+        self.LocateKvBlocks = channel.unary_unary(
+                '/raddle.v1.Scheduler/LocateKvBlocks',
+                request_serializer=raddle_dot_v1_dot_scheduler__pb2.LocateKvBlocksRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_scheduler__pb2.LocateKvBlocksResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/raddle.v1.Scheduler/GetStatus',
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.GetStatusRequest.SerializeToString,
@@ -337,6 +347,20 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetKvStatus(self, request, context):
+        """A job's KV pool: members, copies, hit rate, recoveries; from the leader's memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LocateKvBlocks(self, request, context):
+        """Where copies of KV blocks are, as their owners reported.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """Version, leader, store and limits.
         """
@@ -466,6 +490,16 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.ReportStats,
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.ReportStatsRequest.FromString,
                     response_serializer=raddle_dot_v1_dot_scheduler__pb2.ReportStatsResponse.SerializeToString,
+            ),
+            'GetKvStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKvStatus,
+                    request_deserializer=raddle_dot_v1_dot_scheduler__pb2.GetKvStatusRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_scheduler__pb2.GetKvStatusResponse.SerializeToString,
+            ),
+            'LocateKvBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.LocateKvBlocks,
+                    request_deserializer=raddle_dot_v1_dot_scheduler__pb2.LocateKvBlocksRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_scheduler__pb2.LocateKvBlocksResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -1123,6 +1157,60 @@ class Scheduler(object):
             '/raddle.v1.Scheduler/ReportStats',
             raddle_dot_v1_dot_scheduler__pb2.ReportStatsRequest.SerializeToString,
             raddle_dot_v1_dot_scheduler__pb2.ReportStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKvStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raddle.v1.Scheduler/GetKvStatus',
+            raddle_dot_v1_dot_scheduler__pb2.GetKvStatusRequest.SerializeToString,
+            raddle_dot_v1_dot_scheduler__pb2.GetKvStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LocateKvBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raddle.v1.Scheduler/LocateKvBlocks',
+            raddle_dot_v1_dot_scheduler__pb2.LocateKvBlocksRequest.SerializeToString,
+            raddle_dot_v1_dot_scheduler__pb2.LocateKvBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

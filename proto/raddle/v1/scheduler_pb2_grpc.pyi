@@ -85,6 +85,10 @@ class SchedulerStub:
     """Rehearse a failure; refused unless the scheduler enables it."""
     ReportStats: _grpc.StreamUnaryMultiCallable[_scheduler_pb2.ReportStatsRequest, _scheduler_pb2.ReportStatsResponse]
     """High-rate data of an agent's ranks; rebuilt from its owners after a leader change."""
+    GetKvStatus: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetKvStatusRequest, _scheduler_pb2.GetKvStatusResponse]
+    """A job's KV pool: members, copies, hit rate, recoveries; from the leader's memory."""
+    LocateKvBlocks: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.LocateKvBlocksRequest, _scheduler_pb2.LocateKvBlocksResponse]
+    """Where copies of KV blocks are, as their owners reported."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetStatusRequest, _scheduler_pb2.GetStatusResponse]
     """Version, leader, store and limits."""
 
@@ -145,6 +149,10 @@ class SchedulerAsyncStub(SchedulerStub):
     """Rehearse a failure; refused unless the scheduler enables it."""
     ReportStats: _aio.StreamUnaryMultiCallable[_scheduler_pb2.ReportStatsRequest, _scheduler_pb2.ReportStatsResponse]  # type: ignore[assignment]
     """High-rate data of an agent's ranks; rebuilt from its owners after a leader change."""
+    GetKvStatus: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetKvStatusRequest, _scheduler_pb2.GetKvStatusResponse]  # type: ignore[assignment]
+    """A job's KV pool: members, copies, hit rate, recoveries; from the leader's memory."""
+    LocateKvBlocks: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.LocateKvBlocksRequest, _scheduler_pb2.LocateKvBlocksResponse]  # type: ignore[assignment]
+    """Where copies of KV blocks are, as their owners reported."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetStatusRequest, _scheduler_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Version, leader, store and limits."""
 
@@ -346,6 +354,22 @@ class SchedulerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.ReportStatsResponse, _abc.Awaitable[_scheduler_pb2.ReportStatsResponse]]:
         """High-rate data of an agent's ranks; rebuilt from its owners after a leader change."""
+
+    @_abc_1.abstractmethod
+    def GetKvStatus(
+        self,
+        request: _scheduler_pb2.GetKvStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.GetKvStatusResponse, _abc.Awaitable[_scheduler_pb2.GetKvStatusResponse]]:
+        """A job's KV pool: members, copies, hit rate, recoveries; from the leader's memory."""
+
+    @_abc_1.abstractmethod
+    def LocateKvBlocks(
+        self,
+        request: _scheduler_pb2.LocateKvBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.LocateKvBlocksResponse, _abc.Awaitable[_scheduler_pb2.LocateKvBlocksResponse]]:
+        """Where copies of KV blocks are, as their owners reported."""
 
     @_abc_1.abstractmethod
     def GetStatus(

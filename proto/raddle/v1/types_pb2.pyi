@@ -5,6 +5,7 @@ Values that several services and stored records share."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -133,6 +134,9 @@ class Member(_message.Message):
     ENGINE_ADDRESS_FIELD_NUMBER: _builtins.int
     DATA_ADDRESS_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    RACK_FIELD_NUMBER: _builtins.int
+    KV_REPLICAS_FIELD_NUMBER: _builtins.int
+    DRAM_BYTES_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """prefill, decode or cache."""
     die: _builtins.str
@@ -144,6 +148,11 @@ class Member(_message.Message):
     """Address of the rank's expert traffic, host:port."""
     incarnation: _builtins.str
     """Names one process: a restarted rank has another incarnation."""
+    rack: _builtins.str
+    """Name of the rack that the node stands in."""
+    kv_replicas: _builtins.int
+    """Of a cache member: copies that the pool keeps of each block, and the member's room."""
+    dram_bytes: _builtins.int
     @_builtins.property
     def rank(self) -> Global___RankKey: ...
     def __init__(
@@ -156,10 +165,13 @@ class Member(_message.Message):
         engine_address: _builtins.str = ...,
         data_address: _builtins.str = ...,
         incarnation: _builtins.str = ...,
+        rack: _builtins.str = ...,
+        kv_replicas: _builtins.int = ...,
+        dram_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "die", b"die", "engine_address", b"engine_address", "incarnation", b"incarnation", "kind", b"kind", "node", b"node", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "die", b"die", "dram_bytes", b"dram_bytes", "engine_address", b"engine_address", "incarnation", b"incarnation", "kind", b"kind", "kv_replicas", b"kv_replicas", "node", b"node", "rack", b"rack", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -265,6 +277,7 @@ class SequenceRestore(_message.Message):
     TOKENS_RESTORED_FIELD_NUMBER: _builtins.int
     TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     tokens: _builtins.int
     """Tokens of the sequence so far: the prompt and the tokens already sent."""
@@ -279,7 +292,13 @@ class SequenceRestore(_message.Message):
         """Full KV blocks still held by pool members, oldest first, as hex hashes."""
 
     @_builtins.property
-    def why(self) -> Global___Why: ...
+    def why(self) -> Global___Why:
+        """RESTORE, RECOMPUTE or GIVE_UP (it would not be back before its deadline)."""
+
+    @_builtins.property
+    def predicted(self) -> _duration_pb2.Duration:
+        """When it makes tokens again, counted from the plan."""
+
     def __init__(
         self,
         *,
@@ -291,10 +310,11 @@ class SequenceRestore(_message.Message):
         tokens_restored: _builtins.int = ...,
         tokens_recomputed: _builtins.int = ...,
         why: Global___Why | None = ...,
+        predicted: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "target", b"target", "why", b"why"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["predicted", b"predicted", "source", b"source", "target", b"target", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "sequence_id", b"sequence_id", "source", b"source", "target", b"target", "tokens", b"tokens", "tokens_recomputed", b"tokens_recomputed", "tokens_restored", b"tokens_restored", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "predicted", b"predicted", "sequence_id", b"sequence_id", "source", b"source", "target", b"target", "tokens", b"tokens", "tokens_recomputed", b"tokens_recomputed", "tokens_restored", b"tokens_restored", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

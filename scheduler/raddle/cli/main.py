@@ -59,11 +59,13 @@ def root(
 
 def _register() -> None:
     from raddle.cli.commands_demo import register as demo
+    from raddle.cli.commands_experts import register as experts
     from raddle.cli.commands_history import register as history
     from raddle.cli.commands_jobs import register as jobs
+    from raddle.cli.commands_kv import register as kv
     from raddle.cli.commands_machine import register as machine
 
-    for register in (jobs, machine, history, demo):
+    for register in (jobs, machine, history, experts, kv, demo):
         register(app)
 
 

@@ -102,6 +102,13 @@ class Session:
         else:
             self.show_data(to_data(message))
 
+    def show_values(self, values: dict[str, Any]) -> None:
+        """Print named values as JSON or YAML, or one a line."""
+        if self.output == "table":
+            print_table(["NAME", "VALUE"], list(values.items()))
+        else:
+            self.show_data(values)
+
     def show_data(self, data: Any) -> None:
         if self.output == "yaml":
             sys.stdout.write(yaml.safe_dump(data, sort_keys=False))

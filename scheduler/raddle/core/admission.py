@@ -37,6 +37,7 @@ _COUNTS_MAX = {
     "shared_expert_ranks": RANKS_MAX,
     "spares": RANKS_MAX,
     "spread_nodes": RANKS_MAX,
+    "kv_replicas": 16,
     "max_sequences_per_rank": 1_000_000,
     "dram_bytes": 1 << 50,
 }
@@ -185,6 +186,8 @@ def _check_role(path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape) -> 
         if role.slots_per_rank or role.spares:
             raise _invalid(path, "is a cache role: it has no slots_per_rank and no spares")
         return
+    if role.kv_replicas:
+        raise _invalid(f"{path}.kv_replicas", "belongs to a cache role")
     if shape.experts == 0 and role.slots_per_rank > 0:
         raise _invalid(
             f"{path}.slots_per_rank",

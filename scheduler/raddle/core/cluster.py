@@ -89,6 +89,11 @@ class Cluster:
     def has_node(self, name: str) -> bool:
         return name in self.node_index
 
+    def rack_name(self, node: str) -> str:
+        """The rack of a node, a name within this machine; empty for an unknown node."""
+        index = self.node_index.get(node)
+        return "" if index is None else f"rack{self.node_rack[index]}"
+
     def require_subject(self, subject: str) -> None:
         """Raise unless the position names a part of a known supernode.
 

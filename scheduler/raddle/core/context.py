@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from raddle.core.cluster import Cluster
+from raddle.core.expert_loads import ExpertLoads
 from raddle.core.nodes import NodeTracker
 from raddle.core.state import State
 from raddle.model import keys
@@ -29,9 +30,12 @@ from raddle.model.job import (
     RankPlacement,
     RoleSpec,
 )
-from raddle.model.kinds import NodeState, SeatState
+from raddle.model.kinds import NodeState, RoleKind, SeatState
 from raddle.model.routes import Routes, RouteState
 from raddle.model.types import ExpertMove, Member, RankKey, SequenceRestore, Why
+
+#: Unless a cache role says otherwise: a pool that survives the loss of any one host.
+KV_REPLICAS = 2
 
 
 @dataclass(slots=True)
@@ -71,6 +75,10 @@ class Context:
     seats: dict[str, tuple[Placement, JobSpec, list[Seat]]] = field(
         default_factory=dict[str, tuple[Placement, JobSpec, list["Seat"]]]
     )
+    #: What ranks report of their experts' loads.
+    expert_loads: ExpertLoads = field(default_factory=ExpertLoads)
+    #: Jobs with new reports of loads since the last decision.
+    loads_reported: dict[str, None] = field(default_factory=dict[str, None])
     #: Jobs that start a new epoch with the same members, and the rank that caused it.
     to_reconnect: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -132,8 +140,10 @@ class Context:
             self.control_due,
             self.seats,
             self.to_reconnect,
+            self.loads_reported,
         ):
             memory.pop(job_uid, None)
+        self.expert_loads.forget(job_uid)
         self.state.forget(job_uid)
 
     def take_reconnects(self) -> list[tuple[str, str]]:
@@ -250,6 +260,7 @@ def members(context: Context, job: Job, placement: Placement) -> tuple[Member, .
     found: list[Member] = []
     for seat in active_seats(context, job, placement):
         status = status_of(context, job, seat)
+        is_cache = seat.role.kind is RoleKind.CACHE
         found.append(
             Member(
                 rank=seat.key,
@@ -259,9 +270,17 @@ def members(context: Context, job: Job, placement: Placement) -> tuple[Member, .
                 engine_address=status.engine_address if status else "",
                 data_address=status.data_address if status else "",
                 incarnation=status.incarnation if status else "",
+                rack=context.cluster.rack_name(seat.placement.node),
+                kv_replicas=kv_replicas(seat.role) if is_cache else 0,
+                dram_bytes=seat.role.dram_bytes if is_cache else 0,
             )
         )
     return tuple(found)
+
+
+def kv_replicas(role: RoleSpec) -> int:
+    """Copies that a cache role's pool keeps of each block."""
+    return role.kv_replicas or KV_REPLICAS
 
 
 def put_routes(

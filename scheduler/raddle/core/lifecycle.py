@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
+import numpy as np
+
 from raddle.core import timeline
 from raddle.core.admission import model_shape
 from raddle.core.context import (
@@ -28,8 +30,9 @@ from raddle.core.context import (
     set_why,
     status_of,
 )
+from raddle.core.experts.layout import Layout
 from raddle.core.experts.maps import to_expert_map
-from raddle.core.experts.place import initial_map
+from raddle.core.experts.place import place_unknown_loads
 from raddle.core.placement.gang import PlacedJob, place_job
 from raddle.core.sizes import CommitSize, commit_size
 from raddle.core.state import WRITES_A_COMMIT_MAX
@@ -169,13 +172,12 @@ def _initial_maps(context: Context, job: Job, placement: Placement) -> JobExpert
         if role.kind is RoleKind.CACHE or role.slots_per_rank == 0:
             continue
         dies = [r.die for r in part.ranks if r.state is SeatState.ACTIVE]
-        table = initial_map(
-            shape.moe_layers,
-            shape.experts,
-            role.slots_per_rank,
+        layout = Layout.of(
             context.cluster.domains(dies),
-            shared_expert_ranks=role.shared_expert_ranks,
+            role.slots_per_rank,
+            hosts=np.arange(len(dies)) < len(dies) - role.shared_expert_ranks,
         )
+        table = place_unknown_loads(shape.moe_layers, shape.experts, layout)
         expert_map = to_expert_map(table, role.slots_per_rank, shape.experts)
         maps.append(
             InstanceExpertMap(role=part.role, instance=part.instance, expert_map=expert_map)

@@ -12,7 +12,17 @@ from dataclasses import replace
 from functools import singledispatchmethod
 from typing import Any
 
-from raddle.core import detection, lifecycle, recover, restarts, resume, timeline
+from raddle.core import (
+    detection,
+    lifecycle,
+    rebalancing,
+    recover,
+    restarts,
+    resume,
+    sequences,
+    timeline,
+)
+from raddle.core.admission import model_shape
 from raddle.core.cluster import Cluster
 from raddle.core.context import Context, active_ranks, active_seats, set_why, status_of
 from raddle.core.detection import Loss
@@ -42,10 +52,10 @@ from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, Fault
 from raddle.model.incident import Maintenance, MaintenanceState
 from raddle.model.job import Job
 from raddle.model.kinds import NodeState
+from raddle.model.stats import RankStats
 from raddle.model.types import Why
 
 _LEDGER_MAX = 1_024
-_SEQUENCES_A_DOOR_MAX = 100_000
 
 
 class Machine:
@@ -147,26 +157,25 @@ class Machine:
 
     @_take.register
     def _(self, event: StatsReported) -> None:
-        if self.context.state.job(event.job_uid) is None:
-            return
-        pool = self.context.state.pool(event.job_uid)
+        sequences.take_stats(self.context, event)
+        job = self.context.state.job(event.job_uid)
         for report in event.reports:
-            for change in report.kv_events:
-                pool.apply(report.rank, report.incarnation, change)
+            if report.expert_loads and job is not None and report.epoch == job.epoch:
+                self._take_loads(job, report)
+
+    def _take_loads(self, job: Job, report: RankStats) -> None:
+        """Loads of the epoch in service; what a rank counted at an older one is old."""
+        context, shape = self.context, model_shape(job.spec.model)
+        known = any(role.name == report.rank.role for role in job.spec.roles)
+        if not known or job.uid not in context.state.stages:
+            return
+        layers = (shape.moe_layers, shape.experts)
+        context.expert_loads.take(job.uid, report.rank, report.expert_loads, layers, context.now)
+        context.loads_reported[job.uid] = None
 
     @_take.register
     def _(self, event: SequencesReported) -> None:
-        if self.context.state.job(event.job_uid) is None:
-            return
-        doors = self.context.state.sequences.setdefault(event.job_uid, {})
-        if event.snapshot:
-            doors[event.front_door_id] = {}
-        door = doors.setdefault(event.front_door_id, {})
-        for name in event.removed:
-            door.pop(name, None)
-        for sequence in event.updated:
-            if len(door) < _SEQUENCES_A_DOOR_MAX or sequence.sequence_id in door:
-                door[sequence.sequence_id] = sequence
+        sequences.take_sequences(self.context, event)
 
     @_take.register
     def _(self, event: FrontDoorLost) -> None:
@@ -243,7 +252,16 @@ class Machine:
         out: list[Instruction] = list(self._recover_and_advance())
         if context.queue_dirty:
             context.queue_dirty = lifecycle.schedule(context)
+        self._rebalance()
         return out
+
+    def _rebalance(self) -> None:
+        """Look at jobs whose loads were reported; those with a loss are recovered first."""
+        context = self.context
+        reported, context.loads_reported = list(context.loads_reported), {}
+        for job_uid in reported:
+            if job_uid not in context.touched:
+                rebalancing.look_at(context, job_uid)
 
     def _recover_and_advance(self) -> list[ProbeRank]:
         context = self.context

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raddle.core import lifecycle, restarts, timeline
+from raddle.core import lifecycle, restarts, sequences, timeline
 from raddle.core.context import (
     Context,
     active_seats,
@@ -23,7 +23,7 @@ from raddle.core.context import (
     status_of,
 )
 from raddle.core.detection import Loss
-from raddle.core.kvcache.restore import Survivor, plan_restores
+from raddle.core.kvcache.restore import RestorePlan
 from raddle.core.recovery.planner import InstanceDecision, plan_instance
 from raddle.core.recovery.request import recovery_request
 from raddle.core.recovery.unfinished import carry_over, unfinished
@@ -48,7 +48,7 @@ from raddle.model.job import (
 )
 from raddle.model.kinds import FaultKind, RecoveryKind, RoleKind
 from raddle.model.routes import RouteState
-from raddle.model.types import ExpertMove, RankKey, SequenceRestore, Why
+from raddle.model.types import ExpertMove, RankKey, Why
 
 # What arrives this shortly after the first sign belongs to the same decision.
 GATHER_S = 0.005
@@ -56,9 +56,6 @@ GATHER_S = 0.005
 RECOVERABLE = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
 PLANS_AN_INCIDENT_MAX = 64
 FAULTS_AN_INCIDENT_MAX = 400
-# What one plan names of sequences and of their blocks; front doors place the others by load.
-RESTORES_A_PLAN_MAX = 1_000
-BLOCKS_A_PLAN_MAX = 2_000
 
 
 @dataclass(slots=True)
@@ -275,6 +272,7 @@ def _decide_instance(
         {loss.key.rank: loss.kind for loss in lost},
         context.cluster,
         demand=_demand(context, draft.job, role, instance),
+        loads=context.expert_loads.of(draft.job.uid, role_name, instance),
     )
     decision = plan_instance(request)
     if decision.option is None:
@@ -357,8 +355,10 @@ def _start_over(context: Context, draft: Draft, lost: list[Loss]) -> JobPlan:
 def _commit(context: Context, draft: Draft, losses: list[Loss], incident_id: str) -> None:
     """Stage everything that the next epoch of the job consists of."""
     job, placement, state = draft.job, draft.placement, context.state
-    restores = _restores(context, job, placement)
-    draft.plans = [_with_kv(plan, restores) for plan in draft.plans]
+    lost = {loss.key for loss in losses}
+    restored = sequences.plan_lost_sequences(context, job, placement, lost, incident_id)
+    restores = restored.restores
+    draft.plans = [_with_kv(plan, restored) for plan in draft.plans]
     put_job(context, replace(job, why=Why(reason="RECOVERING", message=losses[0].message)))
     state.put(keys.placement(job.uid), placement)
     maps = tuple(draft.maps[key] for key in sorted(draft.maps))
@@ -383,53 +383,19 @@ def _all_are_up(context: Context, job: Job, placement: Placement) -> bool:
     return all(status_of(context, job, seat) is not None for seat in seats)
 
 
-def _with_kv(plan: InstancePlan, restores: tuple[SequenceRestore, ...]) -> InstancePlan:
-    mine = [r for r in restores if (r.source.role, r.source.instance) == (plan.role, plan.instance)]
+def _with_kv(plan: InstancePlan, restored: RestorePlan) -> InstancePlan:
+    mine = [
+        r
+        for r in restored.restores
+        if (r.source.role, r.source.instance) == (plan.role, plan.instance)
+    ]
+    given_up = sum(r.why.reason == "GIVE_UP" for r in mine)
     return replace(
         plan,
-        sequences_restored=len(mine),
+        sequences_restored=len(mine) - given_up,
+        sequences_given_up=given_up,
         kv_tokens_restored=sum(r.tokens_restored for r in mine),
         kv_tokens_recomputed=sum(r.tokens_recomputed for r in mine),
+        kv_median_predicted=restored.median_s if mine else 0.0,
+        kv_last_predicted=restored.last_s if mine else 0.0,
     )
-
-
-def _restores(context: Context, job: Job, placement: Placement) -> tuple[SequenceRestore, ...]:
-    """A new home for each sequence that sits on no process that was ever live.
-
-    So also for those of an earlier plan, which gives way to this one before it was carried out.
-    """
-    seats = active_seats(context, job, placement)
-    stay = {seat.key for seat in seats if seat.placement.start_count <= job.live_epoch}
-    sequences = context.state.all_sequences(job.uid)
-    mine = [s for s in sequences if s.rank not in stay][:RESTORES_A_PLAN_MAX]
-    if not mine:
-        return ()
-    counts: dict[RankKey, int] = {}
-    for sequence in sequences:
-        if sequence.rank in stay:
-            counts[sequence.rank] = counts.get(sequence.rank, 0) + 1
-    survivors = tuple(
-        Survivor(seat.key, counts.get(seat.key, 0), seat.role.max_sequences_per_rank)
-        for seat in seats
-        if seat.role.kind is RoleKind.DECODE
-    )
-    pool_members = tuple(seat.key for seat in seats if seat.role.kind is RoleKind.CACHE)
-    found = plan_restores(
-        tuple(mine),
-        survivors,
-        context.state.pool(job.uid),
-        job.spec.model.kv_block_tokens,
-        pool_members,
-    )
-    return _bounded(found)
-
-
-def _bounded(restores: tuple[SequenceRestore, ...]) -> tuple[SequenceRestore, ...]:
-    """Name no more blocks than a transaction has room for: ranks look the others up themselves."""
-    left = BLOCKS_A_PLAN_MAX
-    found: list[SequenceRestore] = []
-    for restore in restores:
-        hashes = restore.block_hashes[:left]
-        left -= len(hashes)
-        found.append(replace(restore, block_hashes=hashes))
-    return tuple(found)

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from raddle.core.instructions import Commit, Reply, Write
-from raddle.core.kvcache.index import PoolIndex
+from raddle.core.kvcache.index import BlockIndex
+from raddle.core.kvcache.recoveries import Recoveries
 from raddle.core.sizes import CommitSize
 from raddle.core.waiting import WaitingJobs
 from raddle.model import keys
@@ -29,6 +30,7 @@ from raddle.model.job import (
     Placement,
 )
 from raddle.model.routes import Routes, SequenceReport
+from raddle.model.stats import RankStats
 from raddle.model.topology import SuperNode
 from raddle.model.types import RankKey
 
@@ -72,8 +74,13 @@ class State:
         self._statuses: dict[str, dict[str, dict[RankKey, RankStatus]]] = {}
         #: sequences[job_uid][front_door_id][sequence_id]
         self.sequences: dict[str, dict[str, dict[str, SequenceReport]]] = {}
-        #: Pool blocks of each job.
-        self.pools: dict[str, PoolIndex] = {}
+        #: Which member holds which KV block, of all jobs.
+        self.index = BlockIndex()
+        self.recoveries = Recoveries()
+        #: Events of members that could not be read.
+        self.kv_events_refused = 0
+        #: Tokens of prompts that ranks found in the pool, and that they computed, by job.
+        self.kv_tokens: dict[str, tuple[int, int]] = {}
         self.idempotency: dict[tuple[str, str], str] = {}
         self._event_ids: list[str] = []
         self._incident_ids: list[str] = []
@@ -221,7 +228,9 @@ class State:
 
     def forget(self, job_uid: str) -> None:
         """Drop what is kept beside the records of a job that has ended."""
-        self.pools.pop(job_uid, None)
+        self.index.forget(job_uid)
+        self.recoveries.forget(job_uid)
+        self.kv_tokens.pop(job_uid, None)
         self.sequences.pop(job_uid, None)
         self.stages.pop(job_uid, None)
         if not self._nodes_of.get(job_uid):
@@ -300,8 +309,25 @@ class State:
     def rank_status(self, job_uid: str, node: str, key: RankKey) -> RankStatus | None:
         return self._statuses.get(job_uid, {}).get(node, {}).get(key)
 
-    def pool(self, job_uid: str) -> PoolIndex:
-        return self.pools.setdefault(job_uid, PoolIndex())
+    def take_reports(self, other: State) -> None:
+        """Keep what ranks and front doors said to the machine before this one, of the same term.
+
+        They do not say it again unless the leader changes; no decision of ours is part of it.
+        """
+        self.sequences = other.sequences
+        self.index = other.index
+        self.recoveries = other.recoveries
+        self.kv_events_refused = other.kv_events_refused
+        self.kv_tokens = other.kv_tokens
+
+    def count_kv(self, job_uid: str, report: RankStats) -> None:
+        """Add what a rank restored and computed."""
+        if report.kv_tokens_restored or report.kv_tokens_recomputed:
+            restored, computed = self.kv_tokens.get(job_uid, (0, 0))
+            self.kv_tokens[job_uid] = (
+                restored + report.kv_tokens_restored,
+                computed + report.kv_tokens_recomputed,
+            )
 
     def all_sequences(self, job_uid: str) -> list[SequenceReport]:
         doors = self.sequences.get(job_uid, {})

@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from raddle.core.context import Context
 from raddle.core.events import (
     Committed,
     Event,
@@ -192,8 +193,14 @@ class Leader:
         """What this term believes of the nodes; None before its first decision."""
         return self._current.context.nodes if self._current is not None else None
 
+    def context(self) -> Context | None:
+        """What this term knows, for reading only; None before its first decision."""
+        return self._current.context if self._current is not None else None
+
     def _machine(self) -> Machine:
         machine = self._make_machine(self._mirror.records(), now=self._clock())
+        if self._current is not None:
+            machine.context.state.take_reports(self._current.context.state)
         self._current = machine
         self.tell(Woken())
         return machine

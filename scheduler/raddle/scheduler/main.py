@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from raddle.model.errors import RaddleError
 from raddle.model.incident import LeaderRecord
+from raddle.scheduler import kv_service
 from raddle.scheduler.authorization import DEFAULT, LOOPBACK, Policy, load_policy
 from raddle.scheduler.campaign import campaign
 from raddle.scheduler.collector import calm_collector
@@ -116,21 +117,23 @@ class SchedulerProcess:
         server, interceptor = await self._serve()
         following = asyncio.create_task(self.mirror.run())
         leading = asyncio.create_task(self._campaign())
+        measuring = asyncio.create_task(kv_service.follow_metrics(self.replica))
         stop_metrics = None
         if self.settings.metrics_listen:
             stop_metrics = serve_metrics(
                 self.settings.metrics_listen, self.replica.metrics.registry
             )
         stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
+        parts = {stopping, following, leading, measuring}
         try:
-            await asyncio.wait({stopping, following, leading}, return_when=asyncio.FIRST_COMPLETED)
-            for part in (following, leading):
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in (following, leading, measuring):
                 if part.done():
                     part.result()
         finally:
-            for task in (stopping, leading, following):
+            for task in parts:
                 task.cancel()
-            await asyncio.gather(stopping, leading, following, return_exceptions=True)
+            await asyncio.gather(*parts, return_exceptions=True)
             if stop_metrics is not None:
                 stop_metrics()
             await server.stop(grace=0.5)

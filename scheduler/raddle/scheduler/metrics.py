@@ -7,10 +7,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from raddle.core.experts.maps import coverage_margin
+from raddle.model import keys
 from raddle.model.incident import Incident, IncidentPhase
-from raddle.model.job import Job
+from raddle.model.job import Job, JobExpertMaps
 from raddle.scheduler.mirror import Mirror
 from raddle.telemetry.metrics import PHASE_BUCKETS_S
+
+TOKENS_BUCKETS = (0, 10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
 
 
 class Metrics:
@@ -52,7 +56,31 @@ class Metrics:
             ["method", "code"],
             **registry,
         )
+        self._kv_gauges = [
+            Gauge(f"raddle_kv_{name}", text, ["job_uid"], **registry)
+            for name, text in (
+                ("hit_ratio", "Share of prompt tokens found in the pool, by job."),
+                ("protection_ratio", "Share of pooled blocks with all their copies, by job."),
+                ("blocks", "Blocks in the pool, by job."),
+                ("blocks_below", "Pooled blocks that lack copies, by job."),
+                ("time_to_protection_seconds", "Time that repair needs at its budget, by job."),
+            )
+        ]
+        self._kv_tokens = Histogram(
+            "raddle_incident_kv_tokens",
+            "KV tokens of lost sequences of one incident: restored or recomputed.",
+            ["way"],
+            buckets=TOKENS_BUCKETS,
+            **registry,
+        )
         self._job_states: dict[str, str] = {}
+        self._map_epochs: dict[str, int] = {}
+        self._margin = Gauge(
+            "raddle_job_coverage_margin_dies",
+            "Dies that a job may lose in the worst case before an expert has no copy.",
+            ["job_uid"],
+            **registry,
+        )
 
     def follow(self, mirror: Mirror) -> None:
         """Count what a mirror holds, and what it had to set aside."""
@@ -67,6 +95,25 @@ class Metrics:
         self._writes.inc(writes)
         self._commits.observe(seconds)
 
+    def clear_kv(self) -> None:
+        """Pools are told of by the leader only."""
+        for gauge in self._kv_gauges:
+            gauge.clear()
+
+    def kv_measured(
+        self,
+        job_uid: str,
+        *,
+        hit_rate: float,
+        protection: float,
+        blocks: int,
+        blocks_below: int,
+        time_to_protection_s: float,
+    ) -> None:
+        values = (hit_rate, protection, blocks, blocks_below, time_to_protection_s)
+        for gauge, value in zip(self._kv_gauges, values, strict=True):
+            gauge.labels(job_uid).set(value)
+
     def record_changed(self, key: str, value: Any, _revision: int) -> None:
         """Follow the mirror: jobs by state, closed incidents with their phases."""
         if key.startswith("jobs/"):
@@ -78,8 +125,28 @@ class Metrics:
             self._jobs.clear()
             for state, count in tally.items():
                 self._jobs.labels(state).set(count)
+        elif key.startswith(keys.EXPERT_MAPS):
+            self._expert_maps_changed(key, value)
         elif isinstance(value, Incident) and value.phase is IncidentPhase.CLOSED:
             self._incidents.inc()
+            plans = [part for plan in value.plans for part in plan.instances]
+            if any(part.sequences_restored for part in plans):
+                restored = sum(part.kv_tokens_restored for part in plans)
+                self._kv_tokens.labels("restored").observe(restored)
+                recomputed = sum(part.kv_tokens_recomputed for part in plans)
+                self._kv_tokens.labels("recomputed").observe(recomputed)
             for entry in value.timeline:
                 if entry.duration:
                     self._phases.labels(entry.phase).observe(entry.duration)
+
+    def _expert_maps_changed(self, key: str, value: Any) -> None:
+        """Follow the margin of the newest map; a job that has none any more has no metric."""
+        job_uid = key.removeprefix(keys.EXPERT_MAPS).partition("/")[0]
+        if isinstance(value, JobExpertMaps):
+            if value.epoch >= self._map_epochs.get(job_uid, 0) and value.instances:
+                self._map_epochs[job_uid] = value.epoch
+                margin = min(coverage_margin(m.expert_map) for m in value.instances)
+                self._margin.labels(job_uid).set(margin)
+        elif key == keys.expert_maps(job_uid, self._map_epochs.get(job_uid, 0)):
+            del self._map_epochs[job_uid]
+            self._margin.remove(job_uid)

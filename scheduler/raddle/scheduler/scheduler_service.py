@@ -22,7 +22,7 @@ from raddle.model.health import AgentAcks, FaultLevel
 from raddle.model.incident import Incident
 from raddle.model.job import Job, JobSpec, Placement
 from raddle.model.stats import RankStats
-from raddle.scheduler import explain, inventory
+from raddle.scheduler import explain, inventory, kv_service
 from raddle.scheduler.interceptor import caller_of, refuse_foreign_node, time_left
 from raddle.scheduler.replica import Replica
 from raddle.scheduler.watches import Watches
@@ -355,6 +355,20 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             context,
         )
         return scheduler_pb2.InjectFaultResponse(why=explain.why_message(why))
+
+    # --- KV caches ------------------------------------------------------------------------------
+
+    async def GetKvStatus(
+        self, request: Any, _context: Context
+    ) -> scheduler_pb2.GetKvStatusResponse:
+        job = self._find_job(request.job_uid, request.namespace, request.name)
+        return kv_service.status(self._replica, job.uid)
+
+    async def LocateKvBlocks(
+        self, request: Any, _context: Context
+    ) -> scheduler_pb2.LocateKvBlocksResponse:
+        job = self._find_job(request.job_uid, request.namespace, request.name)
+        return kv_service.locate(self._replica, job.uid, request)
 
     # --- agents --------------------------------------------------------------------------------
 

@@ -66,6 +66,8 @@ class ReferenceRank:
         self.channel = channel
         self.stub: Any = engine_pb2_grpc.EngineStub(channel)
         self.tasks: list[asyncio.Task[None]] = []
+        #: Set when reports shall begin again, with all that the rank holds.
+        self.again = asyncio.Event()
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -231,10 +233,19 @@ class ReferenceDriver:
 
     # --- reports -------------------------------------------------------------------------------
 
+    def report_again(self) -> None:
+        """A new leader knows nothing: each rank tells again what it holds."""
+        for rank in self._ranks.values():
+            rank.again.set()
+
     async def _follow_reports(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
         _forget_epoch()
         while slot in self._ranks:
+            rank.again.clear()
+            following = asyncio.create_task(self._follow(slot, rank))
+            again = asyncio.create_task(rank.again.wait())
             try:
+<<<<<<< HEAD
                 async for message in rank.stub.WatchStats(engine_pb2.WatchStatsRequest()):
                     self._reported(slot, from_message(message, RankStats))
             except grpc.aio.AioRpcError as error:
@@ -246,6 +257,22 @@ class ReferenceDriver:
                     why=error.details(),
                 )
             await asyncio.sleep(_RETRY_S)
+=======
+                await asyncio.wait({following, again}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (following, again):
+                    task.cancel()
+                await asyncio.gather(following, again, return_exceptions=True)
+            if not rank.again.is_set():
+                await asyncio.sleep(_RETRY_S)
+
+    async def _follow(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        try:
+            async for message in rank.stub.WatchStats(engine_pb2.WatchStatsRequest()):
+                self._reported(slot, from_message(message, RankStats))
+        except grpc.aio.AioRpcError as error:
+            log.info("rank reports broke off", why=error.details())
+>>>>>>> main
 
     def _reported(self, slot: tuple[str, RankKey, int], stats: RankStats) -> None:
         for fault in stats.peer_faults:

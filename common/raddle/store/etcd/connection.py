@@ -43,6 +43,8 @@ _MEMBER_FAILED = (
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
 )
+# Refusals in etcd's words: one comes without a code of its own, a watch's come without any code.
+_REFUSALS = ("permission denied", "user name is empty", "invalid auth token")
 T = TypeVar("T", bound=Message)
 log = structlog.get_logger()
 
@@ -75,6 +77,16 @@ class StoreCallError(Exception):
     def member_failed(self) -> bool:
         """Another member may answer; a write may or may not have been applied."""
         return self.code in _MEMBER_FAILED
+
+    @property
+    def refused(self) -> bool:
+        """etcd does not know us, or does not let us."""
+        codes = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+        return self.code in codes or is_refusal(self.message)
+
+
+def is_refusal(message: str) -> bool:
+    return any(words in message for words in _REFUSALS)
 
 
 class Connection:

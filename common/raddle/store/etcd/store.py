@@ -116,26 +116,51 @@ class EtcdStore:
         self, transaction: Transaction, deadline: float, timeout_s: float
     ) -> CommitResult:
         operation_id = secrets.token_bytes(12)
+        in_doubt = False
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise unavailable(self._endpoints, "the commit is not settled", timeout_s)
             if self._operation_revision is None:
                 self._operation_revision = await self._read_operation_revision(left)
-            request = self._request(transaction, operation_id)
-            try:
-                answer = await self.connection.call(
-                    _TXN, request, rpc.TxnResponse, min(2 * ATTEMPT_TIMEOUT_S, left)
-                )
-            except StoreCallError as error:
-                if not error.member_failed:
-                    raise translate(error) from error
-                # Ambiguous: the same request again is safe, its compare tells what happened.
-                await asyncio.sleep(min(0.02, max(0.0, left)))
+            answer = await self._attempt(self._request(transaction, operation_id), deadline)
+            if answer is None:
+                # The same request again is safe, its compare tells what happened.
+                in_doubt = True
                 continue
             settled = self._settle(answer, operation_id)
-            if settled is not None:
+            if settled is None:
+                continue
+            if settled.succeeded or not in_doubt or await self._bar(deadline):
                 return settled
+
+    async def _attempt(self, request: rpc.TxnRequest, deadline: float) -> rpc.TxnResponse | None:
+        """etcd's answer; None when it is unknown whether the request was or will be applied."""
+        left = max(0.01, deadline - time.monotonic())
+        try:
+            return await self.connection.call(
+                _TXN, request, rpc.TxnResponse, min(2 * ATTEMPT_TIMEOUT_S, left)
+            )
+        except StoreCallError as error:
+            if not error.member_failed:
+                raise translate(error) from error
+            await asyncio.sleep(min(0.02, left))
+            return None
+
+    async def _bar(self, deadline: float) -> bool:
+        """Move the operation key, so that no attempt still under way can be applied any more.
+
+        Without this, an attempt that comes late would be applied if its compares hold by then (a
+        key that must not exist was deleted), after its commit was told as lost. False: an attempt
+        may have come before us.
+        """
+        answer = await self._attempt(
+            self._request(Transaction(), secrets.token_bytes(12)), deadline
+        )
+        if answer is None or not answer.succeeded:
+            return False
+        self._operation_revision = answer.header.revision
+        return True
 
     async def _read_operation_revision(self, timeout_s: float) -> int:
         request = rpc.RangeRequest(key=self._operation_key)
@@ -225,7 +250,7 @@ def translate(error: StoreCallError) -> RaddleError:
             f"etcd refuses writes ({error.message}): compact, defragment, disarm the alarm.",
             retry_after_s=5.0,
         )
-    if error.code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+    if error.refused:
         return PermanentError(Reason.PERMISSION_DENIED, f"etcd refuses: {error.message}.")
     if error.code is grpc.StatusCode.NOT_FOUND:
         return PermanentError(Reason.NOT_FOUND, f"etcd: {error.message}.")

@@ -16,7 +16,7 @@ import structlog
 
 from raddle.etcd.v1 import rpc_pb2 as rpc
 from raddle.model.errors import PermanentError, Reason
-from raddle.store.etcd.connection import Connection, send
+from raddle.store.etcd.connection import Connection, StoreCallError, is_refusal, send
 from raddle.store.protocol import Change, Changes, Record
 
 SILENCE_S = 2.0
@@ -60,8 +60,9 @@ async def watch_prefix(
                 next_revision = changes.revision + 1
                 yield changes
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.PERMISSION_DENIED:
-                raise _refused(error.details() or "") from error
+            failure = StoreCallError(error.code(), error.details() or "")
+            if failure.refused:
+                raise _refused(failure.message) from error
         finally:
             stream.cancel()
         resumed = True
@@ -105,7 +106,7 @@ def _raise_if_over(response: rpc.WatchResponse) -> None:
             f"history before revision {response.compact_revision} is compacted",
             compact_revision=str(response.compact_revision),
         )
-    if response.canceled and "ermission" in response.cancel_reason:
+    if response.canceled and is_refusal(response.cancel_reason):
         # A refused watch is no RPC error: it is created and cancelled in one response.
         raise _refused(response.cancel_reason)
 

@@ -1,75 +1,154 @@
 """How much an expert map can lose: exactly, for each failure domain and in dies.
 
-In goes a map and the failure domains of its ranks; out comes what the loss of the worst member of
-each level takes with it, and how many dies may go, in the worst case, before an expert is gone.
+In goes a map and its layout; out comes what the loss of the worst member, and of the worst two
+members, of each level takes with it, how many dies may go in the worst case before an expert is
+gone, and which extra copies would raise that number. Nothing is sampled: an expert is lost with
+one or two members only if all its copies sit on them, and that is counted for all at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from raddle.core.cluster import DOMAIN_LEVELS
-from raddle.core.experts.maps import IntArray
+from raddle.core.experts.layout import IntArray, Layout
+
+# Extra copies that are named; their number is always given.
+EXTRA_COPIES_MAX = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class DomainLoss:
-    """The worst loss of one member of a level."""
+    """The worst loss of one or of two members of a level."""
 
     level: str
-    #: Number of the member, as `domains` names it.
-    member: int
-    #: (layer, expert) pairs whose every copy it holds.
-    experts_lost: int
+    #: Numbers of the members, as `domains` names them, in order.
+    members: tuple[int, ...]
+    #: (layer, expert) pairs whose every copy they hold.
+    experts: tuple[tuple[int, int], ...]
+
+    @property
+    def experts_lost(self) -> int:
+        return len(self.experts)
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """`margin_dies` is how many dies may be lost, whichever they are, and all experts live on."""
+    """What a map can lose."""
 
+    #: Dies that may be lost, whichever they are, and all experts live on; -1: one is gone now.
     margin_dies: int
-    worst: tuple[DomainLoss, ...]
     #: (layer, expert) pairs without any copy now.
-    uncovered: int
+    uncovered: tuple[tuple[int, int], ...]
+    #: For each level that has a member: the worst one.
+    worst_one: tuple[DomainLoss, ...]
+    #: For each level that has two members: the worst two.
+    worst_two: tuple[DomainLoss, ...]
+    #: So many copies more, one of each expert that has the fewest, raise the margin by one.
+    extra_copies_needed: int
+    #: The first of them: (layer, expert, die), the die that shares least with the other copies.
+    extra_copies: tuple[tuple[int, int, int], ...]
 
 
-def coverage_margin(
-    table: IntArray,
-    slots_per_rank: int,
-    experts: int,
-    domains: IntArray,
-    levels: Sequence[str] = DOMAIN_LEVELS,
-) -> Coverage:
-    """Measure a map [layers, slots]; ranks of dead slots take no part.
-
-    Args:
-        domains: [levels, ranks] in the order of `levels`.
-    """
-    layer, slot = np.nonzero(table >= 0)
+def measure_coverage(table: IntArray, experts: int, layout: Layout) -> Coverage:
+    """Measure a map [layers, slots]; slots of dies that host nothing take no part."""
+    layer, slot = np.nonzero((table >= 0) & layout.hosts[layout.slot_die])
+    die = layout.slot_die[slot]
     pair = layer * experts + table[layer, slot]
-    rank = slot // slots_per_rank
-    pairs = table.shape[0] * experts
+    # A die that holds an expert twice loses it once.
+    unique = np.unique(pair * layout.dies + die)
+    pair, die = np.divmod(unique, layout.dies)
+    pairs = len(table) * experts
     copies = np.bincount(pair, minlength=pairs)
-    named = zip(levels, domains, strict=True)
+    one: list[DomainLoss] = []
+    two: list[DomainLoss] = []
+    for name, level in zip(layout.levels, layout.domains, strict=True):
+        found = _Level(name, level[die], pair, pairs, np.unique(level[layout.hosts]), experts)
+        one += found.worst_one()
+        two += found.worst_two()
+    fewest = int(copies.min()) if pairs else 0
+    short = np.flatnonzero(copies == fewest)
+    extra = _extra(short[:EXTRA_COPIES_MAX], pair, die, experts, layout)
     return Coverage(
-        margin_dies=int(copies.min()) - 1 if pairs else 0,
-        worst=tuple(_worst(name, level[rank], pair, pairs) for name, level in named),
-        uncovered=int(np.count_nonzero(copies == 0)),
+        margin_dies=fewest - 1,
+        uncovered=_named(np.flatnonzero(copies == 0), experts),
+        worst_one=tuple(one),
+        worst_two=tuple(two),
+        extra_copies_needed=len(short),
+        extra_copies=extra,
     )
 
 
-def _worst(level: str, member: IntArray, pair: IntArray, pairs: int) -> DomainLoss:
-    """The member that holds all copies of most experts; ties go to the lowest."""
-    lowest = np.full(pairs, np.iinfo(np.int64).max, dtype=np.int64)
-    highest = np.full(pairs, -1, dtype=np.int64)
-    np.minimum.at(lowest, pair, member)
-    np.maximum.at(highest, pair, member)
-    alone = lowest[lowest == highest]
-    if not len(alone):
-        return DomainLoss(level, int(member.min()) if len(member) else 0, 0)
-    lost = np.bincount(alone)
-    worst = int(np.argmax(lost))
-    return DomainLoss(level, worst, int(lost[worst]))
+def _named(pairs: IntArray, experts: int) -> tuple[tuple[int, int], ...]:
+    layer, expert = np.divmod(pairs, experts)
+    return tuple(zip(layer.tolist(), expert.tolist(), strict=True))
+
+
+class _Level:
+    """One level: which members hold all copies of an expert, if these are one or two."""
+
+    def __init__(
+        self,
+        name: str,
+        member: IntArray,
+        pair: IntArray,
+        pairs: int,
+        members: IntArray,
+        experts: int,
+    ) -> None:
+        self.name, self.members, self.experts = name, members, experts
+        at = np.searchsorted(members, member)
+        self.first = np.full(pairs, len(members), dtype=np.int64)
+        self.last = np.full(pairs, -1, dtype=np.int64)
+        np.minimum.at(self.first, pair, at)
+        np.maximum.at(self.last, pair, at)
+        elsewhere = (at != self.first[pair]) & (at != self.last[pair])
+        self.few = (self.last >= 0) & (np.bincount(pair[elsewhere], minlength=pairs) == 0)
+
+    def _alone(self) -> IntArray:
+        """[members] experts that a member holds all copies of."""
+        alone = self.first[self.few & (self.first == self.last)]
+        return np.bincount(alone, minlength=len(self.members))
+
+    def _loss(self, *indices: int) -> DomainLoss:
+        among = np.isin(self.first, indices) & np.isin(self.last, indices) & self.few
+        members = tuple(int(self.members[index]) for index in indices)
+        return DomainLoss(self.name, members, _named(np.flatnonzero(among), self.experts))
+
+    def worst_one(self) -> list[DomainLoss]:
+        if not len(self.members):
+            return []
+        return [self._loss(int(np.argmax(self._alone())))]
+
+    def worst_two(self) -> list[DomainLoss]:
+        count = len(self.members)
+        if count < 2:  # noqa: PLR2004 - two members
+            return []
+        both = self.few & (self.first < self.last)
+        index = self.first[both] * count + self.last[both]
+        lost = np.bincount(index, minlength=count * count).reshape(count, count)
+        alone = self._alone()
+        lost += alone[:, None] + alone[None, :]
+        lost[np.tril_indices(count)] = -1
+        one, other = divmod(int(np.argmax(lost)), count)
+        return [self._loss(one, other)]
+
+
+def _extra(
+    short: IntArray, pair: IntArray, die: IntArray, experts: int, layout: Layout
+) -> tuple[tuple[int, int, int], ...]:
+    """One more copy of each of these experts, where it shares least with the others."""
+    near = np.zeros((len(short), layout.dies))
+    at = np.searchsorted(short, pair)
+    mine = at < len(short)
+    mine[mine] = short[at[mine]] == pair[mine]
+    np.add.at(near, at[mine], layout.closeness()[die[mine]])
+    taken = np.zeros(near.shape, dtype=bool)
+    taken[at[mine], die[mine]] = True
+    near[taken | ~layout.hosts] = np.inf
+    best = near.argmin(axis=1)
+    possible = np.isfinite(near[np.arange(len(short)), best])
+    layer, expert = np.divmod(short[possible], experts)
+    named = zip(layer.tolist(), expert.tolist(), best[possible].tolist(), strict=True)
+    return tuple(named)

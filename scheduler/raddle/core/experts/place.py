@@ -1,127 +1,277 @@
-"""The first expert map of an instance: every expert once, then replicas where they help.
+"""The expert map of a new instance, from its loads: as even as can be, and safe.
 
-In go counts, loads and failure domains; out comes a map [layers, slots]. The redundant slots go
-to the most loaded experts (to the lowest index where loads are equal), and a replica goes to the
-rank that shares the fewest failure domains with the copies that are there already.
+Copies are counted for the heaviest copy (`copies`), laid out row by row (a row is one slot of each
+die), evened out by exchanges, and kept apart: never two copies of an expert on a die, and in
+different NPUs, nodes and racks while the counts allow. Equal choices go to the lowest index.
+
+With many slots a die, experts with copies come first, in an order of dies whose runs differ in all
+domains; the others fill each row, the heaviest to the least loaded die. With few slots a die the
+rows are folded, heaviest copy with lightest (best possible for two), and some spread is restored
+afterwards; there the counts decide, so several ways to count are tried and the best is kept.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
-from raddle.core.experts.maps import IntArray
+from raddle.core.experts.balance import copy_loads, loads_of_slots
+from raddle.core.experts.copies import by_load, copies_of_sorted, count_copies
+from raddle.core.experts.exchange import Working, even_out
+from raddle.core.experts.layout import EMPTY, NO_SLOT, FloatArray, IntArray, Layout, numbers
+from raddle.core.experts.part import part_copies
+from raddle.model.errors import PermanentError, Reason
 
-FloatArray = npt.NDArray[np.float64]
+# Good enough: within this of the best possible time of the slowest die.
+_GOAL = 0.997
+# From here on packing is easy whatever the weights of the copies.
+FEW_SLOTS_MAX = 4
+# Powers of the counts that are tried with few slots a die (see `copies_of_sorted`).
+_POWERS = (1.0, 1.05, 1.1, 1.2, 1.35)
+# A layer may be this share as fast as it could be for the sake of spread over nodes and racks.
+_SPREAD_WORTH = 0.97
+# Dies and NPUs.
+_LEVELS_ALWAYS_APART = 2
 
 
-def initial_map(
-    layers: int,
-    experts: int,
-    slots_per_rank: int,
-    domains: IntArray,
-    *,
-    loads: FloatArray | None = None,
-    shared_expert_ranks: int = 0,
-) -> IntArray:
-    """Place `experts` in `layers` over the ranks of one instance.
+def place_experts(loads: FloatArray, layout: Layout) -> IntArray:
+    """A map [layers, slots] for loads [layers, experts] (any unit).
 
-    Args:
-        domains: [levels, ranks], the failure domain of each rank from narrow to wide.
-        loads: [layers, experts], any unit; None means equal.
-        shared_expert_ranks: the last so many ranks hold shared experts only: their slots stay -1.
+    Raises:
+        PermanentError: DOES_NOT_FIT if the hosts have fewer slots than there are experts.
     """
-    if loads is None:
-        # Ranks share a domain or they don't: its number has no say. So many instances, one map.
-        same = np.stack([np.unique(row, return_inverse=True)[1] for row in domains])
-        shape = (layers, experts, slots_per_rank, shared_expert_ranks)
-        return _map_of_equal_loads(*shape, same.shape, same.astype(np.int64).tobytes()).copy()
-    return _initial_map(layers, experts, slots_per_rank, domains, loads, shared_expert_ranks)
+    inner = layout.only_hosts()
+    if layout.host_slots < loads.shape[1]:
+        raise PermanentError(
+            Reason.DOES_NOT_FIT,
+            f"{loads.shape[1]} experts do not fit into {layout.host_slots} slots of"
+            f" {inner.dies} dies: give each die more slots, or take more dies.",
+        )
+    # More slots than experts are of no use to a die.
+    inner = replace(inner, slots=np.minimum(inner.slots, loads.shape[1]))
+    grid = layout.to_grid(np.full((len(loads), int(layout.slots.sum())), EMPTY, dtype=np.int64))
+    placed = _place(loads, inner)
+    grid[:, layout.hosts, : inner.width] = np.where(
+        placed == NO_SLOT, grid[:, layout.hosts, : inner.width], placed
+    )
+    return layout.to_table(grid)
+
+
+def place_unknown_loads(layers: int, experts: int, layout: Layout) -> IntArray:
+    """A map [layers, slots] for loads that nobody has measured yet: all equal, all layers alike.
+
+    Raises:
+        PermanentError: as `place_experts`.
+    """
+    # Dies share a domain or they don't: its number has no say. So many instances, one map.
+    same = np.stack([np.unique(row, return_inverse=True)[1].reshape(-1) for row in layout.domains])
+    key = (experts, same.shape, same.astype(np.int64).tobytes(), layout.slots.tobytes())
+    row = _row_of_equal_loads(*key, layout.hosts.tobytes(), layout.speeds.tobytes())
+    return np.tile(row, (layers, 1))
 
 
 @lru_cache(maxsize=256)
-def _map_of_equal_loads(
-    layers: int, experts: int, slots_per_rank: int, shared: int, shape: tuple[int, ...], data: bytes
+def _row_of_equal_loads(
+    experts: int, shape: tuple[int, ...], domains: bytes, slots: bytes, hosts: bytes, speeds: bytes
 ) -> IntArray:
-    domains: IntArray = np.frombuffer(data, dtype=np.int64).reshape(shape)
-    return _initial_map(layers, experts, slots_per_rank, domains, None, shared)
+    layout = Layout.of(
+        np.frombuffer(domains, dtype=np.int64).reshape(shape),
+        np.frombuffer(slots, dtype=np.int64),
+        hosts=np.frombuffer(hosts, dtype=bool),
+        speeds=np.frombuffer(speeds, dtype=np.float64),
+    )
+    return place_experts(np.ones((1, experts)), layout)
 
 
-def _initial_map(
-    layers: int,
-    experts: int,
-    slots_per_rank: int,
-    domains: IntArray,
-    loads: FloatArray | None,
-    shared_expert_ranks: int,
-) -> IntArray:
-    ranks = domains.shape[1]
-    routed = ranks - shared_expert_ranks
-    assert routed * slots_per_rank >= experts, (routed, slots_per_rank, experts)
-    table: IntArray = np.full((layers, ranks * slots_per_rank), -1, dtype=np.int64)
-    # Without loads all layers are equal: one is placed and repeated.
-    wanted = np.ones((1, experts)) if loads is None else np.asarray(loads, dtype=np.float64)
-    table[:, : routed * slots_per_rank] = _place(wanted, slots_per_rank, domains[:, :routed])
-    return table
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """Copies in the order of placing."""
+
+    #: [layers, copies] -1 where no further copy can be told apart.
+    expert: IntArray
+    weight: FloatArray
+    #: [layers] copies at the front whose expert has several.
+    shared: IntArray
 
 
-def _copies(loads: FloatArray, slots: int, ranks: int) -> IntArray:
-    """Copies [layers, experts]: the next copy always goes where the load a copy is highest."""
-    layers, experts = loads.shape
-    copies: IntArray = np.ones((layers, experts), dtype=np.int64)
-    rows: IntArray = np.arange(layers, dtype=np.int64)
-    # More copies than ranks can't be told apart: those slots stay empty.
-    for _ in range(min(slots, experts * ranks) - experts):
-        share = np.where(copies < ranks, loads / copies, -1.0)
-        copies[rows, np.argmax(share, axis=1)] += 1
-    return copies
+def _place(loads: FloatArray, layout: Layout) -> IntArray:
+    """[layers, dies, width]; all dies are hosts."""
+    order = by_load(loads)
+    heavy = np.take_along_axis(loads, order, 1)
+    few = 1 < layout.width <= FEW_SLOTS_MAX
+    counts = (
+        _best_counts(heavy, layout)
+        if few
+        else copies_of_sorted(heavy, layout.host_slots, layout.dies)
+    )
+    queue = _queue(order, heavy / counts, counts, layout.host_slots, sort=few)
+    grid, weight = _rows(queue, layout, fold=few)
+    if layout.width == 1 and _same_speed(layout):
+        return grid
+    copies = np.empty_like(counts)
+    np.put_along_axis(copies, order, counts, 1)
+    even = heavy.sum(axis=1) / layout.speeds.sum()
+    goal = np.maximum(even, (heavy / counts).max(axis=1) / layout.speeds.max()) / _GOAL
+    work = Working.of(grid, weight, copies, layout)
+    if not few and _is_regular(layout):
+        even_out(work, goal)
+        return work.grid
+    reference = np.minimum(_slowest(work), goal) if not few else _slowest(work)
+    found = _parted(work, loads, copies, goal, len(layout.domains))
+    # Where nodes or racks are of different sizes, keeping copies apart in them may cost more
+    # balance than it is worth: then only dies and NPUs are kept apart.
+    dear = np.flatnonzero(_slowest(found) * _SPREAD_WORTH > reference)
+    if len(dear):
+        again = Working.of(grid[dear], weight[dear], copies[dear], layout)
+        other = _parted(again, loads[dear], copies[dear], goal[dear], _LEVELS_ALWAYS_APART)
+        better = _slowest(other) < _slowest(found)[dear]
+        found.grid[dear[better]] = other.grid[better]
+    return found.grid
 
 
-def _place(loads: FloatArray, slots_per_rank: int, domains: IntArray) -> IntArray:
-    """Slots [layers, ranks * slots_per_rank], all layers in step."""
-    layers, ranks = loads.shape[0], domains.shape[1]
-    copies = _copies(loads, ranks * slots_per_rank, ranks)
-    queue, shares, is_first = _queue(loads / copies, copies)
-    table: IntArray = np.full((layers, ranks, slots_per_rank), -1, dtype=np.int64)
-    used = np.zeros((layers, ranks), dtype=np.int64)
-    carried = np.zeros((layers, ranks))
-    near = np.zeros((layers, ranks))
-    rows: IntArray = np.arange(layers, dtype=np.int64)
-    # A rank never takes a second copy: it is farther than all domains together can be.
-    same_rank = float((len(domains) + 1) * ranks)
-    spread_until = int((copies * (copies > 1)).sum(axis=1).max())
-    for step in range(queue.shape[1]):
-        if step <= spread_until:
-            near[is_first[:, step]] = 0.0
-        # `carried` adds up to less than 1 a rank, so that the domains always decide first.
-        score = np.where(used < slots_per_rank, near + carried, np.inf)
-        rank = np.argmin(score, axis=1)
-        # Where only holders have room left, the redundant copy is left out.
-        ok = near[rows, rank] < same_rank
-        row, col = rows[ok], rank[ok]
-        table[row, col, used[row, col]] = queue[ok, step]
-        used[row, col] += 1
-        carried[row, col] += shares[ok, step]
-        if step < spread_until:
-            for level in domains:
-                near += level == level[rank][:, None]
-            near[row, col] += same_rank
-    return table.reshape(layers, -1)
+def _slowest(work: Working) -> FloatArray:
+    """[layers] time of the slowest die."""
+    return np.asarray((work.carried / work.layout.speeds).max(axis=1))
+
+
+def _parted(
+    work: Working, loads: FloatArray, copies: IntArray, goal: FloatArray, levels: int
+) -> Working:
+    """A changed copy whose copies of experts keep apart on so many levels, evened out."""
+    found = Working.of(work.grid.copy(), work.weight.copy(), copies, work.layout)
+    part_copies(found, copies, levels)
+    found = _without_doubles(found, loads)
+    even_out(found, goal)
+    return found
+
+
+def _is_regular(layout: Layout) -> bool:
+    """Are all dies, and all members of each level, of one size? Then runs of dies suffice."""
+    sizes = [np.unique(level, return_counts=True)[1] for level in layout.domains]
+    return layout.is_even and all((size == size[0]).all() for size in sizes)
+
+
+def _without_doubles(work: Working, loads: FloatArray) -> Working:
+    """Uneven slots may leave no room for so many copies: a second one on a die is left out."""
+    order = np.argsort(work.grid, axis=2, kind="stable")
+    ordered = np.take_along_axis(work.grid, order, 2)
+    double = np.zeros(work.grid.shape, dtype=bool)
+    again = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+    if not again.any():
+        return work
+    np.put_along_axis(double, order[:, :, 1:], again, 2)
+    grid = np.where(double, EMPTY, work.grid)
+    copies = count_copies(grid, loads.shape[1])
+    weight = loads_of_slots(grid, copy_loads(loads, copies))
+    return Working.of(grid, weight, copies, work.layout)
+
+
+def _same_speed(layout: Layout) -> bool:
+    return bool((layout.speeds == layout.speeds[0]).all())
 
 
 def _queue(
-    share: FloatArray, copies: IntArray
-) -> tuple[IntArray, FloatArray, npt.NDArray[np.bool_]]:
-    """Copies in the order of placing [layers, copies]: expert, its load a copy, first of its kind.
+    order: IntArray, share: FloatArray, counts: IntArray, slots: int, *, sort: bool
+) -> _Queue:
+    """Copies of the same expert stay side by side."""
+    layers = len(order)
+    expert = np.repeat(order.ravel(), counts.ravel()).reshape(layers, -1)
+    weight = np.repeat(share.ravel(), counts.ravel()).reshape(layers, -1)
+    if sort:
+        by_weight = np.argsort(-weight, axis=1, kind="stable")
+        expert = np.take_along_axis(expert, by_weight, 1)
+        weight = np.take_along_axis(weight, by_weight, 1)
+    missing = slots - expert.shape[1]
+    if missing:
+        expert = np.pad(expert, ((0, 0), (0, missing)), constant_values=EMPTY)
+        weight = np.pad(weight, ((0, 0), (0, missing)))
+    return _Queue(expert, weight, np.where(counts > 1, counts, 0).sum(axis=1))
 
-    Experts with several copies come first, while there is a choice of domains; then heavy ones.
+
+def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, FloatArray]:
+    """Grid and weights [layers, dies, width], filled row by row."""
+    layers = len(queue.expert)
+    shape = (layers, layout.dies, layout.width)
+    grid = np.full(shape, NO_SLOT, dtype=np.int64)
+    weight, carried = np.zeros(shape), np.zeros(shape[:2])
+    at_layer = numbers(layers)[:, None]
+    order = _orders(layout, layers)
+    start = 0
+    for row in range(layout.width):
+        # Uneven dies have all layers in the same order, so this keeps the shape of a table.
+        dies = order[layout.slots[order] > row].reshape(layers, -1)
+        end = start + dies.shape[1]
+        apart = dies.shape[1] if fold and row == 0 else 0 if fold else queue.shared - start
+        target = dies
+        if row or not _same_speed(layout):
+            busy = np.take_along_axis(carried, dies, 1)
+            turns = _turns(busy, layout.speeds[dies], np.broadcast_to(apart, layers))
+            target = np.take_along_axis(dies, turns, 1)
+        grid[at_layer, target, row] = queue.expert[:, start:end]
+        weight[at_layer, target, row] = queue.weight[:, start:end]
+        carried[at_layer, target] += queue.weight[:, start:end]
+        start = end
+    return grid, weight
+
+
+def _orders(layout: Layout, layers: int) -> IntArray:
+    """[layers, dies] the spread order; with one slot a die begun at another die in each layer.
+
+    Else the same dies would hold the copies of all layers, and give way for all of them. It is
+    begun where it begins a round over all nodes, so that its runs stay as different.
     """
-    total = (share * copies).sum(axis=1, keepdims=True)
-    share = share / np.where(total > 0, total, 1.0) * 0.5
-    order = np.lexsort((-share, -copies), axis=1)
-    queue = np.stack([np.repeat(row, n[row]) for row, n in zip(order, copies, strict=True)])
-    is_first = np.ones(queue.shape, dtype=bool)
-    is_first[:, 1:] = queue[:, 1:] != queue[:, :-1]
-    return queue, np.take_along_axis(share, queue, axis=1), is_first
+    order = layout.spread_order()
+    if layout.width > 1:
+        return np.broadcast_to(order, (layers, layout.dies))
+    node = layout.domains[-2][order]
+    begins = np.flatnonzero(node == node[0])
+    start = begins[numbers(layers) * len(begins) // layers]
+    turned: IntArray = order[(numbers(layout.dies) + start[:, None]) % layout.dies]
+    return turned
+
+
+def _turns(carried: FloatArray, speeds: FloatArray, apart: IntArray) -> IntArray:
+    """Which die [layers, dies] takes the next copy of a row, the copies being in falling order.
+
+    The first `apart` of a layer go by the order of the dies; then the least busy die comes first.
+    """
+    place = numbers(carried.shape[1])
+    if int(apart.min()) >= len(place):
+        return np.broadcast_to(place, carried.shape)
+    busy = carried / speeds
+    # Faster dies come first while all are idle.
+    busy = busy - 1e-9 * (speeds - speeds.min()) * (float(busy.max()) + 1.0)
+    busy = np.where(place < apart[:, None], -np.inf, busy)
+    return np.argsort(busy, axis=1, kind="stable").astype(np.int64)
+
+
+def _best_counts(heavy: FloatArray, layout: Layout) -> IntArray:
+    """The counts whose folded rows have the lightest heaviest die; the plain ones among equals."""
+    layers = len(heavy)
+    best = copies_of_sorted(heavy, layout.host_slots, layout.dies)
+    least = _heaviest_die(heavy, best, layout)
+    for power in _POWERS[1:]:
+        counts = copies_of_sorted(heavy, layout.host_slots, layout.dies, power)
+        heaviest = _heaviest_die(heavy, counts, layout)
+        better = heaviest < least * (1 - 1e-9)
+        best = np.where(better[:, None], counts, best)
+        least = np.where(better, heaviest, least)
+    assert len(best) == layers
+    return best
+
+
+def _heaviest_die(heavy: FloatArray, counts: IntArray, layout: Layout) -> FloatArray:
+    """[layers] load of the heaviest die after folding, duplicates and speeds left aside."""
+    share = np.repeat((heavy / counts).ravel(), counts.ravel()).reshape(len(heavy), -1)
+    share = -np.sort(-share, axis=1)
+    carried = np.zeros((len(heavy), layout.dies))
+    start = 0
+    for row in range(layout.width):
+        dies = int(np.count_nonzero(layout.slots > row))
+        part = share[:, start : start + dies]
+        carried.sort(axis=1)
+        carried[:, : part.shape[1]] += part
+        start += dies
+    return np.asarray(carried.max(axis=1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raddle.core.cluster import Cluster
+from raddle.core.experts.sources import Bandwidths
 from raddle.model.llm import ModelShape
 
 # Fence, new members and maps: the control plane's own target for one die fault.
@@ -40,10 +41,10 @@ class Rates:
         disk = min((m.die_to_host_bytes_per_s for m in machines), default=_DEFAULT_BYTES_PER_S)
         return Rates(shape.expert_bytes(dtype), shape.other_bytes(dtype), peer, disk)
 
-    def load_s(self, from_peer: int, from_disk: int) -> float:
-        """Seconds until the most burdened rank has loaded this many experts."""
-        peer = from_peer * self.expert_bytes / self.peer_bytes_per_s
-        return peer + from_disk * self.expert_bytes / self.disk_bytes_per_s
+    def bandwidths(self) -> Bandwidths:
+        """How experts' weights travel; no pool of weights is kept in the hosts' memory."""
+        peer, disk = float(self.peer_bytes_per_s), float(self.disk_bytes_per_s)
+        return Bandwidths(self.expert_bytes, peer, 0.0, disk)
 
     def start_s(self) -> float:
         """Seconds until a new process has the weights that are no experts."""

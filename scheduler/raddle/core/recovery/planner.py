@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from raddle.core.experts.maps import to_expert_map
-from raddle.core.experts.repair import RepairedMap, repair_map
 from raddle.core.recovery.cost import CONTROL_S, cost_s
+from raddle.core.recovery.remap import RepairedMap, hosts_of, repair_instance
 from raddle.core.recovery.request import InstanceRecovery
 from raddle.model.incident import RecoveryOption
 from raddle.model.job import RankPlacement
 from raddle.model.kinds import FaultKind, RecoveryKind, RoleKind, SeatState
 from raddle.model.topology import node_of
-from raddle.model.types import ExpertMap, ExpertMove, WeightSource, Why
+from raddle.model.types import ExpertMap, ExpertMove, Why
 
 # In the order of what they disturb: the first of equal cost is taken.
 _ORDER = list(RecoveryKind)
@@ -184,15 +184,7 @@ def _capacity(request: InstanceRecovery, seats: Sequence[RankPlacement]) -> floa
 
 def _pause_s(request: InstanceRecovery, repaired: RepairedMap | None, *, starts: bool) -> float:
     pause = CONTROL_S + (request.rates.start_s() if starts else 0.0)
-    if repaired is None or not repaired.moves:
-        return pause
-    return pause + max(
-        request.rates.load_s(
-            sum(1 for m in moves if m.source is WeightSource.PEER),
-            sum(1 for m in moves if m.source is not WeightSource.PEER),
-        )
-        for moves in repaired.moves.values()
-    )
+    return pause + (repaired.predicted_s if repaired is not None else 0.0)
 
 
 def _repair(
@@ -200,15 +192,7 @@ def _repair(
 ) -> RepairedMap | None:
     if request.table is None:
         return None
-    return repair_map(
-        request.table,
-        request.role.slots_per_rank,
-        request.experts,
-        live=_active(seats),
-        joined=joined,
-        domains=request.domains,
-        guests_refused=_shared_expert_ranks(request),
-    )
+    return repair_instance(request, hosts_of(request, seats), joined)
 
 
 def _shared_expert_ranks(request: InstanceRecovery) -> range:

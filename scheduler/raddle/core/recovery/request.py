@@ -9,7 +9,8 @@ import numpy as np
 
 from raddle.core.admission import model_shape
 from raddle.core.cluster import Cluster
-from raddle.core.experts.maps import IntArray, to_array
+from raddle.core.experts.layout import FloatArray, IntArray
+from raddle.core.experts.maps import to_array
 from raddle.core.recovery.cost import Rates
 from raddle.model.job import InstanceExpertMap, InstancePlacement, Job, RankPlacement, RoleSpec
 from raddle.model.kinds import FaultKind, RecoveryKind, SeatState
@@ -40,6 +41,8 @@ class InstanceRecovery:
     demand: float = 0.0
     #: The longest pause that the job wants to see; 0 for no wish.
     max_pause_s: float = 0.0
+    #: [layers, experts] as the ranks report it; None while nobody has said anything.
+    loads: FloatArray | None = None
 
 
 def recovery_request(
@@ -51,6 +54,7 @@ def recovery_request(
     cluster: Cluster,
     *,
     demand: float,
+    loads: FloatArray | None = None,
 ) -> InstanceRecovery:
     """Gather the facts of one instance."""
     shape = model_shape(job.spec.model)
@@ -85,6 +89,7 @@ def recovery_request(
         rates=Rates.of(shape, job.spec.model.weight_dtype, cluster),
         demand=demand,
         max_pause_s=job.spec.recovery.max_pause,
+        loads=loads,
     )
 
 

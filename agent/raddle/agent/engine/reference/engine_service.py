@@ -7,8 +7,10 @@ from typing import Any
 
 from raddle.agent.engine.reference.config import RankConfig
 from raddle.agent.engine.reference.fences import Context, Standing, refusals_told
+from raddle.agent.engine.reference.repair import PoolRepair
 from raddle.agent.engine.reference.reports import Reports
 from raddle.agent.engine.reference.serving import Serving
+from raddle.model.kinds import RoleKind
 from raddle.model.stats import RankState
 from raddle.model.types import ExpertMap, ExpertMove, Fence, Member, RankKey, SequenceRestore
 from raddle.v1 import engine_pb2, engine_pb2_grpc, types_pb2
@@ -26,7 +28,7 @@ VERBS = (
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
-    """`serving` is None for a cache member, which has nothing to compute."""
+    """`serving` is None for a cache member, which has nothing to compute but has `repair`."""
 
     def __init__(
         self,
@@ -35,12 +37,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         standing: Standing,
         reports: Reports,
         serving: Serving | None,
+        repair: PoolRepair | None,
     ) -> None:
         self._config = config
         self._key = key
         self._standing = standing
         self._reports = reports
         self._serving = serving
+        self._repair = repair
 
     def _state(self) -> Any:
         state = self._serving.state if self._serving is not None else self._standing.state
@@ -79,8 +83,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     @refusals_told
     async def SetMembers(self, request: Any, _context: Context) -> Any:
         self._standing.require(request.fence, newer=False)
+        members = tuple(from_message(m, Member) for m in request.members)
         if self._serving is not None:
-            self._serving.set_members(tuple(from_message(m, Member) for m in request.members))
+            self._serving.set_members(members)
+        if self._repair is not None:
+            self._repair.set_members([m for m in members if m.kind is RoleKind.CACHE])
         return engine_pb2.SetMembersResponse()
 
     @refusals_told

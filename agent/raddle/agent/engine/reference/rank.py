@@ -30,14 +30,15 @@ from raddle.agent.engine.reference.config import (
 from raddle.agent.engine.reference.engine_service import EngineService
 from raddle.agent.engine.reference.exchange import ExchangeServer
 from raddle.agent.engine.reference.fences import Standing
-from raddle.agent.engine.reference.pool import BlockStore
+from raddle.agent.engine.reference.pool import BlockStore, PoolPeers
 from raddle.agent.engine.reference.pool_service import PoolService
+from raddle.agent.engine.reference.repair import PoolRepair
 from raddle.agent.engine.reference.reports import Reports
 from raddle.agent.engine.reference.serving import Serving
 from raddle.agent.engine.reference.token_service import TokenService
 from raddle.model.kinds import RoleKind
 from raddle.model.stats import RankState
-from raddle.model.types import RankKey
+from raddle.model.types import Fence, RankKey
 from raddle.telemetry.channels import OPTIONS
 from raddle.telemetry.logging import configure_logging
 from raddle.v1 import engine_pb2_grpc, reference_pb2_grpc
@@ -58,9 +59,14 @@ async def run(config: RankConfig, stop: asyncio.Event) -> None:
     server = grpc.aio.server(options=OPTIONS, interceptors=callers)
     serving: Serving | None = None
     exchange: ExchangeServer | None = None
+    peers = PoolPeers(key, config.node, tls)
+    repair: PoolRepair | None = None
     if config.kind is RoleKind.CACHE:
         blocks = BlockStore(config.dram_bytes, reports.kv_changed)
         reports.full_report = blocks.names
+        repair = PoolRepair(
+            key, blocks, peers, lambda: Fence(job_uid=standing.job_uid, epoch=standing.epoch)
+        )
         pool = PoolService(standing, blocks)
         reference_pb2_grpc.add_PoolMemberServicer_to_server(pool, server)
     else:
@@ -70,7 +76,7 @@ async def run(config: RankConfig, stop: asyncio.Event) -> None:
         )
         tokens = TokenService(standing, serving)
         reference_pb2_grpc.add_ReferenceRankServicer_to_server(tokens, server)
-    engine = EngineService(config, key, standing, reports, serving)
+    engine = EngineService(config, key, standing, reports, serving, repair)
     engine_pb2_grpc.add_EngineServicer_to_server(engine, server)
     if tls is None:
         port = server.add_insecure_port(f"{config.host}:0")
@@ -82,8 +88,13 @@ async def run(config: RankConfig, stop: asyncio.Event) -> None:
     data_address = exchange.address if exchange is not None else ""
     write_address(Path(config.state_folder), config, address, data_address)
     log.info("rank serves", incarnation=config.incarnation, address=address)
+    repairing = asyncio.create_task(repair.run()) if repair is not None else None
     await stop.wait()
+    if repairing is not None:
+        repairing.cancel()
+        await asyncio.gather(repairing, return_exceptions=True)
     await server.stop(grace=0.2)
+    await peers.close()
     if serving is not None:
         await serving.close()
     if exchange is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from raddle.model.kv import KvEventKind, KvTier
 from raddle.model.stats import KvEvent, PeerFault, RankStats
 from raddle.model.types import RankKey
 
@@ -24,13 +25,13 @@ class Reports:
         self._faults: dict[tuple[str, int], PeerFault] = {}
         self.full_report: Callable[[], tuple[str, ...]] = tuple
 
-    def kv_changed(self, kind: str, names: tuple[str, ...]) -> None:
+    def kv_changed(self, kind: KvEventKind, names: tuple[str, ...]) -> None:
         for start in range(0, len(names), _BLOCKS_A_REPORT):
             part = names[start : start + _BLOCKS_A_REPORT]
             self._tell(RankStats(kv_events=(self._event(kind, part),)))
 
-    def _event(self, kind: str, names: tuple[str, ...]) -> KvEvent:
-        event = KvEvent(kind=kind, block_hashes=names, sequence=self._sequence)
+    def _event(self, kind: KvEventKind, names: tuple[str, ...]) -> KvEvent:
+        event = KvEvent(kind=kind, block_hashes=names, sequence=self._sequence, tier=KvTier.DRAM)
         self._sequence += 1
         return event
 
@@ -57,10 +58,10 @@ class Reports:
             queue.put_nowait(RankStats(peer_faults=(fault,), epoch=fault.epoch))
         names = self.full_report()
         # CLEARED names what is there from now on: whatever was told before is void.
-        queue.put_nowait(RankStats(kv_events=(self._event("CLEARED", ()),)))
+        queue.put_nowait(RankStats(kv_events=(self._event(KvEventKind.CLEARED, ()),)))
         for start in range(0, len(names), _BLOCKS_A_REPORT):
             part = names[start : start + _BLOCKS_A_REPORT]
-            queue.put_nowait(RankStats(kv_events=(self._event("STORED", part),)))
+            queue.put_nowait(RankStats(kv_events=(self._event(KvEventKind.STORED, part),)))
         self._queues.add(queue)
         try:
             while queue in self._queues or not queue.empty():
@@ -70,6 +71,7 @@ class Reports:
                     incarnation=self._incarnation,
                     epoch=stats.epoch,
                     peer_faults=stats.peer_faults,
+                    expert_loads=stats.expert_loads,
                     kv_events=stats.kv_events,
                     sequences_running=stats.sequences_running,
                     tokens_generated=stats.tokens_generated,

@@ -183,6 +183,13 @@ class Routing:
     def prefill_done(self, member: Member) -> None:
         self._prefills[member.incarnation] -= 1
 
+    def given_up(self, routes: Routes, sequence_id: str) -> str:
+        """Why the recovery plan gave the sequence up; empty if it did not."""
+        for restore in routes.restores:
+            if restore.sequence_id == sequence_id and restore.why.reason == "GIVE_UP":
+                return restore.why.message
+        return ""
+
     def decode_rank(self, routes: Routes, sequence_id: str) -> Member | None:
         """Where the recovery plan puts the sequence, else where it was, else the least loaded."""
         ranks = {m.rank: m for m in routes.members if m.kind is RoleKind.DECODE}
@@ -262,6 +269,7 @@ class Routing:
             prompt_tokens=len(state.prompt),
             sent_tokens=len(state.sent),
             block_hashes=tuple(block_hashes(self._cache_key, known, tokens)),
+            left=max(0.001, state.left_s),
         )
 
     async def close(self) -> None:

@@ -107,6 +107,9 @@ class Sequences:
     async def _decode(self, state: SequenceState) -> AsyncIterator[int]:
         """Tokens from one rank, until all are there or the sequence has to move."""
         routes = await self._routing.wait_live(state.left_s)
+        given_up = self._routing.given_up(routes, state.sequence_id)
+        if given_up:
+            raise TemporaryError(Reason.DEADLINE_EXCEEDED, f"its rank was lost: {given_up}.")
         member = self._routing.decode_rank(routes, state.sequence_id)
         if member is None:
             await asyncio.sleep(_RETRY_S)

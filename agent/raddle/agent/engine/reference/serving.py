@@ -30,6 +30,7 @@ from raddle.model.types import (
 )
 
 _PREFETCHED_BLOCKS_MAX = 4_096
+_LOADS_EVERY_S = 5.0
 
 
 class Serving:
@@ -63,6 +64,15 @@ class Serving:
         self._prefetched: dict[str, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.worker.start()
+        self._counting = self._loop.create_task(self._report_loads())
+
+    async def _report_loads(self) -> None:
+        """Tell the experts' loads from time to time, if there were any."""
+        while True:
+            await asyncio.sleep(_LOADS_EVERY_S)
+            epoch, loads = self.worker.take_loads()
+            if loads:
+                self._reports.counted(RankStats(epoch=epoch, expert_loads=loads))
 
     def _exchange_client(self) -> ExchangeClient:
         config = self.config
@@ -137,7 +147,7 @@ class Serving:
         """(tokens restored, blocks missing): fetch the blocks of sequences that come here."""
         names = [name for sequence in sequences for name in sequence.block_hashes]
         names = list(dict.fromkeys(names))[:_PREFETCHED_BLOCKS_MAX]
-        self._prefetched = await self.pool.get(fence, names)
+        self._prefetched = await self.pool.get(fence, names, everywhere=True)
         return len(self._prefetched) * self.block_tokens, len(names) - len(self._prefetched)
 
     def resume(self, epoch: int) -> None:
@@ -219,6 +229,7 @@ class Serving:
         await asyncio.gather(*tuple(self._tasks), return_exceptions=True)
 
     async def close(self) -> None:
+        self._counting.cancel()
         self.worker.close()
         await self.flush_puts()
         await self.pool.close()

@@ -22,6 +22,7 @@ from raddle.agent.engine.reference.weights import (
     expert_from_bytes,
     load_expert,
 )
+from raddle.model.stats import ExpertLoad
 from raddle.model.types import ExpertMap, Member
 
 
@@ -112,6 +113,16 @@ class Experts:
             for layer in expert_map.layers
         ]
         self.loads = np.zeros((len(expert_map.layers), expert_map.experts), dtype=np.int64)
+        self._told = self.loads.copy()
+
+    def take_loads(self) -> tuple[ExpertLoad, ...]:
+        """Tokens since the last call, for layers that had any; the worker counts on meanwhile."""
+        now = self.loads.copy()
+        new, self._told = now - self._told, now
+        return tuple(
+            ExpertLoad(layer=int(layer), tokens=tuple(new[layer].tolist()))
+            for layer in np.flatnonzero(new.any(axis=1))
+        )
 
     def __call__(
         self, layer: int, chosen: list[list[int]], quantised: FloatArray, scale: FloatArray

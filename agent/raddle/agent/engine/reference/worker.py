@@ -19,7 +19,7 @@ from raddle.agent.engine.reference.model import Decoder, History, Span
 from raddle.agent.engine.reference.shape import Shape
 from raddle.agent.engine.reference.slots import Experts, Slots
 from raddle.agent.engine.reference.weights import FloatArray, Shared
-from raddle.model.stats import RankState
+from raddle.model.stats import ExpertLoad, RankState
 from raddle.model.types import ExpertMap, Member
 
 # Rows of one sequence in one step: a long prompt does not hold the others up for long.
@@ -126,9 +126,11 @@ class Worker:
     def running(self) -> int:
         return len(self._sequences)
 
-    def loads(self) -> np.ndarray[tuple[int, int], np.dtype[np.int64]] | None:
-        """Tokens by [layer, expert] since this epoch began."""
-        return self._experts.loads if self._experts is not None else None
+    def take_loads(self) -> tuple[int, tuple[ExpertLoad, ...]]:
+        """The epoch in service, and tokens by layer and expert at it since the last call."""
+        with self._condition:
+            experts, epoch = self._experts, self.epoch
+        return epoch, experts.take_loads() if experts is not None else ()
 
     def close(self) -> None:
         with self._condition:

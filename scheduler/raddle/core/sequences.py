@@ -1,0 +1,208 @@
+"""Sequences and KV blocks of jobs between the machine and `kvcache`: intake, plans, outcomes.
+
+In go what members and front doors say and which ranks are lost; out come restore plans, and the
+standing of a job's KV for those who ask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from raddle.core.context import Context, active_seats, is_ended, kv_replicas
+from raddle.core.events import SequencesReported, StatsReported
+from raddle.core.kvcache.index import block_event
+from raddle.core.kvcache.recoveries import Recovery
+from raddle.core.kvcache.restore import KvCosts, Pool, RestorePlan, Survivor, plan_restores
+from raddle.model.job import Job, Placement
+from raddle.model.kinds import RoleKind
+from raddle.model.kv import BlockSpace, KvTier
+from raddle.model.llm import parse_config
+from raddle.model.stats import KvEvent
+from raddle.model.types import RankKey, SequenceRestore
+
+_SEQUENCES_A_DOOR_MAX = 100_000
+# What one plan names of sequences and of their blocks; front doors place the others by load.
+RESTORES_A_PLAN_MAX = 1_000
+BLOCKS_A_PLAN_MAX = 2_000
+POOL_TIERS = (KvTier.DRAM, KvTier.STORAGE)
+
+
+def space_of(job: Job, event: KvEvent | None = None) -> BlockSpace:
+    """What the job's blocks depend on besides tokens; an event may name adapter and tenant."""
+    model = job.spec.model
+    return BlockSpace(
+        model_digest=model.config_digest,
+        weight_dtype=model.weight_dtype,
+        kv_dtype=model.kv_dtype,
+        hash_scheme=job.spec.roles[0].engine.driver if job.spec.roles else "",
+        block_tokens=model.kv_block_tokens,
+        lora=event.lora if event else "",
+        tenant_salt=event.tenant_salt if event else "",
+        kv_group=event.kv_group if event else 0,
+    )
+
+
+def take_stats(context: Context, event: StatsReported) -> None:
+    """Blocks that members stored and removed, and how prompts met them."""
+    job = context.state.job(event.job_uid)
+    if job is None or is_ended(job):
+        return
+    index = context.state.index
+    for report in event.reports:
+        for change in report.kv_events:
+            try:
+                taken = block_event(change, space_of(job, change))
+            except ValueError:
+                # A member that names blocks wrongly has none that anybody could find.
+                context.state.kv_events_refused += 1
+                continue
+            index.apply((event.job_uid, report.rank), report.incarnation, taken)
+        context.state.count_kv(event.job_uid, report)
+
+
+def take_sequences(context: Context, event: SequencesReported) -> None:
+    """What a front door says of its sequences."""
+    job = context.state.job(event.job_uid)
+    if job is None or is_ended(job):
+        return
+    doors = context.state.sequences.setdefault(event.job_uid, {})
+    if event.snapshot:
+        doors[event.front_door_id] = {}
+    door = doors.setdefault(event.front_door_id, {})
+    for name in event.removed:
+        door.pop(name, None)
+    for sequence in event.updated:
+        if len(door) < _SEQUENCES_A_DOOR_MAX or sequence.sequence_id in door:
+            door[sequence.sequence_id] = sequence
+    context.state.recoveries.reported(event.job_uid, event.updated, event.removed, context.now)
+
+
+def plan_lost_sequences(
+    context: Context, job: Job, placement: Placement, lost: set[RankKey], incident_id: str
+) -> RestorePlan:
+    """A new home for each sequence that sits on no process that was ever live.
+
+    So also for those of an earlier plan, which gives way to this one before it was carried out.
+    """
+    state = context.state
+    for key in lost:
+        # Whatever it held is gone, whether or not its successor has spoken yet.
+        state.index.drop((job.uid, key))
+    seats = active_seats(context, job, placement)
+    stay = {seat.key for seat in seats if seat.placement.start_count <= job.live_epoch}
+    sequences = state.all_sequences(job.uid)
+    mine = [s for s in sequences if s.rank not in stay][:RESTORES_A_PLAN_MAX]
+    if not mine:
+        return RestorePlan()
+    counts: dict[RankKey, int] = {}
+    tokens: dict[RankKey, int] = {}
+    for sequence in sequences:
+        if sequence.rank in stay:
+            counts[sequence.rank] = counts.get(sequence.rank, 0) + 1
+            held = sequence.prompt_tokens + sequence.sent_tokens
+            tokens[sequence.rank] = tokens.get(sequence.rank, 0) + held
+    costs = costs_of(context, job)
+    room = _tokens_max(context, job, costs)
+    survivors = [
+        Survivor(
+            key=seat.key,
+            sequences=counts.get(seat.key, 0),
+            sequences_max=seat.role.max_sequences_per_rank,
+            tokens=tokens.get(seat.key, 0),
+            tokens_max=room.get(seat.role.name, 0),
+        )
+        for seat in seats
+        if seat.role.kind is RoleKind.DECODE
+    ]
+    members = [seat.key for seat in seats if seat.role.kind is RoleKind.CACHE]
+    pool = Pool(state.index, job.uid, space_of(job), members)
+    plan = _bounded(plan_restores(mine, survivors, pool, costs))
+    if plan.restores:
+        waiting = {s.sequence_id: s.sent_tokens for s in mine}
+        state.recoveries.began(
+            Recovery(job.uid, incident_id, job.epoch, plan, context.now, waiting)
+        )
+    return plan
+
+
+def _bounded(plan: RestorePlan) -> RestorePlan:
+    """Name no more blocks than a transaction has room for: ranks look the others up themselves."""
+    left = BLOCKS_A_PLAN_MAX
+    found: list[SequenceRestore] = []
+    for restore in plan.restores:
+        hashes = restore.block_hashes[:left]
+        left -= len(hashes)
+        found.append(replace(restore, block_hashes=hashes))
+    return replace(plan, restores=tuple(found))
+
+
+def costs_of(context: Context, job: Job) -> KvCosts:
+    """Bandwidths of the slowest machine; a die computes no faster than a large model lets it."""
+    machines = list(context.cluster.supernodes.values())
+    model = job.spec.model
+    host = min((m.die_to_host_bytes_per_s for m in machines), default=151_000_000_000)
+    peer = min((m.die_to_die_bytes_per_s for m in machines), default=196_000_000_000)
+    return KvCosts(
+        bytes_per_token=parse_config(model.config).kv_bytes_per_token(model.kv_dtype or "bf16"),
+        pool_bytes_per_s=host,
+        peer_bytes_per_s=peer,
+        host_bytes_per_s=host,
+        correction=context.state.recoveries.correction(job.uid),
+    )
+
+
+def _tokens_max(context: Context, job: Job, costs: KvCosts) -> dict[str, int]:
+    """KV tokens that fit beside the weights on a die of each decode role; 0 if unknown."""
+    machines = list(context.cluster.supernodes.values())
+    memory = min((m.die_memory_bytes for m in machines), default=0)
+    shape = parse_config(job.spec.model.config)
+    dtype = job.spec.model.weight_dtype or "int8"
+    found: dict[str, int] = {}
+    for role in job.spec.roles:
+        experts = role.slots_per_rank * shape.moe_layers * shape.expert_bytes(dtype)
+        free = memory - experts - shape.other_bytes(dtype)
+        found[role.name] = max(0, free // costs.bytes_per_token)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class KvStanding:
+    """A job's KV as the leader knows it now."""
+
+    members: dict[RankKey, int]
+    replicas: int
+    #: Blocks by the number of their copies in the pool: 0, 1, 2, ...
+    copies: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        return sum(self.copies)
+
+    @property
+    def wanted(self) -> int:
+        """Copies that each block should have: no more than there are members."""
+        return min(self.replicas, len(self.members))
+
+    @property
+    def blocks_below(self) -> int:
+        return sum(self.copies[: self.wanted])
+
+    @property
+    def protection(self) -> float:
+        """Share of the blocks that have all their copies; 1 for an empty pool."""
+        return 1.0 - self.blocks_below / self.blocks if self.blocks else 1.0
+
+
+def standing_of(context: Context, job: Job) -> KvStanding:
+    """Count the copies of all blocks of the job; looks at every row of the index."""
+    placement = context.state.placement(job.uid)
+    seats = active_seats(context, job, placement) if placement is not None else []
+    caches = [seat for seat in seats if seat.role.kind is RoleKind.CACHE]
+    index = context.state.index
+    names = [(job.uid, seat.key) for seat in caches]
+    copies = index.copies(names, POOL_TIERS)
+    return KvStanding(
+        members={seat.key: index.blocks((job.uid, seat.key)) for seat in caches},
+        replicas=max((kv_replicas(seat.role) for seat in caches), default=0),
+        copies=(0, *copies[1:].tolist()),
+    )
