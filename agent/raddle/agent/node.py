@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,12 @@ from raddle.agent.core.events import (
     AcksFound,
     AssignmentChanged,
     Drive,
+    DriveFailed,
     Event,
     Instruction,
+    PeerSuspected,
+    RankExited,
+    StartFailed,
     StartRank,
     StopRank,
     WriteAcks,
@@ -35,6 +39,7 @@ from raddle.model.errors import RaddleError
 from raddle.model.health import AgentAcks, AgentRegistration
 from raddle.model.job import Assignment, AssignmentStage, JobExpertMaps
 from raddle.model.routes import Routes
+from raddle.model.types import RankKey
 from raddle.store.follow import follow
 from raddle.store.protocol import Delete, Lease, Put, Record, Snapshot, Store, Transaction
 from raddle.wire import records as wire
@@ -117,41 +122,101 @@ class NodeAgent:
             events = [await self._events.get()]
             while not self._events.empty():
                 events.append(self._events.get_nowait())
-            for instruction in self._machine.handle(events):
+            for event in events:
+                self._log_event(event)
+            instructions = self._machine.handle(events)
+            self._log_commands(instructions)
+            for instruction in instructions:
                 self._carry_out(instruction)
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case StartRank(job, rank):
                 role = next(r for r in job.roles if r.name == rank.rank.role)
-                self._start(self._drivers[role.engine.driver].start(instruction))
+                work = self._drivers[role.engine.driver].start(instruction)
+                self._start(work, job.job_uid, rank.rank)
             case StopRank():
                 # A rank belongs to one driver; the others do not know it.
                 for driver in self._drivers.values():
-                    self._start(driver.stop(instruction))
-            case Drive():
-                self._start(self._drive(instruction))
+                    self._start(driver.stop(instruction), instruction.job_uid, instruction.key)
+            case Drive(job, rank):
+                self._start(self._drive(instruction), job.job_uid, rank.rank)
             case WriteAcks(job_uid, acks):
                 self._unwritten[job_uid] = acks
                 self._ack_wanted.set()
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.create_task(work)
+    def _start(self, work: Any, job_uid: str, key: RankKey) -> None:
+        """Work on a rank beside all else; every line that it logs says on which."""
+        with structlog.contextvars.bound_contextvars(**self._about(job_uid), rank=_name(key)):
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._done)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a rank's work failed", exc_info=task.exception())
 
+    def _about(self, job_uid: str) -> dict[str, Any]:
+        """The job with the epoch and the incident of its newest assignment here."""
+        jobs = self._machine.assignment.jobs if self._machine.assignment is not None else ()
+        for job in jobs:
+            if job.job_uid == job_uid:
+                found = {"job_uid": job_uid, "epoch": job.epoch, "incident_id": job.incident_id}
+                return {name: value for name, value in found.items() if value}
+        return {"job_uid": job_uid}
+
+    def _log_event(self, event: Event) -> None:
+        match event:
+            case RankExited() | StartFailed():
+                what = "rank ended" if isinstance(event, RankExited) else "rank did not start"
+                log.info(
+                    what, rank=_name(event.key), why=event.message, **self._about(event.job_uid)
+                )
+            case DriveFailed():
+                about = self._about(event.job_uid) | {"epoch": event.epoch}
+                log.warning("command failed", rank=_name(event.key), why=event.message, **about)
+            case PeerSuspected(suspicion=lost):
+                log.warning(
+                    "rank lost a peer",
+                    rank=_name(event.key),
+                    peer=lost.incarnation or f"{lost.role}/{lost.instance}/{lost.rank}",
+                    reason=lost.reason,
+                    **self._about(event.job_uid),
+                )
+            case _:
+                pass
+
+    def _log_commands(self, instructions: Sequence[Instruction]) -> None:
+        """One line for all ranks of a job that are told the same."""
+        told: dict[tuple[str, str], list[str]] = {}
+        for instruction in instructions:
+            match instruction:
+                case StartRank(job, rank):
+                    told.setdefault((job.job_uid, "start"), []).append(_name(rank.rank))
+                case StopRank(job_uid, key):
+                    told.setdefault((job_uid, "stop"), []).append(_name(key))
+                case Drive(job, rank):
+                    told.setdefault((job.job_uid, job.stage.lower()), []).append(_name(rank.rank))
+                case WriteAcks():
+                    pass
+        for (job_uid, command), ranks in told.items():
+            log.info("ranks commanded", command=command, ranks=ranks, **self._about(job_uid))
+
     async def _drive(self, instruction: Drive) -> None:
-        job = instruction.job
-        role = next(r for r in job.roles if r.name == instruction.rank.rank.role)
+        job, rank = instruction.job, instruction.rank
+        role = next(r for r in job.roles if r.name == rank.rank.role)
         driver = self._drivers[role.engine.driver]
         context = None
         if job.stage is AssignmentStage.PREPARE and driver.needs_context:
             context = await self._context(job.job_uid, job.epoch)
+            if context is None:
+                await asyncio.sleep(_RETRY_S)
+                self._contexts.pop(job.job_uid, None)
+                slot = (job.job_uid, rank.rank, rank.start_count)
+                why = f"the store's routes are not of epoch {job.epoch}"
+                self.tell(DriveFailed(*slot, job.epoch, why, final=False))
+                return
         await driver.drive(instruction, context)
 
     async def _context(self, job_uid: str, epoch: int) -> JobContext | None:
@@ -163,6 +228,7 @@ class NodeAgent:
         return await asyncio.shield(known[1])
 
     async def _read_context(self, job_uid: str, epoch: int) -> JobContext | None:
+        """None where the store has other routes: of before, when it was set back, or newer ones."""
         while True:
             try:
                 record = await self._store.get(keys.routes(job_uid))
@@ -170,12 +236,14 @@ class NodeAgent:
                 if record is None:
                     return None
                 routes: Routes = wire.decode(record.key, record.value)
+                if routes.epoch != epoch:
+                    return None
                 found = JobExpertMaps(job_uid=job_uid, epoch=epoch)
                 if maps is not None:
                     found = wire.decode(maps.key, maps.value)
                 return JobContext(routes, found)
             except RaddleError as error:
-                log.warning("cannot read the job's members", job_uid=job_uid, why=str(error))
+                log.warning("cannot read the job's members", why=str(error))
                 await asyncio.sleep(_RETRY_S)
 
     # --- the store -----------------------------------------------------------------------------
@@ -186,6 +254,8 @@ class NodeAgent:
             try:
                 async for item in follow(self._store, key):
                     if isinstance(item, Snapshot):
+                        # What was read before may be of a history that the store forgot.
+                        self._contexts.clear()
                         self._assigned(key, item.records)
                         self._acks_doubtful.set()
                         self._health_doubtful.set()
@@ -215,6 +285,8 @@ class NodeAgent:
         for record in records:
             if record.key == key:
                 assignment = wire.decode(key, record.value)
+        listed = {job.job_uid for job in assignment.jobs}
+        self._contexts = {uid: known for uid, known in self._contexts.items() if uid in listed}
         self.tell(AssignmentChanged(assignment))
 
     async def _write_acks(self) -> None:
@@ -230,7 +302,8 @@ class NodeAgent:
             try:
                 await self._store.commit(Transaction(writes=tuple(writes)))
             except RaddleError as error:
-                log.warning("acknowledgements wait for the store", why=str(error))
+                about = [self._about(job_uid) for job_uid in batch]
+                log.warning("acknowledgements wait for the store", why=str(error), jobs=about)
                 self._unwritten = batch | self._unwritten
                 await asyncio.sleep(_RETRY_S)
                 self._ack_wanted.set()
@@ -294,6 +367,10 @@ class NodeAgent:
         key = keys.health(self._facts.name)
         value = wire.encode(key, self._faults.report())
         await self._store.commit(Transaction(writes=(Put(key, value, lease.lease_id),)))
+
+
+def _name(key: RankKey) -> str:
+    return f"{key.role}/{key.instance}/{key.rank}"
 
 
 def new_boot_id() -> str:

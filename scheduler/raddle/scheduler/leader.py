@@ -34,6 +34,7 @@ from raddle.model.types import Why
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
 from raddle.scheduler.probes import RankProber
+from raddle.scheduler.subjects import subjects
 from raddle.store.election import Term
 from raddle.store.protocol import Compare, Delete, Put, Store, Transaction
 from raddle.wire import records as wire
@@ -252,6 +253,7 @@ class Leader:
                 writes.append(Delete(write.key))
             else:
                 writes.append(Put(write.key, wire.encode(write.key, write.value)))
+        about = subjects(commit.writes, self._mirror)
         started = time.monotonic()
         transaction = Transaction(tuple(compares), tuple(writes))
         try:
@@ -259,15 +261,19 @@ class Leader:
         except RaddleError as error:
             for reply in commit.replies:
                 self._fail(reply.request_id, error)
+            log.warning("not committed", why=str(error), **about)
             raise TemporaryError(Reason.STORE_UNAVAILABLE, str(error)) from error
         if not result.succeeded:
-            raise TemporaryError(Reason.STALE_REVISION, "a record changed under the decision")
+            why = "a record changed under the decision"
+            log.warning("not committed", why=why, **about)
+            raise TemporaryError(Reason.STALE_REVISION, why)
         self._metrics.committed(len(writes), time.monotonic() - started)
         self._mirror.apply_own(commit.writes, result.revision)
         for reply in commit.replies:
             self._send(reply)
+        if about:
+            log.info("committed", revision=result.revision, **about)
         if commit.stimulus:
-            log.info("committed", revision=result.revision, stimulus=list(commit.stimulus))
             self.tell(Committed(commit.stimulus))
 
     def _send(self, reply: Reply) -> None:

@@ -127,7 +127,7 @@ class SchedulerProcess:
             tls=self.tls,
             fault_injection=settings.allow_fault_injection,
         )
-        self.mirror.listen(self.replica.metrics.record_changed)
+        self.replica.metrics.follow(self.mirror)
         self.health = health.aio.HealthServicer()
         self._incarnation = secrets.token_hex(6)
         self._probe_channels: dict[str, grpc.aio.Channel] = {}

@@ -11,6 +11,7 @@ from raddle.core.experts.maps import coverage_margin
 from raddle.model import keys
 from raddle.model.incident import Incident, IncidentPhase
 from raddle.model.job import Job, JobExpertMaps
+from raddle.scheduler.mirror import Mirror
 from raddle.telemetry.metrics import PHASE_BUCKETS_S
 
 TOKENS_BUCKETS = (0, 10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
@@ -46,7 +47,7 @@ class Metrics:
             **registry,
         )
         self._incidents = Counter("raddle_incidents_total", "Incidents closed.", **registry)
-        self.records_set_aside = Gauge(
+        self._set_aside = Gauge(
             "raddle_records_set_aside", "Records that could not be read.", **registry
         )
         self.requests = Counter(
@@ -80,6 +81,11 @@ class Metrics:
             ["job_uid"],
             **registry,
         )
+
+    def follow(self, mirror: Mirror) -> None:
+        """Count what a mirror holds, and what it had to set aside."""
+        mirror.listen(self.record_changed)
+        self._set_aside.set_function(lambda: len(mirror.set_aside) + len(mirror.too_new))
 
     def decided(self, events: int, cpu_s: float) -> None:
         self._events.inc(events)

@@ -1,109 +1,216 @@
-"""What must hold of the store's history, whoever wrote it, and at rest after the faults."""
+"""What must hold of the store's history, whoever wrote it; and faults of the store itself."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Callable
+from collections import deque
+from typing import Any
 
 from raddle.model import keys
-from raddle.model.incident import Incident, IncidentPhase
-from raddle.model.job import Job, JobState, Placement
-from raddle.model.kinds import SeatState
-from raddle.model.types import RankKey
+from raddle.model.errors import PermanentError
+from raddle.model.incident import Incident, Maintenance
+from raddle.model.job import Assignment, Job, JobExpertMaps, JobState, Placement
+from raddle.model.routes import Routes, RouteState
+from raddle.model.types import ExpertMap
+from raddle.sim.findings import Findings
 from raddle.sim.ranks import Hosts
 from raddle.store.memory import MemoryBackend
-from raddle.store.protocol import Change, CommitResult, Delete, Transaction
+from raddle.store.protocol import Change, Changes, CommitResult, Delete, Record, Transaction
 from raddle.wire import records as codec
 
+ENDED = (JobState.CANCELLED, JobState.FAILED)
 _FREE = (keys.AGENTS, keys.LEADER, keys.OPERATIONS)
+# States of the past that a store can be restored to.
+_SNAPSHOTS_MAX = 40
+# No record begins with a field of this kind.
+GARBAGE = b"\xff\xff\xff\xff"
 
 
 class CheckedBackend(MemoryBackend):
-    """A store that asserts, at every commit, one fenced writer and epochs that only grow."""
+    """A store that asserts, at every commit, one fenced writer and epochs that only grow.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    And at every publication that all living ranks are repaired at that epoch, know each other and
+    hold the experts that the map gives them.
+    """
+
+    def __init__(self, findings: Findings, hosts: Hosts) -> None:
         super().__init__()
-        self._say = say
-        self._epochs: dict[str, int] = {}
+        self._findings = findings
+        self._hosts = hosts
+        self._epochs: dict[tuple[str, str], int] = {}
         self._jobs: dict[str, JobState] = {}
+        self._ttls: dict[int, float] = {}
+        self._past: deque[tuple[int, dict[str, Record]]] = deque(maxlen=_SNAPSHOTS_MAX)
+        self.is_away = False
         self.commits = 0
+
+    # --- checks --------------------------------------------------------------------------------
 
     def commit(self, transaction: Transaction) -> CommitResult:
         leader = self.records.get(keys.LEADER)
+        before = self.revision
         result = super().commit(transaction)
         if not result.succeeded:
             return result
         self.commits += 1
+        require = self._findings.require
         fences = [c.mod_revision for c in transaction.compares if c.key == keys.LEADER]
         for write in transaction.writes:
             if not write.key.startswith(_FREE):
                 fenced = leader is not None and fences == [leader.mod_revision]
-                assert fenced, f"{write.key} was written without the leader's fence"
+                require(fenced, f"{write.key} was written without the leader's fence")
             if isinstance(write, Delete) and write.key.startswith(keys.JOBS):
-                ended = self._jobs.get(write.key) in (JobState.CANCELLED, JobState.FAILED)
-                assert ended, f"{write.key} was lost"
-        for change in self.history[-1].changes if transaction.writes else ():
+                require(self._jobs.get(write.key) in ENDED, f"{write.key} was lost")
+        for change in self.history[-1].changes if self.revision > before else ():
             self._look(change)
         return result
 
     def _look(self, change: Change) -> None:
+        data = change.record.value if change.record is not None else b""
+        digest = hashlib.sha256(data).hexdigest()[:12] if data else "-"
+        self._findings.say(f"{self.revision} {change.key} {digest}")
         if change.record is None:
-            self._tell(change.key, b"")
             return
-        self._tell(change.key, change.record.value)
-        if change.key.startswith((keys.JOBS, keys.PLACEMENTS, keys.ROUTES)):
-            value = codec.decode(change.key, change.record.value)
-            old = self._epochs.get(change.key, 0)
-            assert value.epoch >= old, f"{change.key}: epoch {value.epoch} after {old}"
-            self._epochs[change.key] = value.epoch
-            if isinstance(value, Job):
-                self._jobs[change.key] = value.state
+        value = self._decoded(change.record)
+        match value:
+            case Job() | Placement():
+                self._grows(change.key, "", value.epoch)
+            case Routes():
+                self._grows(change.key, "", value.epoch)
+                if value.state is RouteState.LIVE:
+                    self._published(value)
+            case Assignment():
+                for item in value.jobs:
+                    self._grows(change.key, item.job_uid, item.epoch)
+            case _:
+                pass
+        if isinstance(value, Job):
+            self._jobs[change.key] = value.state
 
-    def _tell(self, key: str, value: bytes) -> None:
-        now = asyncio.get_running_loop().time()
-        digest = hashlib.sha256(value).hexdigest()[:12] if value else "-"
-        self._say(f"{now:.6f} {self.revision} {key} {digest}")
+    def _grows(self, key: str, part: str, epoch: int) -> None:
+        old = self._epochs.get((key, part), 0)
+        self._findings.require(epoch >= old, f"{key} {part}: epoch {epoch} after {old}")
+        self._epochs[key, part] = epoch
 
-    def values(self, prefix: str) -> list[object]:
-        """Decoded records under a prefix."""
-        return [codec.decode(r.key, r.value) for r in self.read(prefix).records]
+    def _published(self, routes: Routes) -> None:
+        story = f"{routes.job_uid} goes live at epoch {routes.epoch}, but"
+        require = self._findings.require
+        maps = self._maps(routes)
+        names = {member.incarnation for member in routes.members}
+        for member in routes.members:
+            require(
+                member.incarnation and member.engine_address,
+                f"{story} {member.rank} has no address",
+            )
+            rank = self._hosts.living(member.incarnation)
+            if rank is None:
+                continue
+            require(
+                rank.is_repaired and rank.epoch == routes.epoch,
+                f"{story} {rank.incarnation} is {rank.stage} at epoch {rank.epoch}",
+            )
+            known = {other.incarnation for other in rank.members}
+            require(known == names, f"{story} {rank.incarnation} knows {sorted(known ^ names)}")
+            expert_map = maps.get((member.rank.role, member.rank.instance))
+            missing = rank.wanted(expert_map) - rank.held if expert_map is not None else ()
+            require(not missing, f"{story} {rank.incarnation} lacks experts {sorted(missing)[:4]}")
+
+    def _maps(self, routes: Routes) -> dict[tuple[str, int], ExpertMap]:
+        record = self.records.get(keys.expert_maps(routes.job_uid, routes.epoch))
+        value = self._decoded(record) if record is not None else None
+        parts = value.instances if isinstance(value, JobExpertMaps) else ()
+        return {(part.role, part.instance): part.expert_map for part in parts}
+
+    # --- reads ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def _decoded(record: Record) -> Any:
+        """None for a record that cannot be read."""
+        try:
+            return codec.decode(record.key, record.value)
+        except PermanentError:
+            return None
+
+    def value(self, key: str) -> Any:
+        record = self.records.get(key)
+        return self._decoded(record) if record is not None else None
+
+    def values(self, prefix: str) -> list[Any]:
+        """Decoded records under a prefix, without those that cannot be read."""
+        found = [self._decoded(record) for record in self.read(prefix).records]
+        return [value for value in found if value is not None]
 
     def jobs(self) -> list[Job]:
-        return [value for value in self.values(keys.JOBS) if isinstance(value, Job)]
+        return self.values(keys.JOBS)
 
     def incidents(self) -> list[Incident]:
-        return [value for value in self.values(keys.INCIDENTS) if isinstance(value, Incident)]
+        return self.values(keys.INCIDENTS)
 
+    def maintenances(self) -> list[Maintenance]:
+        return self.values(keys.MAINTENANCE)
 
-def not_at_rest(backend: CheckedBackend, hosts: Hosts) -> list[str]:
-    """What has not converged yet, as sentences; empty once everything has."""
-    found = [
-        f"incident {incident.id} is {incident.phase}: {incident.why.message}"
-        for incident in backend.incidents()
-        if incident.phase is not IncidentPhase.CLOSED
-    ]
-    seats = set()
-    for job in backend.jobs():
-        if job.state in (JobState.CANCELLED, JobState.FAILED):
-            continue
-        if job.state is not JobState.READY or job.live_epoch != job.epoch:
-            why = f"{job.why.reason}: {job.why.message}"
-            found.append(f"job {job.uid} is {job.state} at epoch {job.epoch}: {why}")
-        record = backend.records.get(keys.placement(job.uid))
-        if record is not None:
-            seats |= _seats(job, codec.decode(record.key, record.value))
-    processes = {(r.job_uid, r.key, r.start_count, r.node, r.epoch) for r in hosts.all()}
-    found += [f"no process for {seat}" for seat in sorted(seats - processes, key=str)]
-    found += [f"a process that nobody wants: {p}" for p in sorted(processes - seats, key=str)]
-    return found
+    # --- faults --------------------------------------------------------------------------------
 
+    def corrupt(self, key: str) -> bytes:
+        """A record's bytes rot; gives what they were."""
+        old = self.records[key]
+        self.overwrite(key, GARBAGE)
+        return old.value
 
-def _seats(job: Job, placement: Placement) -> set[tuple[object, ...]]:
-    found: set[tuple[object, ...]] = set()
-    for part in placement.instances:
-        for rank in part.ranks:
-            if rank.state is SeatState.ACTIVE:
-                key = RankKey(role=part.role, instance=part.instance, rank=rank.rank)
-                found.add((job.uid, key, rank.start_count, rank.node, job.epoch))
-    return found
+    def overwrite(self, key: str, data: bytes | None) -> None:
+        """Write past every rule, as a bad disk or an operator's hand does; None deletes."""
+        old = self.records.pop(key)
+        revision = self.revision + 1
+        record = None
+        if data is not None:
+            record = Record(key, data, revision, old.create_revision, old.lease_id)
+            self.records[key] = record
+        self._append(Changes(revision, (Change(key, record, revision),), self.term))
+
+    def _append(self, changes: Changes) -> None:
+        super()._append(changes)
+        self._past.append((self.revision, dict(self.records)))
+
+    def forget_past(self) -> None:
+        """No state of before now is ever restored."""
+        self._past.clear()
+        self._past.append((self.revision, dict(self.records)))
+
+    def set_back(self, share: float) -> int:
+        """Restore one of the newest states (0: the oldest of them); gives how much was forgotten.
+
+        What was under a lease that has ended since stays gone. Epochs in the store go back too.
+        """
+        was = self.revision
+        revision, records = self._past[int(share * (len(self._past) - 1))]
+        alive = {0, *self.leases}
+        self.records = {key: r for key, r in records.items() if r.lease_id in alive}
+        self.revision = self.compact_revision = revision
+        self.history.clear()
+        self.forget_past()
+        self._epochs.clear()
+        jobs = {keys.job(job.uid): job.state for job in self.jobs()}
+        self._jobs.clear()
+        self._jobs.update(jobs)
+        for wake in tuple(self._changed):
+            wake()
+        return was - revision
+
+    def _end_after(self, lease_id: int, ttl_s: float) -> None:
+        self._ttls[lease_id] = ttl_s
+        super()._end_after(lease_id, ttl_s)
+
+    def go_away(self) -> None:
+        """No quorum: whoever cuts the clients off calls this too. No lease ends meanwhile."""
+        self.is_away = True
+        for timer in self.leases.values():
+            timer.cancel()
+
+    def come_back(self) -> None:
+        """A new leader of the store gives every lease its whole time again."""
+        if not self.is_away:
+            return
+        self.is_away = False
+        self.term += 1
+        for lease_id in list(self.leases):
+            self._end_after(lease_id, self._ttls[lease_id])

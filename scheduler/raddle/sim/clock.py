@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import selectors
 
+# More rounds than this without a moment's passing are no progress, however busy.
+ROUNDS_A_MOMENT_MAX = 200_000
+
 
 class _Selector(selectors.SelectSelector):
     """Never waits: where a selector would, the loop's clock is moved."""
@@ -23,6 +26,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self._virtual_now_s = 0.0
+        self._rounds = 0
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
@@ -31,4 +35,14 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return self._virtual_now_s
 
     def pass_time(self, seconds: float) -> None:
+        """Move the clock; one round of the loop is over.
+
+        Raises:
+            RuntimeError: the parts wake each other for ever and no time passes.
+        """
+        self._rounds = 0 if seconds > 0 else self._rounds + 1
+        if self._rounds > ROUNDS_A_MOMENT_MAX:
+            raise RuntimeError(
+                f"the simulation runs in circles: {self._rounds} rounds at {self.time():.6f} s"
+            )
         self._virtual_now_s += seconds

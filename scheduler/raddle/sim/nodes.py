@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from raddle.agent.core.events import Event
 from raddle.agent.core.machine import AgentMachine
@@ -12,9 +12,11 @@ from raddle.agent.health.simulated import SimulatedSource
 from raddle.agent.node import NodeAgent, NodeFacts
 from raddle.model.health import ActiveFault, FaultLevel, PartIdentity
 from raddle.model.topology import SuperNode
+from raddle.sim.checks import CheckedBackend
+from raddle.sim.findings import Findings
 from raddle.sim.ranks import KILLED, Hosts, RankDriver
 from raddle.sim.wire import NodeStream, Wire
-from raddle.store.memory import MemoryBackend, MemoryStore
+from raddle.store.memory import MemoryStore
 
 # A hardware fault of level SeparateNPU in the site's tables.
 FAULT_CODE = "80E18005"
@@ -37,18 +39,22 @@ class Devices:
         self._faults: dict[str, ActiveFault] = {}
         self._changed: list[asyncio.Event] = []
 
-    def set_fault(self, die: str, *, present: bool) -> None:
-        self._faults.pop(die, None)
-        if present:
+    def set_faults(self, dies: Sequence[str]) -> None:
+        """These dies report a severe fault from now on, all in one report."""
+        for die in dies:
             self._faults[die] = ActiveFault(
                 code=FAULT_CODE, subject_kind="die", subject=die, level=FaultLevel.SEPARATE_NPU
             )
+        self._tell()
+
+    def heal(self) -> None:
+        """No die reports a fault any more."""
+        self._faults.clear()
+        self._tell()
+
+    def _tell(self) -> None:
         for changed in self._changed:
             changed.set()
-
-    @property
-    def faulty(self) -> list[str]:
-        return list(self._faults)
 
     def parts(self) -> tuple[PartIdentity, ...]:
         return self._source.parts()
@@ -72,8 +78,9 @@ class SimulatedNode:
         self,
         name: str,
         supernode: SuperNode,
-        backend: MemoryBackend,
+        backend: CheckedBackend,
         hosts: Hosts,
+        findings: Findings,
         wire: Wire,
         clock: Callable[[], float],
     ) -> None:
@@ -81,6 +88,7 @@ class SimulatedNode:
         self._supernode = supernode
         self._backend = backend
         self._hosts = hosts
+        self._findings = findings
         self._wire = wire
         self._clock = clock
         self._boots = 0
@@ -96,6 +104,8 @@ class SimulatedNode:
         """A new agent process; it adopts the ranks that run."""
         self._boots += 1
         self.store = MemoryStore(self._backend, delay=self._wire.delay)
+        if self._backend.is_away:
+            self.store.cut()
         facts = NodeFacts(
             name=self.name,
             version="sim",
@@ -104,7 +114,11 @@ class SimulatedNode:
         )
 
         def drivers(tell: Callable[[Event], None]) -> list[EngineDriver]:
-            return [RankDriver(self.name, self._hosts, tell, self._wire.delay)]
+            wire = self._wire
+            driver = RankDriver(
+                self.name, self._hosts, self._findings, tell, wire.delay, wire.start_delay
+            )
+            return [driver]
 
         agent = NodeAgent(
             facts,

@@ -8,37 +8,63 @@ from collections.abc import Callable
 
 from raddle.core.events import AgentStreamBroken, AgentStreamOpened, NodeProbed, RankProbed
 from raddle.core.instructions import ProbeNode, ProbeRank
+from raddle.model import keys
 from raddle.scheduler.leader import Leader
 from raddle.sim.ranks import Hosts
+from raddle.store.memory import MemoryBackend
+from raddle.wire import records as codec
 
 _DELAY_MIN_S = 0.0002
 _DELAY_MAX_S = 0.004
 # One message of a hundred is slow: lost packets, a busy host.
 _SLOW_SHARE = 0.01
 _SLOW_MAX_S = 0.3
+# A process needs a while until it answers: long enough for more to happen meanwhile.
+_START_MIN_S = 0.05
+_START_MAX_S = 0.8
 
 
 class Wire:
-    """Delays of one simulation, and who leads as the agents would find out."""
+    """Delays of one simulation, and who leads as the store's record says to everybody."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, backend: MemoryBackend, rng: random.Random) -> None:
+        self._backend = backend
         self._rng = rng
-        self._leader: Leader | None = None
+        #: Those who think that they lead, by identity.
+        self._leaders: dict[str, Leader] = {}
+        self._told: Leader | None = None
         self._changed = asyncio.Event()
+        backend.on_change(self._look)
 
     async def delay(self) -> None:
         """One message on its way."""
         longest_s = _SLOW_MAX_S if self._rng.random() < _SLOW_SHARE else _DELAY_MAX_S
         await asyncio.sleep(self._rng.uniform(_DELAY_MIN_S, longest_s))
 
+    async def start_delay(self) -> None:
+        """A process comes up."""
+        await asyncio.sleep(self._rng.uniform(_START_MIN_S, _START_MAX_S))
+
     @property
     def leader(self) -> Leader | None:
-        return self._leader
+        record = self._backend.records.get(keys.LEADER)
+        if record is None:
+            return None
+        return self._leaders.get(codec.decode(record.key, record.value).identity)
 
-    def leads(self, leader: Leader | None) -> None:
-        self._leader = leader
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    def leads(self, identity: str, leader: Leader | None) -> None:
+        """A replica begins or ends a term."""
+        self._leaders.pop(identity, None)
+        if leader is not None:
+            self._leaders[identity] = leader
+        self._look()
+
+    def _look(self) -> None:
+        leader = self.leader
+        if leader is not self._told:
+            self._told = leader
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
 
     async def wait_change(self) -> None:
         await self._changed.wait()
@@ -84,4 +110,4 @@ class HostsProber:
         return RankProbed(probe.job_uid, probe.incarnation, self._answers(probe.incarnation))
 
     def _answers(self, incarnation: str) -> bool:
-        return self._reachable() and self._hosts.answers(incarnation)
+        return self._reachable() and self._hosts.living(incarnation) is not None

@@ -103,6 +103,10 @@ class ProcessWatch:
         self.close()
         self._ended.set()
 
+    async def ended(self) -> None:
+        """Return once the process is gone; its exit code is for whoever calls `wait`."""
+        await self._ended.wait()
+
     async def wait(self) -> int:
         """The exit code if it was our child; else -1."""
         await self._ended.wait()
@@ -112,6 +116,12 @@ class ProcessWatch:
             return -1
         return os.waitstatus_to_exitcode(status) if pid else -1
 
+    def send(self, number: signal.Signals) -> None:
+        """Signal this very process: never another one that got its number."""
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, number)
+
     def close(self) -> None:
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
@@ -119,13 +129,12 @@ class ProcessWatch:
             self._fd = -1
 
 
-async def end(pid: int, watch: ProcessWatch) -> None:
+async def end(watch: ProcessWatch) -> None:
     """SIGTERM, then SIGKILL after a grace."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        watch.send(number)
         try:
-            await asyncio.wait_for(watch.wait(), STOP_GRACE_S)
+            await asyncio.wait_for(watch.ended(), STOP_GRACE_S)
             return
         except TimeoutError:
             continue

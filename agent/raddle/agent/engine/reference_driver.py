@@ -122,7 +122,14 @@ class ReferenceDriver:
             if found is None:
                 continue
             address, config = found
-            log.info("rank adopted", incarnation=address.incarnation, pid=address.pid)
+            log.info(
+                "rank adopted",
+                job_uid=address.job_uid,
+                epoch=address.epoch,
+                rank=f"{address.role}/{address.instance}/{address.rank}",
+                incarnation=address.incarnation,
+                pid=address.pid,
+            )
             await self._begin(address, config.die)
 
     async def start(self, instruction: StartRank) -> None:
@@ -138,7 +145,7 @@ class ReferenceDriver:
             return
         if where in self._stopping:
             # It was not wanted any more before it was up.
-            await end(address.pid, ProcessWatch(address.pid))
+            await end(ProcessWatch(address.pid))
             self._stopping.discard(where)
             self._tell(RankExited(*where, 0, "ended on request"))
             return
@@ -208,6 +215,7 @@ class ReferenceDriver:
         ]
 
     async def _watch_end(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        _forget_epoch()
         code = await rank.watch.wait()
         wanted = slot in self._stopping
         self._stopping.discard(slot)
@@ -221,7 +229,7 @@ class ReferenceDriver:
         self._stopping.add(slot)
         rank = self._ranks.get(slot)
         if rank is not None:
-            await end(rank.address.pid, ProcessWatch(rank.address.pid))
+            await end(rank.watch)
 
     # --- reports -------------------------------------------------------------------------------
 
@@ -231,11 +239,25 @@ class ReferenceDriver:
             rank.again.set()
 
     async def _follow_reports(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        _forget_epoch()
         while slot in self._ranks:
             rank.again.clear()
             following = asyncio.create_task(self._follow(slot, rank))
             again = asyncio.create_task(rank.again.wait())
             try:
+<<<<<<< HEAD
+                async for message in rank.stub.WatchStats(engine_pb2.WatchStatsRequest()):
+                    self._reported(slot, from_message(message, RankStats))
+            except grpc.aio.AioRpcError as error:
+                job_uid, key, _ = slot
+                log.info(
+                    "rank reports broke off",
+                    job_uid=job_uid,
+                    rank=f"{key.role}/{key.instance}/{key.rank}",
+                    why=error.details(),
+                )
+            await asyncio.sleep(_RETRY_S)
+=======
                 await asyncio.wait({following, again}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in (following, again):
@@ -250,6 +272,7 @@ class ReferenceDriver:
                 self._reported(slot, from_message(message, RankStats))
         except grpc.aio.AioRpcError as error:
             log.info("rank reports broke off", why=error.details())
+>>>>>>> main
 
     def _reported(self, slot: tuple[str, RankKey, int], stats: RankStats) -> None:
         for fault in stats.peer_faults:
@@ -365,6 +388,11 @@ class ReferenceDriver:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await rank.close()
         self._ranks.clear()
+
+
+def _forget_epoch() -> None:
+    """Lines of a task that outlives the epoch in which it began do not name that one."""
+    structlog.contextvars.unbind_contextvars("epoch", "incident_id")
 
 
 def _messages(values: Iterable[Any], message_type: Any) -> list[Any]:

@@ -1,0 +1,97 @@
+"""Each mutation of the control plane fails some seed: the simulator catches what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from raddle.core import lifecycle, recover
+from raddle.model import keys
+from raddle.model.health import RankStage
+from raddle.scheduler.leader import Leader
+from raddle.sim.run import Verdict, simulate
+from raddle.sim.schedulers import SchedulersStore
+from raddle.store.protocol import Transaction
+
+# Enough for every mutation below; the first seed that fails ends the search.
+_SEEDS = 12
+Patch = pytest.MonkeyPatch
+
+
+def _publish_when_fenced(patch: Patch) -> None:
+    """An epoch goes live when its ranks are fenced, repaired or not."""
+    stages = (RankStage.FENCED, RankStage.REPAIRED, RankStage.LIVE)
+    patch.setattr(lifecycle, "_REPAIRED_OR_LATER", stages)
+
+
+def _no_catching_up(patch: Patch) -> None:
+    """A leader decides before its mirror holds the takeover's revision."""
+
+    async def at_once(_leader: Leader) -> None:
+        return None
+
+    patch.setattr(Leader, "_mirror_holds_term", at_once)
+
+
+def _no_fence(patch: Patch) -> None:
+    """A leader's commits do not compare the leader key."""
+    whole = SchedulersStore.commit
+
+    async def unfenced(store: SchedulersStore, transaction: Transaction, **more: Any) -> Any:
+        if transaction.writes[0].key != keys.LEADER:
+            compares = tuple(c for c in transaction.compares if c.key != keys.LEADER)
+            transaction = replace(transaction, compares=compares)
+        return await whole(store, transaction, **more)
+
+    patch.setattr(SchedulersStore, "commit", unfenced)
+
+
+def _no_loads(patch: Patch) -> None:
+    """A plan does not name the experts that its map needs loaded."""
+    decide = recover.plan_instance
+    patch.setattr(recover, "plan_instance", lambda request: replace(decide(request), moves={}))
+
+
+def _no_wait_for_new_processes(patch: Patch) -> None:
+    """Members are told to each other before all processes have an address."""
+    patch.setattr(lifecycle, "_has_started", lambda _job, _status: True)
+
+
+def _dies_are_not_given_back(patch: Patch) -> None:
+    """A job that ends keeps its dies in the leader's mind."""
+    patch.setattr(lifecycle, "release", lambda _context, _placement: None)
+
+
+def _epochs_of_live_agents_are_ignored(patch: Patch) -> None:
+    """A new epoch is above what the store knows, not above what ranks are at."""
+    for module in (recover, lifecycle):
+        patch.setattr(module, "next_epoch", lambda _context, job: job.epoch + 1)
+
+
+MUTATIONS = [
+    _epochs_of_live_agents_are_ignored,
+    _publish_when_fenced,
+    _no_catching_up,
+    _no_fence,
+    _no_loads,
+    _no_wait_for_new_processes,
+    _dies_are_not_given_back,
+]
+
+
+def _failing(seeds: range) -> Iterator[Verdict]:
+    return (verdict for verdict in map(simulate, seeds) if verdict.failures)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__.strip("_"))
+def test_a_mutation_is_caught(
+    mutation: Callable[[Patch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mutated control plane fails within a few seeds, with a sentence, and never hangs."""
+    mutation(monkeypatch)
+    found = next(_failing(range(_SEEDS)), None)
+    assert found is not None, mutation.__doc__
+    assert all(found.failures)
