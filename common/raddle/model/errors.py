@@ -25,6 +25,7 @@ class Reason(StrEnum):
     STALE_EPOCH = "STALE_EPOCH"
     STALE_INCARNATION = "STALE_INCARNATION"
     WRONG_JOB = "WRONG_JOB"
+    NOT_ENDED = "NOT_ENDED"
     DOES_NOT_FIT = "DOES_NOT_FIT"
     NOT_LEADER = "NOT_LEADER"
     NO_LEADER = "NO_LEADER"
@@ -43,6 +44,8 @@ class Reason(StrEnum):
     PEER_LOST = "PEER_LOST"
     QUIESCED = "QUIESCED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    #: A mistake of the program, told to the one whose request met it.
+    INTERNAL = "INTERNAL"
 
 
 class RaddleError(Exception):

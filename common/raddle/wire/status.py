@@ -30,6 +30,7 @@ _CODES: dict[Reason, grpc.StatusCode] = {
     Reason.STALE_EPOCH: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.STALE_INCARNATION: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.WRONG_JOB: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.NOT_ENDED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.DOES_NOT_FIT: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.NOT_LEADER: grpc.StatusCode.UNAVAILABLE,
     Reason.NO_LEADER: grpc.StatusCode.UNAVAILABLE,
@@ -48,6 +49,7 @@ _CODES: dict[Reason, grpc.StatusCode] = {
     Reason.PEER_LOST: grpc.StatusCode.UNAVAILABLE,
     Reason.QUIESCED: grpc.StatusCode.UNAVAILABLE,
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 _CONFLICTS = {Reason.STALE_GENERATION, Reason.STALE_REVISION, Reason.STALE_EPOCH}
 
