@@ -94,6 +94,12 @@ class Machine:
             out.append(WakeAt(wake))
         return out
 
+    def remember(self, other: Machine) -> None:
+        """Take over what another machine of this term was told and no record holds."""
+        self.context.state.sequences = other.context.state.sequences
+        self.context.state.pools = other.context.state.pools
+        self.context.nodes.remember(other.context.nodes)
+
     def validate(self) -> None:
         """Assert the invariants that hold between any two events."""
         check(self.context)

@@ -51,6 +51,11 @@ class Metrics:
             ["method", "code"],
             **registry,
         )
+        self.unforeseen = Counter(
+            "raddle_unforeseen_errors",
+            "Requests that failed by a mistake of the program; each has its line in the log.",
+            **registry,
+        )
         self._job_states: dict[str, str] = {}
 
     def decided(self, events: int, cpu_s: float) -> None:
