@@ -7,7 +7,7 @@ from raddle.model.errors import PermanentError, Reason
 from raddle.model.incident import Event, Incident, InstancePlan
 from raddle.model.topology import parse_position
 from raddle.model.types import Why
-from raddle.scheduler.mirror import Mirror
+from raddle.scheduler.view import Records
 from raddle.v1 import types_pb2
 
 STORY_LINES_MAX = 500
@@ -17,7 +17,7 @@ def why_message(why: Why) -> types_pb2.Why:
     return types_pb2.Why(reason=str(why.reason), message=why.message)
 
 
-def explain(mirror: Mirror, subject: str) -> tuple[Why, list[str]]:
+def explain(mirror: Records, subject: str) -> tuple[Why, list[str]]:
     """The reason and the story of `job/<uid>`, `incident/<id>`, `die/<position>`, `node/<...>`.
 
     Raises:
@@ -44,7 +44,7 @@ def explain(mirror: Mirror, subject: str) -> tuple[Why, list[str]]:
     return why, story[-STORY_LINES_MAX:]
 
 
-def _events(mirror: Mirror, *subjects: str) -> list[Event]:
+def _events(mirror: Records, *subjects: str) -> list[Event]:
     return [e for _, e in mirror.under(keys.AUDIT) if e.subject in subjects]
 
 
@@ -54,7 +54,7 @@ def _event_line(event: Event) -> str:
     return f"{event.kind}: {event.message}{epoch}{who}"
 
 
-def _job(mirror: Mirror, job_uid: str) -> tuple[Why, list[str]]:
+def _job(mirror: Records, job_uid: str) -> tuple[Why, list[str]]:
     job = mirror.get(keys.job(job_uid))
     if job is None:
         space, _, short = job_uid.rpartition("/")
@@ -71,7 +71,7 @@ def _job(mirror: Mirror, job_uid: str) -> tuple[Why, list[str]]:
     return job.why, story
 
 
-def _incident(mirror: Mirror, incident_id: str) -> tuple[Why, list[str]]:
+def _incident(mirror: Records, incident_id: str) -> tuple[Why, list[str]]:
     incident: Incident | None = mirror.get(keys.incident(incident_id))
     if incident is None:
         raise PermanentError(
@@ -106,7 +106,7 @@ def _instance_lines(plan: InstancePlan) -> list[str]:
     return lines
 
 
-def _place(mirror: Mirror, position: str) -> tuple[Why, list[str]]:
+def _place(mirror: Records, position: str) -> tuple[Why, list[str]]:
     story = [_event_line(event) for event in _events(mirror, position)]
     for _, incident in mirror.under(keys.INCIDENTS):
         story += [
