@@ -22,7 +22,7 @@ from raddle.model.errors import RaddleError, Reason
 from raddle.model.health import FaultLevel
 from raddle.model.topology import DIES_MAX
 from raddle.models import config_text
-from raddle.v1 import job_pb2, scheduler_pb2, topology_pb2
+from raddle.v1 import health_pb2, job_pb2, scheduler_pb2, topology_pb2
 from raddle.wire import parse
 from raddle.wire.codec import to_message
 from tests.core.world import World, ready_world, submit
@@ -91,7 +91,10 @@ def good_messages(uid: str) -> list[tuple[Message, Callable[[Any], Request]]]:
     drain.timeout.FromSeconds(60)
     supernode = to_message(load_machine("nvl72"), topology_pb2.SuperNode)
     supernode.name = "sn1"
-    inject = scheduler_pb2.InjectFaultRequest(subject="sn0/n02/npu0/die0", code="80E18005", level=4)
+    level = health_pb2.FAULT_LEVEL_RESTART_BUSINESS
+    inject = scheduler_pb2.InjectFaultRequest(
+        subject="sn0/n02/npu0/die0", code="80E18005", level=level
+    )
     return [
         (scheduler_pb2.SubmitJobRequest(spec=good_spec(), idempotency_key="k"), _submit),
         (update, _update),
@@ -114,7 +117,7 @@ TEXTS = ["", "/", "..", "a\x1b[2J", "\n", "x" * 600, "sn0", "sn0/n99", "job/x", 
 def config_texts() -> st.SearchStrategy[str]:
     """Model configs: nested, huge, of other types."""
     names = sorted(json.loads(config_text("raddle-demo")))
-    extreme = st.sampled_from(
+    extreme: st.SearchStrategy[Any] = st.sampled_from(
         [None, True, -1, 0, 1, 10_000_000, 10**30, 1.5, "x", [], {}, [-1] * 9, [[0]], [None]]
     )
     mutated = st.dictionaries(st.sampled_from([*names, "mlp_only_layers"]), extreme, max_size=3)
@@ -124,7 +127,7 @@ def config_texts() -> st.SearchStrategy[str]:
     )
 
 
-def values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+def values(field: Any) -> st.SearchStrategy[Any]:
     if field.name == "config":
         return config_texts()
     bits = INT_BITS.get(field.cpp_type)
