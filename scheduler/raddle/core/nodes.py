@@ -58,6 +58,13 @@ class NodeTracker:
             self.nodes[name] = Node(name)
         return self.nodes[name]
 
+    def remember(self, other: NodeTracker) -> None:
+        """The open streams and the grace time of a tracker of the same term."""
+        self.grace_until_s = other.grace_until_s
+        for name, node in other.nodes.items():
+            if node.has_stream:
+                self.stream_opened(name)
+
     def store_leader_changed(self, *, now: float) -> None:
         self.grace_until_s = max(self.grace_until_s, now + LEASE_TTL_S)
 
