@@ -72,7 +72,7 @@ async def run(nodes: list[str], machine: str, etcd: list[str]) -> None:
         die = order["die"]
         if order["present"]:
             tell(fault=die)
-        devices["/".join(die.split("/")[:2])].set_fault(die, present=order["present"])
+        devices["/".join(die.split("/")[:2])].set_faults([die], present=order["present"])
     for task in tasks:
         task.cancel()
 

@@ -96,6 +96,8 @@ class CuttingProxy:
         self._open = asyncio.Event()
         self._open.set()
         self.bytes_max: int | None = None
+        #: How long what a caller sends is on its way.
+        self.delay_s = 0.0
         self.refuse = False
         #: How many connections were let through, and how many were not.
         self.connections = 0
@@ -140,6 +142,8 @@ class CuttingProxy:
             while data := await source.read(16_384):
                 if not spared:
                     await self._open.wait()
+                if self.delay_s and not limited:
+                    await asyncio.sleep(self.delay_s)  # the way is long
                 if limited and self.bytes_max is not None:
                     self.bytes_max -= len(data)
                     if self.bytes_max <= 0:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from raddle.core import lifecycle, recover
+from raddle.core.recovery.planner import InstanceDecision, plan_instance
+from raddle.core.recovery.request import InstanceRecovery
 from raddle.model import keys
 from raddle.model.health import RankStage
 from raddle.scheduler.leader import Leader
@@ -51,8 +53,11 @@ def _no_fence(patch: Patch) -> None:
 
 def _no_loads(patch: Patch) -> None:
     """A plan does not name the experts that its map needs loaded."""
-    decide = recover.plan_instance
-    patch.setattr(recover, "plan_instance", lambda request: replace(decide(request), moves={}))
+
+    def unloaded(request: InstanceRecovery) -> InstanceDecision:
+        return replace(plan_instance(request), moves={})
+
+    patch.setattr(recover, "plan_instance", unloaded)
 
 
 def _no_wait_for_new_processes(patch: Patch) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from raddle.core.context import Context, active_ranks, active_seats, is_ended, role_of
-from raddle.core.experts.maps import to_array
+from raddle.core.experts.maps import IntArray, to_array
 from raddle.core.state import State
 from raddle.model.incident import Incident, IncidentPhase
 from raddle.model.job import AssignmentStage, Job, JobAssignment, JobState, Placement
@@ -51,7 +51,8 @@ def check_step(context: Context, before: Mapping[str, Placement]) -> None:
         placement, old = context.state.placement(job.uid), before.get(job.uid)
         if placement is None or placement is old:
             continue
-        known = {(s.key, s.placement) for s in active_seats(context, job, old)} if old else set()
+        running = active_seats(context, job, old) if old is not None else []
+        known = {(seat.key, seat.placement) for seat in running}
         for seat in active_seats(context, job, placement):
             if (seat.key, seat.placement) in known:
                 continue
@@ -196,10 +197,14 @@ def _nothing_of_a_deleted_job_is_kept(context: Context) -> None:
     """Memory beside the records; what nodes that are away said of a job stays until they return."""
     state = context.state
     memories: dict[str, Iterable[str]] = {
-        "pool": state.pools,
         "sequences": state.sequences,
+        "KV tokens": state.kv_tokens,
         "stage": state.stages,
         "seats": context.seats,
+        "suspicions": context.suspicions,
+        "lives": context.lives,
+        "loads": context.loads_reported,
+        "restart": context.restart_due,
         "reconnect": context.to_reconnect,
         "due time": context.control_due,
         "blocked drain": context.drain_blocked,
@@ -245,12 +250,12 @@ def _defect(same: _Same, active: tuple[int, ...]) -> str:
     """What is wrong with a map on these ranks; empty if nothing is."""
     experts, table = same.value.experts, to_array(same.value)
     layers, slots = table.shape
-    ranks = np.arange(slots) // same.value.slots_per_rank
+    ranks: IntArray = np.arange(slots, dtype=np.int64) // same.value.slots_per_rank
     counted = (table >= 0) & np.isin(ranks, active)
     layer, slot = np.nonzero(counted)
     copies = np.bincount(layer * experts + table[counted], minlength=layers * experts)
     missing = [divmod(int(place), experts) for place in np.flatnonzero(copies == 0)]
     if missing:
         return f"(layer, expert) without a copy: {missing[:8]}"
-    seats = (layer * slots + ranks[slot]) * experts + table[counted]
+    seats: IntArray = (layer * slots + ranks[slot]) * experts + table[counted]
     return "" if len(np.unique(seats)) == len(seats) else "a rank holds one expert twice"

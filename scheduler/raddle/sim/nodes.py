@@ -39,12 +39,14 @@ class Devices:
         self._faults: dict[str, ActiveFault] = {}
         self._changed: list[asyncio.Event] = []
 
-    def set_faults(self, dies: Sequence[str]) -> None:
-        """These dies report a severe fault from now on, all in one report."""
+    def set_faults(self, dies: Sequence[str], *, present: bool = True) -> None:
+        """These dies report a severe fault from now on, or none any more; all in one report."""
         for die in dies:
-            self._faults[die] = ActiveFault(
-                code=FAULT_CODE, subject_kind="die", subject=die, level=FaultLevel.SEPARATE_NPU
-            )
+            self._faults.pop(die, None)
+            if present:
+                self._faults[die] = ActiveFault(
+                    code=FAULT_CODE, subject_kind="die", subject=die, level=FaultLevel.SEPARATE_NPU
+                )
         self._tell()
 
     def heal(self) -> None:

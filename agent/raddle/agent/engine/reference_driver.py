@@ -215,7 +215,7 @@ class ReferenceDriver:
         ]
 
     async def _watch_end(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
-        _forget_epoch()
+        _speak_of(slot)
         code = await rank.watch.wait()
         wanted = slot in self._stopping
         self._stopping.discard(slot)
@@ -239,25 +239,12 @@ class ReferenceDriver:
             rank.again.set()
 
     async def _follow_reports(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
-        _forget_epoch()
+        _speak_of(slot)
         while slot in self._ranks:
             rank.again.clear()
             following = asyncio.create_task(self._follow(slot, rank))
             again = asyncio.create_task(rank.again.wait())
             try:
-<<<<<<< HEAD
-                async for message in rank.stub.WatchStats(engine_pb2.WatchStatsRequest()):
-                    self._reported(slot, from_message(message, RankStats))
-            except grpc.aio.AioRpcError as error:
-                job_uid, key, _ = slot
-                log.info(
-                    "rank reports broke off",
-                    job_uid=job_uid,
-                    rank=f"{key.role}/{key.instance}/{key.rank}",
-                    why=error.details(),
-                )
-            await asyncio.sleep(_RETRY_S)
-=======
                 await asyncio.wait({following, again}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in (following, again):
@@ -272,7 +259,6 @@ class ReferenceDriver:
                 self._reported(slot, from_message(message, RankStats))
         except grpc.aio.AioRpcError as error:
             log.info("rank reports broke off", why=error.details())
->>>>>>> main
 
     def _reported(self, slot: tuple[str, RankKey, int], stats: RankStats) -> None:
         for fault in stats.peer_faults:
@@ -390,8 +376,11 @@ class ReferenceDriver:
         self._ranks.clear()
 
 
-def _forget_epoch() -> None:
-    """Lines of a task that outlives the epoch in which it began do not name that one."""
+def _speak_of(slot: tuple[str, RankKey, int]) -> None:
+    """Every line of this task names the rank, and not the epoch in which the task began."""
+    job_uid, key, _ = slot
+    rank = f"{key.role}/{key.instance}/{key.rank}"
+    structlog.contextvars.bind_contextvars(job_uid=job_uid, rank=rank)
     structlog.contextvars.unbind_contextvars("epoch", "incident_id")
 
 
