@@ -31,6 +31,9 @@ BAD_FILES: dict[str, dict[str, tuple[str | bytes, str]]] = {
     "types": {
         "a word for a number": (GOOD.replace("ranks: 4", "ranks: four"), "ranks"),
         "a part of a number": (GOOD.replace("ranks: 4", "ranks: 1.5"), "roles[0].ranks"),
+        "a text for a mapping": (GOOD.replace("{config: raddle-demo,", "deepseek-r1 #"), "mapping"),
+        "a text for a role": ("name: x\nroles: [decode]\n", "roles[0] must be a mapping"),
+        "a text for an engine": (GOOD.replace("{driver: simulated}", "x"), "roles[0].engine"),
         "a number for a list": ("name: x\nroles: 7\n", "roles"),
         "a number for a text": (GOOD.replace("name: bad", "name: 123"), "name"),
         "a word for a time": (GOOD + "recovery: {max_pause: soon}\n", "max_pause"),
@@ -97,6 +100,12 @@ MISUSES: Calls = (
     (("drain", "sn0/n01", "--dry-run", "--deadline", "nan"), "seconds"),
     (("drain", "sn0/n01", "--dry-run", "--deadline", "-5"), "seconds"),
     (("--timeout", "-1", "status"), "seconds"),
+    (("up", "--port", "99999"), "65535"),
+    (("up", "--port", "-1"), "--port"),
+    (("up", "--schedulers", "0"), "--schedulers"),
+    (("up", "--real-nodes", "-1"), "--real-nodes"),
+    (("demo", "--requests", "0"), "--requests"),
+    (("demo", "-o", "xml"), "table, json"),
     (("update", "kept", "--priority", "99999999999"), "--priority"),
 )
 #: There is a job `kept`, and files `j.yaml` and `k.yaml` with jobs of these names.
@@ -114,6 +123,7 @@ NONSENSE: Calls = (
     (("events", "--last", "-1"), "1000"),
     (("submit", "j.yaml", "--idempotency-key", "\x1b"), "key"),
     (("-n", "a/b", "submit", "k.yaml"), "namespace"),
+    (("-n", "a/b", "status"), "namespace"),
 )
 
 
@@ -124,6 +134,7 @@ def _model(config: str) -> str:
 #: Calls that ought to be refused and are not, or end with a traceback.
 ACCEPTED_CALLS: dict[str, tuple[str, ...]] = {
     "an explanation of no node": ("explain", "node/sn0/n77"),
+    "an explanation of no die": ("explain", "die/sn0/n01/npu3/die9"),
     "an explanation of no position": ("explain", "die/../x"),
     "a context without name and server": ("config", "set-context", "", "--server", ""),
 }

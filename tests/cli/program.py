@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from raddle.cli.cluster import LocalCluster
-from raddle.cli.session import EXIT_CODES, EXIT_OK
+from raddle.cli.session import EXIT_CODES, EXIT_NOT_FOUND, EXIT_OK, EXIT_USAGE
 from raddle.model import keys
 from raddle.model.errors import Reason
 from raddle.store.etcd.store import EtcdStore
@@ -255,3 +255,11 @@ async def small_cluster(folder: Path) -> AsyncIterator[Small]:
         await small.store.close()
     finally:
         await cluster.stop()
+
+
+def refused_somehow(done: Done) -> None:
+    """A reason and one of the codes for a wrong call, never a traceback or an escape."""
+    assert done.code in (EXIT_USAGE, EXIT_NOT_FOUND), done
+    assert done.out == "", done
+    assert "Traceback" not in done.err, done
+    assert all(c.isprintable() or c == "\n" for c in done.err), done

@@ -8,12 +8,10 @@ import shlex
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import pytest_asyncio
 import typer
@@ -21,7 +19,6 @@ from typer.testing import CliRunner
 
 from raddle.cli.main import app
 from raddle.cli.session import (
-    EXIT_DEADLINE,
     EXIT_FAILED,
     EXIT_NOT_FOUND,
     EXIT_OK,
@@ -33,9 +30,7 @@ from raddle.store.ports import free_port
 from raddle.v1 import job_pb2
 from tests.cli.nonsense import (
     ACCEPTED_CALLS,
-    ACCEPTED_CONFIGS,
     ACCEPTED_FILES,
-    BAD_CONFIGS,
     BAD_FILES,
     BAD_MACHINES,
     GOOD,
@@ -43,7 +38,15 @@ from tests.cli.nonsense import (
     NONSENSE,
     NOT_THERE,
 )
-from tests.cli.program import CALL_TIMEOUT_S, PROGRAM, Done, Program, Small, job_text, small_cluster
+from tests.cli.program import (
+    CALL_TIMEOUT_S,
+    PROGRAM,
+    Program,
+    Small,
+    job_text,
+    refused_somehow,
+    small_cluster,
+)
 from tests.e2e.served import SMALL_MACHINE
 from tests.support import eventually
 
@@ -61,12 +64,6 @@ async def raddle(small: Small, tmp_path: Path) -> AsyncIterator[Program]:
     """The program with the cluster as its server; what it did there is taken back."""
     yield Program(tmp_path, small.address)
     await small.tidy()
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Program:
-    """The program without any server."""
-    return Program(tmp_path)
 
 
 async def submitted(raddle: Program, name: str, ranks: int = 4, slots: int = 16) -> str:
@@ -233,7 +230,7 @@ async def test_what_is_said_of_one_job(raddle: Program) -> None:
 async def test_scale_and_cancel_and_delete(raddle: Program, small: Small) -> None:
     """A job is scaled to more dies, cancelled and deleted; each step tells the new state."""
     uid = await submitted(raddle, "sized")
-    (await raddle("delete", "sized")).refused(EXIT_REFUSED, "cancel it before")
+    (await raddle("delete", "sized")).refused(EXIT_REFUSED, "cancel it before", "NOT_ENDED")
     scaled = (await raddle("scale", "sized", "decode", "--ranks", "6", "-o", "json")).json()
     assert scaled["job"]["spec"]["roles"][0]["ranks"] == 6
 
@@ -245,7 +242,7 @@ async def test_scale_and_cancel_and_delete(raddle: Program, small: Small) -> Non
     await small.state_is(uid, job_pb2.JOB_STATE_READY)
     assert (await raddle("cancel", "sized")).plain().splitlines()[1].split()[2] == uid
     await small.state_is(uid, job_pb2.JOB_STATE_CANCELLED)
-    assert uid in (await raddle("delete", "sized")).told()
+    assert (await raddle("delete", "sized", "-o", "json")).json() == {}
     (await raddle("status", "sized")).refused(EXIT_NOT_FOUND, "default/sized", "raddle status")
     assert await small.jobs() == []
 
@@ -283,6 +280,75 @@ async def test_watch_follows_jobs(raddle: Program) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_watch_in_other_forms(raddle: Program) -> None:
+    """`watch` shows the namespace's jobs, or all with -A; as a table, YAML documents or JSON."""
+    file = raddle.file("job.yaml", job_text("seen"))
+    uid = (await raddle("-n", "team-a", "submit", file, "-o", "json")).json()["job"]["uid"]
+    first = {}
+    for words in (
+        ("-n", "zz", "watch"),
+        ("-n", "team-a", "watch", "-o", "table"),
+        ("watch", "-A", "--output", "yaml"),
+        ("-o", "yaml", "-n", "team-a", "watch"),
+    ):
+        process = await asyncio.create_subprocess_exec(
+            *PROGRAM, *words, stdout=asyncio.subprocess.PIPE, env=raddle.variables()
+        )
+        assert process.stdout is not None
+        try:
+            lines = [(await asyncio.wait_for(process.stdout.readline(), 20.0)).decode()]
+            if lines == ["---\n"]:
+                lines.append((await asyncio.wait_for(process.stdout.readline(), 20.0)).decode())
+            first[words] = "".join(lines)
+        finally:
+            process.send_signal(signal.SIGINT)
+            await process.wait()
+    none, row, everything, document = first.values()
+    assert json.loads(none)["kind"] == "WATCH_KIND_SYNCED"
+    assert row.split()[:4] == ["SNAPSHOT", "team-a", "seen", uid]
+    assert everything == document == "---\nkind: WATCH_KIND_SNAPSHOT\n"
+
+
+async def test_a_reader_that_goes_away(raddle: Program) -> None:
+    """A listing or a watch whose pipe is closed ends without a traceback."""
+    (await raddle("cordon", "sn0/n03")).plain()
+    for words in ("watch", "events", "dies -o json"):
+        done = await asyncio.to_thread(
+            subprocess.run,
+            ["bash", "-c", f"{shlex.join(PROGRAM)} {words} | head -c 1"],
+            capture_output=True,
+            env=raddle.variables(),
+            timeout=CALL_TIMEOUT_S,
+            check=False,
+        )
+        assert len(done.stdout) == 1, words
+        assert done.stderr == b"", words
+        if words == "watch":
+            await submitted(raddle, "unseen")
+
+
+async def test_names_like_uids(raddle: Program) -> None:
+    """A job whose name looks like a uid, or begins like one, is found by its name."""
+    for name in ("j-abc", "j-0123456789ab"):
+        uid = await submitted(raddle, name)
+        for words in (name, uid, f"default/{name}"):
+            assert (await raddle("status", words, "-o", "json")).json()["job"]["uid"] == uid
+        told = await raddle("explain", f"job/{name}")
+        if name == "j-abc":
+            assert "READY" in told.plain()
+
+
+async def test_explain_looks_into_the_namespace(raddle: Program) -> None:
+    """`-n SPACE explain job/NAME` tells of that namespace's job."""
+    file = raddle.file("job.yaml", job_text("spaced"))
+    (await raddle("-n", "team-a", "submit", file)).plain()
+    there, here = await raddle.all(
+        ("-n", "team-a", "explain", "job/spaced"), ("explain", "job/spaced")
+    )
+    assert "JOB_ACCEPTED: team-a/spaced" in there.plain()
+    here.refused(EXIT_NOT_FOUND, "default/spaced")
 
 
 async def test_namespaces(raddle: Program) -> None:
@@ -367,6 +433,37 @@ async def test_drain(raddle: Program, small: Small) -> None:
     cancelled = (await raddle("drain", record["id"], "--cancel", "-o", "json")).json()
     assert cancelled["state"] == "MAINTENANCE_STATE_CANCELLED"
     (await raddle("uncordon", node)).refused(EXIT_NOT_FOUND, "no hold")
+
+
+async def test_cordon_and_drain_are_apart(raddle: Program) -> None:
+    """A cordon outlives the drain of its node and the other way round; both are shown."""
+    (await raddle("cordon", "sn0/n02", "-m", "fan")).plain()
+    record = (await raddle("drain", "sn0/n02", "--wait", "-o", "json")).json()
+    again = (await raddle("drain", "sn0/n02", "-o", "json")).json()
+    assert again["id"] == record["id"]
+    both = (await raddle("dies", "sn0/n02")).plain().splitlines()[1:]
+    assert {row.split()[1] for row in both} == {"DRAIN,CORDON"}
+    lifted = (await raddle("uncordon", "sn0/n02", "-o", "json")).json()
+    assert [(hold["kind"], hold["subject"]) for hold in lifted["holds"]] == [("DRAIN", "sn0/n02")]
+    (await raddle("cordon", "sn0/n02", "-m", "fan")).plain()
+    assert "still held by DRAIN" in (await raddle("uncordon", "sn0/n02")).told()
+    (await raddle("cordon", "sn0/n02", "-m", "fan")).plain()
+    (await raddle("drain", record["id"], "--cancel")).plain()
+    left = (await raddle("dies", "sn0/n02")).plain().splitlines()[1:]
+    assert {row.split()[1] for row in left} == {"CORDON"}
+    assert (await raddle("uncordon", "sn0/n02")).told() == "sn0/n02: takes work again\n"
+
+
+async def test_a_dry_drain(raddle: Program, small: Small) -> None:
+    """`drain --dry-run` counts the ranks that would move and waits for nothing, even if told to."""
+    uid = await submitted(raddle, "counted")
+    job = (await raddle("describe", uid, "-o", "json")).json()
+    node = job["placement"]["instances"][0]["ranks"][0]["node"]
+    before = await small.content()
+    record = (await raddle("drain", node, "--dry-run", "--wait", "-o", "json")).json()
+    assert (record["id"], record["ranks_total"]) == ("", 4)
+    assert "4 ranks would have to move" in record["why"]["message"]
+    assert await small.content() == before
 
 
 async def test_a_lost_node_must_be_silent(raddle: Program, small: Small) -> None:
@@ -504,73 +601,7 @@ async def test_contexts(raddle: Program, alone: Program) -> None:
     by_variable[0].refused(EXIT_UNAVAILABLE, nowhere)
 
 
-async def test_the_usual_place_of_the_configuration(alone: Program) -> None:
-    """Without RADDLE_CONFIG the file is .config/raddle/config.yaml in the home folder."""
-    usual = alone.having(RADDLE_CONFIG="")
-    assert (await usual("config", "set-context", "lab", "--server", "10.0.0.5:7400")).code == 0
-    assert "10.0.0.5:7400" in (alone.home / ".config" / "raddle" / "config.yaml").read_text()
-    assert not alone.config.exists()
-
-
-@pytest.mark.parametrize("case", BAD_CONFIGS)
-async def test_a_bad_configuration_is_refused(alone: Program, case: str) -> None:
-    """`config check` and every other command name the place of the error; the file stays."""
-    text, word = BAD_CONFIGS[case]
-    alone.file("config.yaml", text)
-    before = alone.config.read_bytes()
-    checked = await alone("config", "check")
-    checked.refused(EXIT_USAGE, word)
-    assert alone.config.read_bytes() == before
-
-
-async def test_a_bad_configuration_is_never_overwritten(alone: Program) -> None:
-    """Commands that would change a file that cannot be read refuse, and keep it."""
-    alone.file("config.yaml", "contexts: 5")
-    for done in await alone.all(
-        ("config", "set-context", "a", "--server", "b:1"),
-        ("config", "use-context", "a"),
-        ("status",),
-    ):
-        done.refused(EXIT_USAGE, str(alone.config), "$.contexts")
-    assert alone.config.read_text() == "contexts: 5"
-
-
 # --- errors ------------------------------------------------------------------------------------
-
-
-async def test_no_server_and_no_answer(alone: Program) -> None:
-    """A missing server and a passed deadline have exit codes of their own and say what to do."""
-    nowhere = f"127.0.0.1:{free_port()}"
-    for done in await alone.all(
-        ("--server", nowhere, "status"),
-        ("--server", nowhere, "cancel", "x"),
-        ("--server", nowhere, "version", "-o", "json"),
-    ):
-        done.refused(EXIT_UNAVAILABLE, nowhere, "raddle up", "--server")
-    async with never_answering() as address:
-        late = await alone("--server", address, "--timeout", "0.5", "status")
-    late.refused(EXIT_DEADLINE, address, "--timeout")
-
-
-@asynccontextmanager
-async def never_answering() -> AsyncIterator[str]:
-    """The address of a server that takes every call and answers none."""
-
-    class Silent(grpc.GenericRpcHandler):
-        def service(self, _details: object) -> grpc.RpcMethodHandler[bytes, bytes]:
-            return grpc.unary_unary_rpc_method_handler(self.wait)
-
-        async def wait(self, _request: bytes, _context: object) -> bytes:
-            await asyncio.Event().wait()
-            return b""
-
-    server = grpc.aio.server(handlers=[Silent()])
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(grace=None)
 
 
 async def test_what_is_named_must_exist(raddle: Program, small: Small) -> None:
@@ -629,6 +660,8 @@ async def test_files_that_cannot_be_used(raddle: Program, small: Small) -> None:
         ("submit", "text.yaml"),
         ("supernode", "huge.yaml"),
     )
+    for done in await raddle.all(("submit", "binary.yaml"), ("supernode", "binary.yaml")):
+        done.refused(EXIT_USAGE, "binary.yaml", "utf-8")
     for done in (huge, machine):
         done.refused(done.code, "1000000 bytes")
         assert done.code in (EXIT_USAGE, EXIT_REFUSED)
@@ -651,14 +684,6 @@ async def test_bad_machine_files_change_nothing(raddle: Program, small: Small) -
     assert await small.content() == before
 
 
-def refused_somehow(done: Done) -> None:
-    """A reason and one of the codes for a wrong call, never a traceback or an escape."""
-    assert done.code in (EXIT_USAGE, EXIT_NOT_FOUND), done
-    assert done.out == "", done
-    assert "Traceback" not in done.err, done
-    assert all(c.isprintable() or c == "\n" for c in done.err), done
-
-
 @pytest.mark.parametrize("case", ACCEPTED_CALLS)
 async def test_more_nonsense_is_refused(raddle: Program, case: str) -> None:
     """Numbers out of range, parts that are not there and odd texts are refused with a reason."""
@@ -672,21 +697,6 @@ async def test_more_bad_job_files_are_refused(raddle: Program, case: str) -> Non
     """Files that contradict themselves, or name a model that is no JSON, are refused."""
     raddle.file("bytes.bin", b"\xff\xfe")
     refused_somehow(await raddle("submit", raddle.file("job.yaml", ACCEPTED_FILES[case])))
-
-
-@pytest.mark.parametrize("case", ACCEPTED_CONFIGS)
-async def test_config_check_finds_it(alone: Program, case: str) -> None:
-    """`config check` finds what would make the next command fail or be ignored."""
-    alone.file("config.yaml", ACCEPTED_CONFIGS[case])
-    refused_somehow(await alone("config", "check"))
-
-
-async def test_a_configuration_that_cannot_be_written(alone: Program) -> None:
-    """`config set-context` into a file that cannot be written says so in one sentence."""
-    odd = alone.having(RADDLE_CONFIG="/proc/none/config.yaml")
-    done = await odd("config", "set-context", "a", "--server", "b:1")
-    assert "/proc/none" in done.err
-    assert "Traceback" not in done.err, done
 
 
 @pytest.mark.parametrize("text", ["[bold]x[/bold] :smile:", "[/x]"])

@@ -22,6 +22,7 @@ from raddle.model.errors import PermanentError, Reason
 from raddle.model.health import ActiveFault, AgentHealth, FaultLevel
 from raddle.model.incident import IncidentPhase
 from raddle.model.job import AssignmentStage, JobSpec, JobState, ModelSpec
+from raddle.model.kinds import HoldKind
 from raddle.model.routes import RouteState
 from raddle.wire import records as wire
 from tests.core.machines import DEEPSEEK, make_cluster
@@ -273,7 +274,7 @@ def test_large_jobs_are_placed_in_commits_that_the_store_takes() -> None:
     for number in range(3):
         wanted = replace(large(128, 30, QWEN), name=f"k{number}")
         world.ask(SubmitJob(spec=wanted, job_uid=f"j-k{number}", spec_digest="d"))
-    del world.store[keys.hold("sn0")]
+    del world.store[keys.hold("sn0", HoldKind.CORDON)]
     world.machine = Machine(dict(world.store), now=world.now)
     sizes = []
     for _ in range(3):

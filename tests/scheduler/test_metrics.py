@@ -7,6 +7,7 @@ import asyncio
 from prometheus_client import generate_latest
 
 from raddle.model import keys
+from raddle.model.kinds import HoldKind
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
 from raddle.store.memory import MemoryBackend, MemoryStore
@@ -27,7 +28,7 @@ async def test_records_that_cannot_be_read_are_counted() -> None:
     following = asyncio.create_task(mirror.run())
     try:
         assert shows(0)
-        names = [keys.hold("sn0/n00"), keys.hold("sn0/n01")]
+        names = [keys.hold(f"sn0/n0{number}", HoldKind.CORDON) for number in range(2)]
         backend.commit(Transaction(writes=tuple(Put(name, b"\xff\xff") for name in names)))
         await eventually(lambda: shows(2), "two are set aside")
         backend.commit(Transaction(writes=(Delete(names[0]),)))

@@ -82,6 +82,9 @@ def check(settings: Settings) -> SuperNode:
                 Reason.INVALID_ARGUMENT, f"driver {name!r} is unknown; known are {known}."
             )
     read_sources(settings.kv_events)
+    tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
+    require_safe_listen(f"{settings.rank_host}:0", tls)
+    _etcd_tls(settings)
     supernode = load_machine(settings.machine)
     nodes = set(supernode.node_names())
     for node in settings.node:
@@ -92,6 +95,12 @@ def check(settings: Settings) -> SuperNode:
     return supernode
 
 
+def _etcd_tls(settings: Settings) -> EtcdTls | None:
+    names = (settings.etcd_ca, settings.etcd_certificate, settings.etcd_key)
+    files = tls_files(*names, prefix="--etcd-")
+    return EtcdTls(files.ca, files.certificate, files.key) if files else None
+
+
 class AgentProcess:
     """All nodes of one process."""
 
@@ -99,15 +108,12 @@ class AgentProcess:
         self._settings = settings
         self._supernode = supernode
         self._tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
-        require_safe_listen(f"{settings.rank_host}:0", self._tls)
         self._stores: list[EtcdStore] = []
         self._subscribers: list[KvSubscriber] = []
 
     def _store(self, operation_key: str) -> EtcdStore:
         s = self._settings
-        files = tls_files(s.etcd_ca, s.etcd_certificate, s.etcd_key)
-        tls = EtcdTls(files.ca, files.certificate, files.key) if files else None
-        store = EtcdStore(s.etcd, s.cluster, operation_key=operation_key, tls=tls)
+        store = EtcdStore(s.etcd, s.cluster, operation_key=operation_key, tls=_etcd_tls(s))
         self._stores.append(store)
         return store
 

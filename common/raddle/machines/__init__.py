@@ -27,7 +27,11 @@ def load_machine(name_or_path: str) -> SuperNode:
     else:
         try:
             text = Path(name_or_path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise PermanentError(
+                Reason.INVALID_ARGUMENT, f"{name_or_path} is no text in UTF-8: {error}."
+            ) from error
+        except OSError as error:
             known = ", ".join(names())
             raise PermanentError(
                 Reason.NOT_FOUND,

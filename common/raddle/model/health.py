@@ -156,7 +156,10 @@ class AgentAcks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """Who forbids work on what. Stored under holds/<position> and holds/part/<serial>."""
+    """Who forbids work on what. Stored under holds/<position>/<kind>.
+
+    One under holds/<position>, as there were before kinds had records of their own, is still read.
+    """
 
     # A position of any level (`sn0/n07`, `sn0/n07/npu3/die1`) or a part's serial.
     subject: str = ""

@@ -6,6 +6,8 @@ always end with a slash, since `agents/sn0/n1` would also match `agents/sn0/n10`
 
 from __future__ import annotations
 
+from raddle.model.kinds import HoldKind
+
 LEADER = "leader"
 TOPOLOGY = "topology/"
 AGENTS = "agents/"
@@ -79,8 +81,13 @@ def incident(incident_id: str) -> str:
     return f"{INCIDENTS}{incident_id}"
 
 
-def hold(subject: str) -> str:
-    """A hold on a position of any level."""
+def hold(subject: str, kind: HoldKind) -> str:
+    """A hold on a position of any level; each kind has a record of its own."""
+    return f"{HOLDS}{subject}/{kind.lower()}"
+
+
+def only_hold(subject: str) -> str:
+    """Where the hold of a position was before each kind had a record of its own; still read."""
     return f"{HOLDS}{subject}"
 
 

@@ -84,6 +84,24 @@ class SuperNode:
     def node_names(self) -> Iterator[str]:
         return (self.node_name(node) for node in range(self.nodes))
 
+    def has_position(self, text: str) -> bool:
+        """Is this a part of the supernode, of any level, named as the supernode names it?
+
+        Raises:
+            PermanentError: INVALID_ARGUMENT when the text names no position.
+        """
+        parsed = parse_position(text)
+        if parsed.supernode != self.name:
+            return False
+        if parsed.node is None:
+            return True
+        return (
+            parsed.node < self.nodes
+            and (parsed.npu or 0) < self.npus_per_node
+            and (parsed.die or 0) < self.dies_per_npu
+            and node_of(text) == self.node_name(parsed.node)
+        )
+
     def node_positions(self, node: str) -> list[str]:
         """Positions of a node's dies, in order."""
         return [

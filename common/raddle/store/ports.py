@@ -36,7 +36,7 @@ def free_port() -> int:
         _reserved.append(reservation)
         if len(_reserved) > _RESERVED_MAX:
             os.close(_reserved.popleft())
-        if _is_free(port):
+        if is_free(port):
             return port
     raise OSError(f"no free port between {lowest} and {highest}")
 
@@ -54,8 +54,11 @@ def _reserve(port: int) -> int | None:
         return lock.detach()
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Can a server listen on this port of the loopback now?"""
     with socket.socket() as probe:
+        # As servers do: connections that have just ended do not keep a port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

@@ -55,11 +55,12 @@ class TlsFiles:
         return context
 
 
-def tls_files(ca: str, certificate: str, key: str) -> TlsFiles | None:
-    """All three or none.
+def tls_files(ca: str, certificate: str, key: str, *, prefix: str = "--tls-") -> TlsFiles | None:
+    """All three or none; `prefix` is how the caller's settings with the three names begin.
 
     Raises:
-        PermanentError: INVALID_ARGUMENT when only some are given or one cannot be read.
+        PermanentError: INVALID_ARGUMENT when only some are given, one cannot be read, or they are
+            no certificates with their key.
     """
     given = [text for text in (ca, certificate, key) if text]
     if not given:
@@ -68,12 +69,20 @@ def tls_files(ca: str, certificate: str, key: str) -> TlsFiles | None:
     if len(given) < len(names):
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
-            "TLS needs three files: --tls-ca, --tls-certificate, --tls-key.",
+            f"TLS needs three files: {prefix}ca, {prefix}certificate, {prefix}key.",
         )
     for text in given:
         if not Path(text).is_file():
             raise PermanentError(Reason.INVALID_ARGUMENT, f"{text} is no readable file.")
-    return TlsFiles(*(Path(text) for text in names))
+    files = TlsFiles(*(Path(text) for text in names))
+    try:
+        files.socket_context(server=False)
+    except OSError as error:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"{', '.join(names)} are no CA, certificate and its key in PEM: {error}.",
+        ) from error
+    return files
 
 
 def is_loopback(address: str) -> bool:

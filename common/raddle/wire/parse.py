@@ -113,12 +113,49 @@ def supernode_message(text: str) -> topology_pb2.SuperNode:
 
 
 def _parse(document: dict[str, Any], message: Message, what: str) -> None:
+    _require_mappings(document, message.DESCRIPTOR, "")
     try:
         json_format.ParseDict(document, message)
     except (json_format.ParseError, TypeError) as error:
         text = " ".join(str(error).split())
         reason = Reason.UNKNOWN_FIELD if "no field named" in text else Reason.INVALID_ARGUMENT
         raise PermanentError(reason, f"{what}: {text[:400]}") from error
+
+
+def _require_mappings(document: dict[str, Any], message: Any, prefix: str) -> None:
+    """Refuse a text or a list where fields belong, which `ParseDict` would take for names.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the path.
+    """
+    for name, value in document.items():
+        field = message.fields_by_name.get(str(name))
+        inner = field.message_type if field is not None else None
+        if field is None or inner is None or inner.full_name.startswith("google."):
+            continue
+        path = f"{prefix}{name}"
+        if inner.GetOptions().map_entry:
+            _require_mapping(path, value)
+        elif not field.is_repeated:
+            _require_mappings(_require_mapping(path, value), inner, f"{path}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                found = _require_mapping(f"{path}[{index}]", item)
+                _require_mappings(found, inner, f"{path}[{index}].")
+        else:
+            raise PermanentError(
+                Reason.INVALID_ARGUMENT, f"{path} must be a list, not {value!r:.80}.", field=path
+            )
+
+
+def _require_mapping(path: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"{path} must be a mapping of fields, not {value!r:.80}.",
+            field=path,
+        )
+    return value
 
 
 def supernode(message: topology_pb2.SuperNode) -> SuperNode:

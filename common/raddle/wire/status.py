@@ -36,6 +36,7 @@ _CODES: dict[Reason, grpc.StatusCode] = {
     Reason.COMPACTED: grpc.StatusCode.OUT_OF_RANGE,
     Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
     Reason.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.NOT_ENDED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.MANAGED_BY_OTHER: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.FAULT_INJECTION_DISABLED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.STORE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
@@ -91,6 +92,11 @@ def error_from(error: grpc.aio.AioRpcError) -> RaddleError:
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return PermanentError(Reason.LIMIT_EXCEEDED, message)
     return PermanentError(Reason.INVALID_ARGUMENT, message)
+
+
+def is_answered(error: grpc.aio.AioRpcError) -> bool:
+    """Is it what a server of ours said, not what became of the connection to it?"""
+    return _error_info(error)[0] is not None
 
 
 def _error_info(error: grpc.aio.AioRpcError) -> tuple[Reason | None, dict[str, str]]:

@@ -26,6 +26,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _WatchKind:
@@ -710,6 +715,7 @@ class DieStatus(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     RANK_STATE_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
     die: _builtins.str
     hold: _builtins.str
     """Empty, or CORDON, DRAIN, FAULT, SEPARATION."""
@@ -722,6 +728,10 @@ class DieStatus(_message.Message):
     def rank(self) -> _types_pb2.RankKey: ...
     @_builtins.property
     def why(self) -> _types_pb2.Why: ...
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedCompositeFieldContainer[_health_pb2.Hold]:
+        """All holds on the die and on what it is part of, the nearest first; `hold` is the first's kind."""
+
     def __init__(
         self,
         *,
@@ -733,10 +743,11 @@ class DieStatus(_message.Message):
         rank: _types_pb2.RankKey | None = ...,
         rank_state: _builtins.str = ...,
         why: _types_pb2.Why | None = ...,
+        holds: _abc.Iterable[_health_pb2.Hold] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "faults", b"faults", "health", b"health", "hold", b"hold", "job_uid", b"job_uid", "rank", b"rank", "rank_state", b"rank_state", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "faults", b"faults", "health", b"health", "hold", b"hold", "holds", b"holds", "job_uid", b"job_uid", "rank", b"rank", "rank_state", b"rank_state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -833,16 +844,21 @@ Global___UncordonRequest: _TypeAlias = UncordonRequest  # noqa: Y015
 
 @_typing.final
 class UncordonResponse(_message.Message):
-    """Empty."""
+    """What still keeps work away: holds on the subject and on what it is part of."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    HOLDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedCompositeFieldContainer[_health_pb2.Hold]: ...
     def __init__(
         self,
+        *,
+        holds: _abc.Iterable[_health_pb2.Hold] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds", b"holds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1242,13 +1258,22 @@ Global___InjectFaultRequest: _TypeAlias = InjectFaultRequest  # noqa: Y015
 
 @_typing.final
 class InjectFaultResponse(_message.Message):
-    """The incident, if one was opened."""
+    """What was set or cleared. Incidents come later, when the agent reports it: see ListIncidents."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     INCIDENT_ID_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
-    incident_id: _builtins.str
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def incident_id(self) -> _builtins.str:
+        """Never set: no incident is known yet when the answer is given."""
+
+    @incident_id.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def incident_id(self, value: _builtins.str) -> None:
+        """Never set: no incident is known yet when the answer is given."""
+
     @_builtins.property
     def why(self) -> _types_pb2.Why: ...
     def __init__(

@@ -9,16 +9,19 @@ from typing import Annotated
 
 import typer
 
-from raddle.cli.options import Output
+from raddle.cli.options import Output, output_of
 
 
 def up(
     machine: Annotated[str, typer.Option(help="built-in machine or YAML file")] = "cloudmatrix384",
     real_nodes: Annotated[
-        int, typer.Option(help="nodes that run ranks of the reference engine")
+        int, typer.Option(help="nodes that run ranks of the reference engine", min=0)
     ] = 0,
-    schedulers: Annotated[int, typer.Option(help="scheduler replicas")] = 1,
-    port: Annotated[int, typer.Option(help="port of the first scheduler")] = 7400,
+    schedulers: Annotated[int, typer.Option(help="scheduler replicas", min=1, max=9)] = 1,
+    port: Annotated[
+        int,
+        typer.Option(help="port of the first scheduler; 0 takes a free one", min=0, max=65_535),
+    ] = 7400,
     data_dir: Annotated[
         str, typer.Option(help="folder for data and logs (default: a new one)")
     ] = "",
@@ -42,7 +45,7 @@ def up(
 def demo(
     ctx: typer.Context,
     output: Output = "",
-    requests: Annotated[int, typer.Option(help="requests of the trace, 8 to 96")] = 96,
+    requests: Annotated[int, typer.Option(help="requests of the trace", min=8, max=96)] = 96,
     keep: Annotated[bool, typer.Option(help="keep data and logs")] = False,
 ) -> None:
     """Show it all: place DeepSeek-R1 on 768 dies, serve real tokens, kill a rank, then a node.
@@ -53,8 +56,8 @@ def demo(
 
     from raddle.cli.demo.run import run_demo
 
-    form = output or ctx.obj["output"]
-    raise typer.Exit(asyncio.run(run_demo(as_json=form == "json", requests=requests, keep=keep)))
+    form = output_of(ctx, output)
+    raise typer.Exit(asyncio.run(run_demo(output=form, requests=requests, keep=keep)))
 
 
 def sim(ctx: typer.Context) -> None:
@@ -66,7 +69,9 @@ def sim(ctx: typer.Context) -> None:
     Examples: `raddle sim`, `raddle sim --seed 7 --trace`
     """
     # A process of its own: the command line starts daemons and never imports them.
-    os.execv(sys.executable, [sys.executable, "-m", "raddle.sim.main", *ctx.args])
+    form = ctx.obj["output"]
+    before = ["--output", form] if form else []
+    os.execv(sys.executable, [sys.executable, "-m", "raddle.sim.main", *before, *ctx.args])
 
 
 def register(app: typer.Typer) -> None:

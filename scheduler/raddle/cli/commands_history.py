@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from raddle.cli.options import Output, session
+from raddle.cli.options import Output, output_of, session
 from raddle.model.errors import PermanentError, RaddleError, Reason
 
 config_app = typer.Typer(help="Contexts of the command line.", no_args_is_help=True)
@@ -114,25 +115,31 @@ def config_check() -> None:
                 f"{config_path()}: the current context {config.current!r} does not exist.",
             )
         for context in config.contexts.values():
-            context.tls()
+            context.check()
     except RaddleError as error:
         fail(error)
     say(f"{config_path()}: {len(config.contexts)} contexts, current {config.current or 'none'}")
 
 
 @config_app.command("contexts")
-def config_contexts() -> None:
+def config_contexts(ctx: typer.Context, output: Output = "") -> None:
     """List the contexts.
 
     Example: `raddle config contexts`
     """
-    from raddle.cli.contexts import load_config
-    from raddle.cli.session import fail, print_table
+    from dataclasses import asdict
 
+    from raddle.cli.contexts import load_config
+    from raddle.cli.session import fail, print_data, print_table
+
+    form = output_of(ctx, output)
     try:
         config = load_config()
     except RaddleError as error:
         fail(error)
+    if form != "table":
+        print_data(asdict(config), form)
+        return
     rows = [
         ["*" if name == config.current else "", name, c.server, c.namespace]
         for name, c in sorted(config.contexts.items())
@@ -149,9 +156,9 @@ def config_set_context(
     certificate: Annotated[str, typer.Option(help="our certificate (PEM)")] = "",
     key: Annotated[str, typer.Option(help="our key (PEM)")] = "",
 ) -> None:
-    """Add or change a context and make it the current one.
+    """Add or change a context and make it the current one; TLS needs all three files.
 
-    Example: `raddle config set-context lab --server 10.0.0.5:7400 --ca ca.pem`
+    Example: `raddle config set-context lab --server 10.0.0.5:7400 --namespace team-a`
     """
     from raddle.cli.contexts import CliConfig, CliContext, load_config, save_config
     from raddle.cli.session import fail
@@ -161,10 +168,16 @@ def config_set_context(
             raise typer.BadParameter(f"{what} must be a printable text, and a name has no slash")
     try:
         config = load_config()
+        made = CliContext(server, namespace, _whole(ca), _whole(certificate), _whole(key))
+        made.check()
+        save_config(CliConfig(name, config.contexts | {name: made}))
     except RaddleError as error:
         fail(error)
-    made = CliContext(server, namespace, ca, certificate, key)
-    save_config(CliConfig(name, config.contexts | {name: made}))
+
+
+def _whole(path: str) -> str:
+    """The file is named from any folder later."""
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 @config_app.command("use-context")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from raddle.cli.options import Output, session
+from raddle.cli.options import Output, output_of, session
 from raddle.model.errors import PermanentError, RaddleError, Reason
 
+AllNamespaces = Annotated[
+    bool, typer.Option("--all-namespaces", "-A", help="jobs of all namespaces")
+]
 JobName = Annotated[str, typer.Argument(help="uid, name, or namespace/name")]
 _POLL_S = 0.2
+_UID = re.compile(r"j-[0-9a-f]{12}\Z")
 
 
 def _state(job: Any) -> str:
@@ -30,14 +35,21 @@ _COLUMNS = ["NAMESPACE", "NAME", "UID", "STATE", "EPOCH", "WHY"]
 
 async def find_job(stub: Any, name: str, namespace: str, timeout_s: float) -> Any:
     """GetJob by uid, name or namespace/name."""
+    import grpc
+
     from raddle.v1 import scheduler_pb2
 
-    if name.startswith("j-"):
-        request = scheduler_pb2.GetJobRequest(job_uid=name)
-    else:
-        space, _, short = name.rpartition("/")
-        request = scheduler_pb2.GetJobRequest(namespace=space or namespace, name=short)
-    return await stub.GetJob(request, timeout=timeout_s)
+    space, _, short = name.rpartition("/")
+    by_name = scheduler_pb2.GetJobRequest(namespace=space or namespace, name=short)
+    if _UID.match(name):
+        try:
+            by_uid = scheduler_pb2.GetJobRequest(job_uid=name)
+            return await stub.GetJob(by_uid, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            # A name may look like a uid; namespace/name never does.
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+    return await stub.GetJob(by_name, timeout=timeout_s)
 
 
 def submit(
@@ -90,8 +102,10 @@ def submit(
 def _read(file: Path) -> str:
     try:
         return file.read_text()
+    except FileNotFoundError as error:
+        raise PermanentError(Reason.NOT_FOUND, f"there is no file {file}.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise PermanentError(Reason.NOT_FOUND, f"{file} cannot be read: {error}.") from error
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"{file} cannot be read: {error}.") from error
 
 
 async def _wait_ready(stub: Any, job_uid: str, timeout_s: float) -> Any:
@@ -112,9 +126,7 @@ async def _wait_ready(stub: Any, job_uid: str, timeout_s: float) -> Any:
 def status(
     ctx: typer.Context,
     job: Annotated[str, typer.Argument(help="only this job")] = "",
-    all_namespaces: Annotated[
-        bool, typer.Option("--all-namespaces", "-A", help="jobs of all namespaces")
-    ] = False,
+    all_namespaces: AllNamespaces = False,
     output: Output = "",
 ) -> None:
     """List the jobs of the namespace with their state and why.
@@ -194,7 +206,7 @@ def explain(
     s = session(ctx, output)
 
     async def work(stub: Any) -> None:
-        request = scheduler_pb2.ExplainRequest(subject=subject)
+        request = scheduler_pb2.ExplainRequest(subject=_in_namespace(subject, s.context.namespace))
         answer = await stub.Explain(request, timeout=s.timeout_s)
         rows = [[f"{answer.why.reason}: {answer.why.message}"], *([line] for line in answer.story)]
         s.show(answer, [subject], rows)
@@ -202,29 +214,60 @@ def explain(
     s.run(work)
 
 
+def _in_namespace(subject: str, namespace: str) -> str:
+    """`job/NAME` is a job of the namespace that this call is about."""
+    kind, _, name = subject.partition("/")
+    plain = kind == "job" and name and "/" not in name and not _UID.match(name)
+    return f"job/{namespace}/{name}" if plain else subject
+
+
 def watch(
     ctx: typer.Context,
     after_revision: Annotated[int, typer.Option(help="only changes after this revision")] = 0,
+    all_namespaces: AllNamespaces = False,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="json (default): a line each; table or yaml")
+    ] = "",
 ) -> None:
-    """Follow jobs: all of them first, then each change, one JSON line each.
+    """Follow the jobs of the namespace: all of them first, then each change as it comes.
 
-    Example: `raddle watch | jq .job.state`
+    Examples: `raddle watch | jq .job.state`, `raddle watch -A -o table`
     """
+    from raddle.v1 import scheduler_pb2
+
+    s = session(ctx, output_of(ctx, output, default="json"))
+
+    async def work(stub: Any) -> None:
+        request = scheduler_pb2.WatchJobsRequest(
+            after_revision=after_revision,
+            namespace="" if all_namespaces else s.context.namespace,
+        )
+        async for message in stub.WatchJobs(request):
+            _show_change(message, s.output)
+
+    s.run(work)
+
+
+def _show_change(message: Any, output: str) -> None:
+    """One JSON line, one YAML document, or a line for people; at once, since more may take long."""
     import json
     import sys
 
-    from raddle.cli.session import to_data
+    import yaml
+
+    from raddle.cli.session import printable, to_data
     from raddle.v1 import scheduler_pb2
 
-    s = session(ctx)
-
-    async def work(stub: Any) -> None:
-        request = scheduler_pb2.WatchJobsRequest(after_revision=after_revision)
-        async for message in stub.WatchJobs(request):
-            sys.stdout.write(json.dumps(to_data(message)) + "\n")
-            sys.stdout.flush()
-
-    s.run(work)
+    if output == "json":
+        text = json.dumps(to_data(message)) + "\n"
+    elif output == "yaml":
+        text = yaml.safe_dump(to_data(message), sort_keys=False, explicit_start=True)
+    else:
+        kind = scheduler_pb2.WatchKind.Name(message.kind).removeprefix("WATCH_KIND_")
+        cells = _row(message.job) if message.HasField("job") else [f"revision {message.revision}"]
+        text = printable("  ".join(map(str, [f"{kind:<8}", *cells]))) + "\n"
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 ManagedBy = Annotated[
@@ -322,21 +365,22 @@ def cancel(
     s.run(work)
 
 
-def delete(ctx: typer.Context, job: JobName, managed_by: ManagedBy = "") -> None:
+def delete(
+    ctx: typer.Context, job: JobName, managed_by: ManagedBy = "", output: Output = ""
+) -> None:
     """Remove the record of an ended job; its name is free again.
 
     Example: `raddle delete deepseek-r1`
     """
-    from raddle.cli.session import say
     from raddle.v1 import scheduler_pb2
 
-    s = session(ctx)
+    s = session(ctx, output)
 
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
         request = scheduler_pb2.DeleteJobRequest(job_uid=found.uid, managed_by=managed_by)
-        await stub.DeleteJob(request, timeout=s.timeout_s)
-        say(f"job {found.uid} is deleted")
+        answer = await stub.DeleteJob(request, timeout=s.timeout_s)
+        s.tell(answer, f"job {found.uid} is deleted")
 
     s.run(work)
 

@@ -65,8 +65,16 @@ def dies(
             level = health_pb2.FaultLevel.Name(die.health).removeprefix("FAULT_LEVEL_")
             rank = f"{die.rank.role}/{die.rank.instance}/{die.rank.rank}" if die.job_uid else ""
             health = "OK" if level == "UNSPECIFIED" else level
+            kinds = ",".join(dict.fromkeys(hold.kind for hold in die.holds))
             rows.append(
-                [die.die, die.hold or "-", health, die.job_uid or "-", rank, die.rank_state]
+                [
+                    die.die,
+                    kinds or die.hold or "-",
+                    health,
+                    die.job_uid or "-",
+                    rank,
+                    die.rank_state,
+                ]
             )
         s.show(answer, ["DIE", "HOLD", "HEALTH", "JOB", "RANK", "SEAT"], rows)
 
@@ -96,20 +104,21 @@ def cordon(
     s.run(work)
 
 
-def uncordon(ctx: typer.Context, subject: Subject) -> None:
-    """Allow work on a cordoned part again.
+def uncordon(ctx: typer.Context, subject: Subject, output: Output = "") -> None:
+    """Lift a cordon: the part takes work again, unless a drain or another cordon covers it.
 
     Example: `raddle uncordon sn0/n07`
     """
-    from raddle.cli.session import say
     from raddle.v1 import scheduler_pb2
 
-    s = session(ctx)
+    s = session(ctx, output)
 
     async def work(stub: Any) -> None:
         request = scheduler_pb2.UncordonRequest(subject=subject)
-        await stub.Uncordon(request, timeout=s.timeout_s)
-        say(f"{subject} takes work again")
+        answer = await stub.Uncordon(request, timeout=s.timeout_s)
+        held = ", ".join(f"{hold.kind} on {hold.subject}" for hold in answer.holds)
+        said = f"the cordon is lifted; still held by {held}" if held else "takes work again"
+        s.tell(answer, f"{subject}: {said}")
 
     s.run(work)
 
@@ -118,20 +127,20 @@ def lost(
     ctx: typer.Context,
     node: Annotated[str, typer.Argument(help="position of the node, sn0/n07")],
     message: Annotated[str, typer.Option("--message", "-m", help="how you know")] = "",
+    output: Output = "",
 ) -> None:
     """Say that a silent node is gone: what ran there moves. Refused while its agent reports.
 
     Example: `raddle lost sn0/n07 -m "no power in rack 2"`
     """
-    from raddle.cli.session import say
     from raddle.v1 import scheduler_pb2
 
-    s = session(ctx)
+    s = session(ctx, output)
 
     async def work(stub: Any) -> None:
         request = scheduler_pb2.DeclareNodeLostRequest(node=node, message=message)
         answer = await stub.DeclareNodeLost(request, timeout=s.timeout_s)
-        say(f"{node} is lost: {answer.why.message}")
+        s.tell(answer, f"{node} is lost: {answer.why.message}")
 
     s.run(work)
 
@@ -157,7 +166,9 @@ def drain(
     ] = 3600.0,
     message: Annotated[str, typer.Option("--message", "-m", help="why")] = "",
     wait: Annotated[bool, typer.Option(help="wait until nothing runs there")] = False,
-    dry_run: Annotated[bool, typer.Option(help="change nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="say how many ranks would move, change nothing, wait for nothing")
+    ] = False,
     cancel: Annotated[bool, typer.Option(help="cancel the maintenance with this id")] = False,
     output: Output = "",
 ) -> None:
@@ -189,7 +200,7 @@ def drain(
             )
             answer = await stub.CreateMaintenance(made, timeout=s.timeout_s)
         record = answer.maintenance
-        while wait and record.state == incident_pb2.MAINTENANCE_STATE_DRAINING:
+        while wait and record.id and record.state == incident_pb2.MAINTENANCE_STATE_DRAINING:
             await asyncio.sleep(_POLL_S)
             get = scheduler_pb2.GetMaintenanceRequest(id=record.id)
             record = (await stub.GetMaintenance(get, timeout=s.timeout_s)).maintenance

@@ -7,15 +7,19 @@ A context comes from the file `~/.config/raddle/config.yaml` (or `RADDLE_CONFIG`
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 
 from raddle.model.errors import PermanentError, Reason
+from raddle.model.names import check_name
 from raddle.telemetry.tls import TlsFiles, tls_files
 
 DEFAULT_SERVER = "127.0.0.1:7400"
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})\Z")
+_PORT_MAX = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,24 @@ class CliContext:
     key: str = ""
 
     def tls(self) -> TlsFiles | None:
-        return tls_files(self.ca, self.certificate, self.key)
+        return tls_files(self.ca, self.certificate, self.key, prefix="")
+
+    def check(self) -> None:
+        """Refuse what no command could use.
+
+        Raises:
+            PermanentError: INVALID_ARGUMENT or INVALID_NAME naming the field.
+        """
+        match = _ADDRESS.match(self.server)
+        if match is None or not 0 < int(match["port"]) <= _PORT_MAX:
+            raise PermanentError(
+                Reason.INVALID_ARGUMENT,
+                f"server {self.server[:80]!r} is no address: write host:port, as in"
+                f" {DEFAULT_SERVER}.",
+                field="server",
+            )
+        check_name("namespace", self.namespace)
+        self.tls()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +117,7 @@ def choose_context(name: str, server: str, namespace: str) -> CliContext:
     """The context to use, with what the flags say on top.
 
     Raises:
-        PermanentError: NOT_FOUND for an unknown context.
+        PermanentError: NOT_FOUND for an unknown context; as `CliContext.check`.
     """
     config = load_config()
     name = name or config.current
@@ -109,8 +130,10 @@ def choose_context(name: str, server: str, namespace: str) -> CliContext:
                 f"there is no context {name!r} in {config_path()} (known: {known})",
             )
         context = config.contexts[name]
-    return replace(
+    chosen = replace(
         context,
         server=server or context.server,
         namespace=namespace or context.namespace,
     )
+    chosen.check()
+    return chosen

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version as package_version
 from typing import Annotated
 
 import typer
 
-from raddle.cli.options import seconds
+from raddle.cli.options import Output, require_output, seconds
 from raddle.model.errors import PermanentError, RaddleError, Reason
 
 app = typer.Typer(
@@ -18,7 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-OUTPUTS = ("table", "json", "yaml")
 
 
 def _print_version(value: bool) -> None:
@@ -37,7 +37,7 @@ def root(
         str, typer.Option(envvar="RADDLE_CONTEXT", help="context of the configuration file")
     ] = "",
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="namespace of jobs")] = "",
-    output: Annotated[str, typer.Option("--output", "-o", help="table, json or yaml")] = "table",
+    output: Output = "",
     timeout: Annotated[
         float, typer.Option(help="seconds that a call may take", callback=seconds)
     ] = 10.0,
@@ -46,8 +46,7 @@ def root(
     ] = False,
 ) -> None:
     """Global options come before the command: `raddle --output json status`."""
-    if output not in OUTPUTS:
-        raise typer.BadParameter(f"must be one of {', '.join(OUTPUTS)}", param_hint="--output")
+    require_output(output)
     ctx.obj = {
         "server": server,
         "context": context,
@@ -89,8 +88,13 @@ def require_text_arguments(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point."""
+    # gRPC's own lines about connections are nothing to the user; read when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from raddle.cli.session import fail
+    from raddle.telemetry.logging import configure_logging
 
+    # Parts that run in this process log, and stdout is for data.
+    configure_logging("cli")
     try:
         require_text_arguments(sys.argv[1:])
         app(prog_name="raddle")

@@ -12,19 +12,40 @@ from raddle.model.errors import RaddleError
 Output = Annotated[str, typer.Option("--output", "-o", help="table, json or yaml")]
 
 
+OUTPUTS = ("table", "json", "yaml")
+
+
 def session(ctx: typer.Context, output: str = "") -> Any:
     """The session of this call; an output option after the command wins."""
     from raddle.cli.contexts import choose_context
     from raddle.cli.session import Session, fail
 
-    given = ctx.obj
-    if output and output not in ("table", "json", "yaml"):
-        raise typer.BadParameter("must be table, json or yaml", param_hint="--output")
+    given, form = ctx.obj, output_of(ctx, output)
     try:
         chosen = choose_context(given["context"], given["server"], given["namespace"])
     except RaddleError as error:
         fail(error)
-    return Session(chosen, output or given["output"], given["timeout"])
+    return Session(chosen, form, given["timeout"])
+
+
+def output_of(ctx: typer.Context, output: str, default: str = "table") -> str:
+    """The form of what goes to stdout: the option after the command, the one before it, a table.
+
+    Raises:
+        BadParameter: no form that there is.
+    """
+    require_output(output)
+    return output or ctx.obj["output"] or default
+
+
+def require_output(output: str) -> None:
+    """Refuse a form that there is not; empty is not named.
+
+    Raises:
+        BadParameter: it is none of `OUTPUTS`.
+    """
+    if output and output not in OUTPUTS:
+        raise typer.BadParameter(f"must be one of {', '.join(OUTPUTS)}", param_hint="--output")
 
 
 SECONDS_MAX = 10 * 365 * 86_400.0

@@ -6,6 +6,7 @@ Data goes to stdout in the form that was asked for; progress and messages go to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,7 +22,7 @@ from raddle.cli.contexts import CliContext
 from raddle.model.errors import RaddleError, Reason
 from raddle.telemetry.channels import make_channel
 from raddle.v1 import scheduler_pb2_grpc
-from raddle.wire.status import error_from
+from raddle.wire.status import error_from, is_answered
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -81,11 +82,8 @@ class Session:
 
     def _explained(self, error: grpc.aio.AioRpcError) -> RaddleError:
         failure = error_from(error)
-        if failure.reason is Reason.NO_LEADER and "connect" in failure.message.lower():
-            failure.message = (
-                f"no scheduler answers at {self.context.server}: start one with `raddle up`, or"
-                " name another with --server."
-            )
+        if failure.reason is Reason.NO_LEADER and not is_answered(error):
+            failure.message = _unreachable(self.context.server, failure.message)
         if failure.reason is Reason.DEADLINE_EXCEEDED and failure.message == "Deadline Exceeded":
             failure.message = (
                 f"{self.context.server} did not answer within {self.timeout_s:g} s: repeat with the"
@@ -100,20 +98,21 @@ class Session:
         if self.output == "table":
             print_table(columns, rows)
         else:
-            self.show_data(to_data(message))
+            print_data(to_data(message), self.output)
 
     def show_values(self, values: dict[str, Any]) -> None:
         """Print named values as JSON or YAML, or one a line."""
         if self.output == "table":
             print_table(["NAME", "VALUE"], list(values.items()))
         else:
-            self.show_data(values)
+            print_data(values, self.output)
 
-    def show_data(self, data: Any) -> None:
-        if self.output == "yaml":
-            sys.stdout.write(yaml.safe_dump(data, sort_keys=False))
+    def tell(self, message: Message, sentence: str) -> None:
+        """What a command without rows did: a sentence for people, or the message as data."""
+        if self.output == "table":
+            say(sentence)
         else:
-            sys.stdout.write(json.dumps(data, indent=2) + "\n")
+            print_data(to_data(message), self.output)
 
 
 def to_data(message: Message) -> dict[str, Any]:
@@ -122,6 +121,26 @@ def to_data(message: Message) -> dict[str, Any]:
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     return found
+
+
+def _unreachable(server: str, message: str) -> str:
+    text = message.lower()
+    if "dns" in text or "resol" in text:
+        return f"the host of {server} has no known address: name another one with --server."
+    if "connect" in text:
+        return (
+            f"no scheduler answers at {server}: start one with `raddle up`, or name another with"
+            " --server."
+        )
+    return f"{server} ended the call, for it stops or is gone: repeat, or name another --server."
+
+
+def print_data(data: Any, output: str) -> None:
+    """One document on stdout: YAML if that was asked for, else JSON."""
+    if output == "yaml":
+        sys.stdout.write(yaml.safe_dump(data, sort_keys=False))
+    else:
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def printable(text: str) -> str:
@@ -146,8 +165,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    sys.stderr.write(printable(text) + "\n")
+    """A line for people, on stderr; if nobody reads there any more, the line is lost."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(printable(text) + "\n")
 
 
 def fail(error: RaddleError) -> NoReturn:

@@ -9,15 +9,23 @@ from pathlib import Path
 from raddle.cli.cluster import LocalCluster
 from raddle.cli.session import EXIT_FAILED, EXIT_OK, say
 from raddle.model.errors import RaddleError
+from raddle.store.ports import is_free
 
 _WATCH_S = 0.5
 
 
 async def run_up(folder: Path, *, machine: str, real_nodes: int, schedulers: int, port: int) -> int:
-    """Until SIGINT or SIGTERM, or until a part ends by itself; gives the exit code."""
+    """Until SIGINT, SIGTERM or SIGHUP, or until a part ends by itself; gives the exit code."""
+    if port and not is_free(port):
+        say(
+            f"raddle up: port {port} of this machine is in use: name another one with --port, or"
+            " end what listens there."
+        )
+        return EXIT_FAILED
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # SIGHUP is what a terminal that is closed sends.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     cluster = LocalCluster(
         folder,

@@ -6,7 +6,6 @@ the queue's question, not asked here.
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 
 from raddle.core.cluster import Cluster
@@ -15,6 +14,7 @@ from raddle.model.errors import PermanentError, Reason
 from raddle.model.job import JobSpec, ModelSpec, RoleSpec
 from raddle.model.kinds import RecoveryKind, RoleKind
 from raddle.model.llm import ModelShape, parse_config
+from raddle.model.names import check_name
 
 ROLES_MAX = 16
 RANKS_MAX = 16_384
@@ -28,7 +28,6 @@ SPEC_BYTES_MAX = 64 * 1024
 JOB_BYTES_MAX = 900_000
 # Buffers of dispatch and combine: about 645 MB a die (CloudMatrix384, section 4.2.1).
 ENGINE_BUFFER_BYTES = 645_000_000
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _DRIVERS = ("reference", "simulated")
 _COUNTS_MAX = {
     "instances": INSTANCES_MAX,
@@ -78,17 +77,6 @@ def check_spec(spec: JobSpec, cluster: Cluster) -> ModelShape:
     _check_fit_together(spec, cluster)
     _check_size(spec, shape)
     return shape
-
-
-def check_name(path: str, value: str) -> None:
-    """Names become parts of keys and of host names: a DNS label, nothing else."""
-    if not _LABEL.match(value):
-        raise PermanentError(
-            Reason.INVALID_NAME,
-            f"{path} {value[:80]!r} must be 1 to 63 lower-case letters, digits and dashes,"
-            " beginning and ending with a letter or digit.",
-            field=path,
-        )
 
 
 def _invalid(path: str, message: str) -> PermanentError:
@@ -210,7 +198,7 @@ def _check_fit(
 ) -> None:
     machines = list(cluster.supernodes.values())
     if not machines:
-        raise _unfit(path, "has no machine: apply a supernode first (`raddle supernode apply`)")
+        raise _unfit(path, "has no machine: apply a supernode first (`raddle supernode FILE`)")
     if role.kind is RoleKind.CACHE:
         hosts = max(machine.nodes for machine in machines)
         memory = max(machine.host_memory_bytes for machine in machines)

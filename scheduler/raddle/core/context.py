@@ -30,7 +30,7 @@ from raddle.model.job import (
     RankPlacement,
     RoleSpec,
 )
-from raddle.model.kinds import NodeState, RoleKind, SeatState
+from raddle.model.kinds import HoldKind, NodeState, RoleKind, SeatState
 from raddle.model.routes import Routes, RouteState
 from raddle.model.types import ExpertMove, Member, RankKey, SequenceRestore, Why
 
@@ -60,7 +60,10 @@ class Context:
     #: Subjects being drained and their maintenance.
     draining: dict[str, str] = field(default_factory=dict[str, str])
     #: Holds by subject.
-    holds: dict[str, Hold] = field(default_factory=dict[str, Hold])
+    #: By subject and kind: those of several kinds on one subject are independent.
+    holds: dict[tuple[str, HoldKind], Hold] = field(
+        default_factory=dict[tuple[str, HoldKind], Hold]
+    )
     #: What peers say of each job's ranks.
     suspicions: dict[str, Suspicions] = field(default_factory=dict[str, "Suspicions"])
     #: The last process that a recovery started in each seat of each job.
@@ -104,15 +107,14 @@ class Context:
         self.queue_dirty = True
 
     def set_hold(self, hold: Hold) -> None:
-        self.holds[hold.subject] = hold
+        self.holds[hold.subject, hold.kind] = hold
         self.cluster.set_hold(hold.subject, held=True)
 
-    def lift_hold(self, subject: str) -> None:
+    def lift_hold(self, subject: str, kind: HoldKind) -> None:
         """Lift one hold; dies that another hold covers stay held."""
-        self.holds.pop(subject, None)
-        self.cluster.set_hold(subject, held=False)
-        for other in self.holds:
-            self.cluster.set_hold(other, held=True)
+        self.holds.pop((subject, kind), None)
+        held = any(other == subject for other, _ in self.holds)
+        self.cluster.set_hold(subject, held=held)
 
     def is_draining(self, position: str) -> bool:
         return any(self.is_under(position, subject) for subject in self.draining)
@@ -211,6 +213,25 @@ def active_seats(context: Context, job: Job, placement: Placement) -> list[Seat]
         active = [s for s in seats(job, placement) if s.placement.state is SeatState.ACTIVE]
         context.seats[job.uid] = known = (placement, job.spec, active)
     return known[2]
+
+
+def ranks_under(context: Context, subject: str) -> dict[str, int]:
+    """How many active ranks each job has on a part of the machine; jobs without one are left out.
+
+    A rank without a die counts where its host is.
+    """
+    found: dict[str, int] = {}
+    for job in context.state.jobs():
+        placement = context.state.placement(job.uid)
+        if placement is None:
+            continue
+        places = [
+            s.placement.die or s.placement.node for s in active_seats(context, job, placement)
+        ]
+        count = sum(1 for place in places if context.is_under(place, subject))
+        if count:
+            found[job.uid] = count
+    return found
 
 
 def active_ranks(

@@ -12,7 +12,8 @@ from typing import Any
 
 from raddle.core import lifecycle
 from raddle.core.admission import check_spec
-from raddle.core.context import Context, is_ended, note, put_job, role_of
+from raddle.core.context import Context, is_ended, note, put_job, ranks_under, role_of
+from raddle.core.holds import covering, holding_maintenance, lift_drain, lift_hold, put_hold
 from raddle.core.placement.gang import PlacedJob, place_job
 from raddle.core.requests import (
     ApplySuperNode,
@@ -38,7 +39,6 @@ from raddle.model.topology import SuperNode
 from raddle.model.types import Why
 
 JOBS_MAX = 20_000
-HOLDS_MAX = 10_000
 _MUTABLE = {
     "priority",
     "queue",
@@ -220,7 +220,7 @@ def delete_job(request: DeleteJob, context: Context, identity: str) -> None:
     _require_owner(job, request.managed_by)
     if not is_ended(job):
         raise PermanentError(
-            Reason.STALE_REVISION, f"Job {job.uid} is {job.state}: cancel it before deleting it."
+            Reason.NOT_ENDED, f"Job {job.uid} is {job.state}: cancel it before deleting it."
         )
     context.state.delete(keys.job(job.uid))
     context.state.delete(keys.name(job.spec.namespace, job.spec.name))
@@ -256,48 +256,36 @@ def cordon(request: Cordon, context: Context, identity: str) -> Hold:
     return put_hold(context, request.subject, HoldKind.CORDON, request.message, identity)
 
 
-def put_hold(context: Context, subject: str, kind: HoldKind, message: str, identity: str) -> Hold:
-    context.cluster.require_subject(subject)
-    key = keys.hold(subject)
-    old = context.state.records.get(key)
-    if old is not None and old.kind is kind:
-        found: Hold = old
-        return found
-    if len(context.holds) >= HOLDS_MAX:
-        raise PermanentError(Reason.LIMIT_EXCEEDED, f"{HOLDS_MAX} holds exist: lift some first.")
-    hold = Hold(
-        subject=subject,
-        kind=kind,
-        reason=kind,
-        message=message or f"{kind.lower()} by {identity}",
-        created_by=identity,
-        create_time=context.now,
-    )
-    context.state.put(key, hold)
-    context.set_hold(hold)
-    note(context, f"HOLD_{kind}", subject, hold.message, identity=identity)
-    return hold
-
-
 @answer.register
-def uncordon(request: Uncordon, context: Context, identity: str) -> None:
-    hold = context.state.records.get(keys.hold(request.subject))
-    if hold is None:
-        raise PermanentError(
-            Reason.NOT_FOUND, f"{request.subject} has no hold; `raddle dies` shows all holds."
-        )
-    if hold.kind is HoldKind.DRAIN:
-        raise PermanentError(
-            Reason.MANAGED_BY_OTHER, f"{request.subject} is being drained: cancel the maintenance."
-        )
-    lift_hold(context, request.subject)
-    note(context, "HOLD_LIFTED", request.subject, "takes work again", identity=identity)
+def uncordon(request: Uncordon, context: Context, identity: str) -> tuple[Hold, ...]:
+    """Lift the cordon; gives the holds that still keep work away from the subject."""
+    subject = request.subject
+    if (subject, HoldKind.CORDON) not in context.holds:
+        raise _no_cordon(context, subject)
+    lift_hold(context, subject, HoldKind.CORDON)
+    left = covering(context, subject)
+    said = ", ".join(f"{hold.kind} on {hold.subject}" for hold in left)
+    note(
+        context,
+        "HOLD_LIFTED",
+        subject,
+        f"the cordon is lifted; still held by {said}" if left else "takes work again",
+        identity=identity,
+    )
+    return left
 
 
-def lift_hold(context: Context, subject: str) -> None:
-    context.state.delete(keys.hold(subject))
-    context.lift_hold(subject)
-    context.queue_dirty = True
+def _no_cordon(context: Context, subject: str) -> PermanentError:
+    drain = holding_maintenance(context, subject)
+    if drain is not None:
+        return PermanentError(
+            Reason.MANAGED_BY_OTHER,
+            f"{subject} is being drained and has no cordon: cancel the maintenance"
+            f" (`raddle drain {drain.id} --cancel`).",
+        )
+    return PermanentError(
+        Reason.NOT_FOUND, f"{subject} has no hold of its own; `raddle dies` shows all holds."
+    )
 
 
 @answer.register
@@ -322,40 +310,54 @@ def declare_node_lost(request: DeclareNodeLost, context: Context, identity: str)
 
 @answer.register
 def create_maintenance(request: CreateMaintenance, context: Context, identity: str) -> Maintenance:
-    """Begin a drain: no new work, and what runs moves away under a plan."""
+    """Begin a drain: no new work, and what runs moves away under a plan.
+
+    What is drained already, or being drained, stays so under the maintenance that did it.
+    """
     context.cluster.require_subject(request.subject)
-    for other in context.state.maintenances():
-        if other.subject == request.subject and other.state is MaintenanceState.DRAINING:
-            return other
+    if request.timeout_s <= 0:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"timeout is {request.timeout_s:g} s; it must be above 0.",
+            field="timeout",
+        )
+    known = holding_maintenance(context, request.subject)
+    if known is not None:
+        return known
     record = Maintenance(
         id=request.maintenance_id,
         subject=request.subject,
         state=MaintenanceState.DRAINING,
         why=Why(reason="DRAINING", message=request.message or "ranks move away"),
         deadline=context.now + request.timeout_s,
+        ranks_total=sum(ranks_under(context, request.subject).values()),
         created_by=identity,
         create_time=context.now,
     )
     if request.dry_run:
-        return record
-    context.state.put(keys.maintenance(record.id), record)
+        message = f"{record.ranks_total} ranks would have to move away"
+        return replace(record, id="", why=Why(reason="DRY_RUN", message=message))
     put_hold(context, request.subject, HoldKind.DRAIN, record.why.message, identity)
+    context.state.put(keys.maintenance(record.id), record)
     context.drains_dirty = True
     return record
 
 
 @answer.register
 def cancel_maintenance(request: CancelMaintenance, context: Context, identity: str) -> Maintenance:
+    """End a drain: its subject takes work again, unless something else holds it."""
     key = keys.maintenance(request.maintenance_id)
     record: Maintenance | None = context.state.records.get(key)
     if record is None:
         raise PermanentError(Reason.NOT_FOUND, f"There is no maintenance {request.maintenance_id}.")
-    if record.state is MaintenanceState.CANCELLED:
+    if record.state in (MaintenanceState.CANCELLED, MaintenanceState.EXPIRED):
         return record
     why = Why(reason="CANCELLED", message=f"cancelled by {identity}")
     record = replace(record, state=MaintenanceState.CANCELLED, why=why)
     context.state.put(key, record)
-    lift_hold(context, record.subject)
+    context.seen_since.pop(record.id, None)
+    lift_drain(context, record.subject)
+    context.drains_dirty = True
     return record
 
 

@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from raddle.core.context import Context, active_ranks, active_seats, is_ended, role_of
-from raddle.core.experts.maps import IntArray, to_array
+from raddle.core.experts.layout import IntArray
+from raddle.core.experts.maps import to_array
 from raddle.core.state import State
 from raddle.model.incident import Incident, IncidentPhase
 from raddle.model.job import AssignmentStage, Job, JobAssignment, JobState, Placement

@@ -52,6 +52,8 @@ from raddle.model.types import Why
 
 # A job that waited this long is not overtaken any more by smaller or less important ones.
 RESERVE_AFTER_S = 60.0
+#: Of so many shapes the first waiting job's record keeps up with the numbers in its sentence.
+HEADS_TOLD_MAX = 16
 #: The reason of a job that somebody ended.
 CANCELLED = "CANCELLED"
 _RUNNING = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
@@ -112,10 +114,10 @@ def size_of(context: Context, job: Job) -> CommitSize:
 
 
 def _tell(context: Context, unfit: dict[int, Why]) -> bool:
-    """Tell jobs what they wait for, once. True if the commit is full and more are to be told."""
+    """Tell jobs what they wait for. True if the commit is full and more are to be told."""
     waiting = context.state.waiting
-    for shape, reason in [(shape, why.reason) for shape, why in unfit.items()]:
-        waiting.waits_for(shape, reason)
+    for number, (shape, why_now) in enumerate(unfit.items()):
+        waiting.waits_for(shape, why_now, tell_head=number < HEADS_TOLD_MAX)
     for job_uid in list(waiting.untold):
         why = unfit.get(waiting.shape_of(job_uid))
         if why is None:

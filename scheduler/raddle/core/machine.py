@@ -24,7 +24,14 @@ from raddle.core import (
 )
 from raddle.core.admission import model_shape
 from raddle.core.cluster import Cluster
-from raddle.core.context import Context, active_ranks, active_seats, set_why, status_of
+from raddle.core.context import (
+    Context,
+    active_ranks,
+    active_seats,
+    ranks_under,
+    set_why,
+    status_of,
+)
 from raddle.core.detection import Loss
 from raddle.core.events import (
     AgentStreamBroken,
@@ -41,7 +48,8 @@ from raddle.core.events import (
     StoreLeaderChanged,
     Woken,
 )
-from raddle.core.handlers import answer, lift_hold
+from raddle.core.handlers import answer
+from raddle.core.holds import lift_drain
 from raddle.core.instructions import Instruction, ProbeNode, ProbeRank, Reply, WakeAt
 from raddle.core.invariants import check
 from raddle.core.nodes import NodeTracker
@@ -357,19 +365,10 @@ class Machine:
 
     def _advance_drain(self, record: Maintenance) -> None:
         context = self.context
-        here = blocked = 0
-        for job in context.state.jobs():
-            placement = context.state.placement(job.uid)
-            if placement is None:
-                continue
-            positions = [
-                s.placement.die or s.placement.node for s in active_seats(context, job, placement)
-            ]
-            count = sum(1 for p in positions if context.is_under(p, record.subject))
-            if count:
-                context.touched[job.uid] = None
-            here += count
-            blocked += count if job.uid in context.drain_blocked else 0
+        ranks = ranks_under(context, record.subject)
+        context.touched |= dict.fromkeys(ranks)
+        here = sum(ranks.values())
+        blocked = sum(count for uid, count in ranks.items() if uid in context.drain_blocked)
         total = max(record.ranks_total, here)
         new = replace(record, ranks_total=total, ranks_moved=total - here)
         if here == 0:
@@ -380,7 +379,6 @@ class Machine:
             why = Why(reason="EXPIRED", message=f"{here} of {total} ranks are still here")
             new = replace(new, state=MaintenanceState.EXPIRED, why=why)
             context.draining.pop(record.subject, None)
-            lift_hold(context, record.subject)
         elif blocked:
             message = (
                 f"{blocked} of {total} ranks have nowhere to go: free dies or cancel the drain"
@@ -389,6 +387,8 @@ class Machine:
         if new.state is not MaintenanceState.DRAINING:
             context.seen_since.pop(record.id, None)
         context.state.put(keys.maintenance(record.id), new)
+        if new.state is MaintenanceState.EXPIRED:
+            lift_drain(context, record.subject)
 
     def _drain_left_s(self, record: Maintenance) -> float:
         """Of the drain's time; counted anew by each leader, on its own clock."""

@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from typing import Any
 
 from raddle.model.job import Job
+from raddle.model.types import Why
 
 #: (negated priority, time of creation, uid): the smallest is placed first.
 Place = tuple[int, float, str]
@@ -21,8 +22,8 @@ class WaitingJobs:
         self._by_shape: dict[int, list[Place]] = {}
         self._known: dict[str, tuple[int, Place]] = {}
         self._shapes: dict[Any, int] = {}
-        #: The reason that jobs of each shape were told.
-        self._told: dict[int, str] = {}
+        #: What jobs of each shape wait for now.
+        self._now: dict[int, Why] = {}
         #: Jobs that were not told yet what they wait for.
         self.untold: dict[str, None] = {}
 
@@ -40,11 +41,23 @@ class WaitingJobs:
     def shape_of(self, job_uid: str) -> int:
         return self._known[job_uid][0]
 
-    def waits_for(self, shape: int, reason: str) -> None:
-        """Jobs of this shape wait for this; those that were told another reason are told anew."""
-        if self._told.setdefault(shape, reason) != reason:
-            self._told[shape] = reason
+    def waits_for(self, shape: int, why: Why, *, tell_head: bool) -> None:
+        """Jobs of this shape wait for this; those that were told another reason are told anew.
+
+        Numbers in the sentence change often, and thousands of jobs may wait for the same: of a
+        new sentence with the old reason only the first job is told, and only if `tell_head`.
+        """
+        old = self._now.get(shape)
+        self._now[shape] = why
+        if old is not None and old.reason != why.reason:
             self.untold |= {place[2]: None for place in self._by_shape[shape]}
+        elif old != why and tell_head:
+            self.untold[self._by_shape[shape][0][2]] = None
+
+    def why(self, job_uid: str) -> Why | None:
+        """What the job waits for by the newest decision, which its record may not say yet."""
+        known = self._known.get(job_uid)
+        return self._now.get(known[0]) if known is not None else None
 
     def put(self, job: Job) -> None:
         """A job waits, perhaps at another place than before."""
@@ -73,4 +86,4 @@ class WaitingJobs:
             del self._by_shape[shape]
         if not self._by_shape:
             self._shapes.clear()
-            self._told.clear()
+            self._now.clear()

@@ -9,7 +9,7 @@ from raddle.core.nodes import NodeTracker
 from raddle.model import keys
 from raddle.model.health import ActiveFault, AgentHealth, AgentRegistration, FaultLevel, Hold
 from raddle.model.job import Placement
-from raddle.model.kinds import NodeState, SeatState
+from raddle.model.kinds import HoldKind, NodeState, SeatState
 from raddle.model.topology import SuperNode, node_of
 from raddle.model.types import RankKey
 from raddle.scheduler.mirror import Mirror
@@ -18,6 +18,7 @@ from raddle.v1 import health_pb2, scheduler_pb2, types_pb2
 from raddle.wire.codec import to_message
 
 _LEVELS = list(FaultLevel)
+_HOLD_KINDS = list(HoldKind)
 
 
 def _supernodes(mirror: Mirror) -> list[SuperNode]:
@@ -37,14 +38,21 @@ def _work(mirror: Mirror) -> dict[str, tuple[str, RankKey, str]]:
     return found
 
 
-def _hold_of(mirror: Mirror, die: str) -> Hold | None:
-    """The hold on the die or on anything that it is part of."""
-    parts = die.split("/")
-    for depth in range(len(parts), 0, -1):
-        hold: Hold | None = mirror.get(keys.hold("/".join(parts[:depth])))
-        if hold is not None:
-            return hold
-    return None
+def holds_by_subject(mirror: Mirror) -> dict[str, list[Hold]]:
+    """All holds; of one subject the strongest kind first."""
+    found: dict[str, list[Hold]] = {}
+    for _, hold in mirror.under(keys.HOLDS):
+        found.setdefault(hold.subject, []).append(hold)
+    for holds in found.values():
+        holds.sort(key=lambda hold: -_HOLD_KINDS.index(hold.kind))
+    return found
+
+
+def holds_over(holds: dict[str, list[Hold]], position: str) -> list[Hold]:
+    """Holds on a part and on what it is part of, the nearest first."""
+    parts = position.split("/")
+    prefixes = ["/".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+    return [hold for prefix in prefixes for hold in holds.get(prefix, ())]
 
 
 def _faults_of(health: AgentHealth | None, die: str) -> list[ActiveFault]:
@@ -54,25 +62,25 @@ def _faults_of(health: AgentHealth | None, die: str) -> list[ActiveFault]:
 
 def dies(mirror: Mirror, node: str) -> list[scheduler_pb2.DieStatus]:
     """Dies of one node, or all, in order."""
-    work = _work(mirror)
+    work, holds = _work(mirror), holds_by_subject(mirror)
     found = []
     for supernode in _supernodes(mirror):
         for number in range(supernode.dies):
             position = supernode.die_position(number)
             if node and node_of(position) != node:
                 continue
-            found.append(_die(mirror, position, work))
+            found.append(_die(mirror, position, work, holds_over(holds, position)))
     return found
 
 
 def _die(
-    mirror: Mirror, position: str, work: dict[str, tuple[str, RankKey, str]]
+    mirror: Mirror, position: str, work: dict[str, tuple[str, RankKey, str]], holds: list[Hold]
 ) -> scheduler_pb2.DieStatus:
     status = scheduler_pb2.DieStatus(die=position)
-    hold = _hold_of(mirror, position)
-    if hold is not None:
-        status.hold = hold.kind
-        status.why.reason, status.why.message = hold.reason, hold.message
+    if holds:
+        status.hold = holds[0].kind
+        status.why.reason, status.why.message = holds[0].reason, holds[0].message
+        status.holds.extend(to_message(hold, health_pb2.Hold) for hold in holds)
     faults = _faults_of(mirror.get(keys.health(node_of(position))), position)
     status.faults.extend(to_message(fault, health_pb2.ActiveFault) for fault in faults)
     if faults:

@@ -30,6 +30,7 @@ from raddle.core.nodes import NodeTracker
 from raddle.core.requests import Request
 from raddle.model import keys
 from raddle.model.errors import RaddleError, Reason, TemporaryError
+from raddle.model.types import Why
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
 from raddle.scheduler.probes import RankProber
@@ -196,6 +197,12 @@ class Leader:
     def context(self) -> Context | None:
         """What this term knows, for reading only; None before its first decision."""
         return self._current.context if self._current is not None else None
+
+    def waits_for(self, job_uid: str) -> Why | None:
+        """What a job waits for by the newest decision; None if it does not wait."""
+        if self._current is None:
+            return None
+        return self._current.context.state.waiting.why(job_uid)
 
     def _machine(self) -> Machine:
         machine = self._make_machine(self._mirror.records(), now=self._clock())

@@ -40,7 +40,7 @@ from raddle.telemetry.channels import OPTIONS, make_channel
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.metrics import serve_metrics
 from raddle.telemetry.settings import load_settings, require, setting
-from raddle.telemetry.tls import require_safe_listen, tls_files
+from raddle.telemetry.tls import TlsFiles, require_safe_listen, tls_files
 from raddle.v1 import router_pb2_grpc, scheduler_pb2_grpc
 from raddle.wire import records as wire
 
@@ -72,8 +72,34 @@ class Settings:
 
 
 def etcd_tls(ca: str, certificate: str, key: str) -> EtcdTls | None:
-    files = tls_files(ca, certificate, key)
+    files = tls_files(ca, certificate, key, prefix="--etcd-")
     return EtcdTls(files.ca, files.certificate, files.key) if files else None
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What the settings' files hold."""
+
+    tls: TlsFiles | None
+    etcd_tls: EtcdTls | None
+    policy: Policy
+
+
+def read_files(settings: Settings) -> Files:
+    """Read all files that the settings name, and refuse settings that cannot work.
+
+    Raises:
+        PermanentError: naming the setting or the file.
+    """
+    require([("--etcd", settings.etcd)])
+    tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
+    require_safe_listen(settings.listen, tls)
+    if settings.policy:
+        policy = load_policy(settings.policy)
+    else:
+        policy = LOOPBACK if tls is None else DEFAULT
+    etcd = etcd_tls(settings.etcd_ca, settings.etcd_certificate, settings.etcd_key)
+    return Files(tls, etcd, policy)
 
 
 class SchedulerProcess:
@@ -81,14 +107,14 @@ class SchedulerProcess:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
-        require_safe_listen(settings.listen, self.tls)
+        files = read_files(settings)
+        self.tls = files.tls
         identity = settings.identity or f"{socket.gethostname()}-{secrets.token_hex(3)}"
         self.store = EtcdStore(
             settings.etcd,
             settings.cluster,
             operation_key=f"operations/{identity}",
-            tls=etcd_tls(settings.etcd_ca, settings.etcd_certificate, settings.etcd_key),
+            tls=files.etcd_tls,
         )
         self.mirror = Mirror(self.store)
         self.replica = Replica(
@@ -97,7 +123,7 @@ class SchedulerProcess:
             version=version("raddle"),
             mirror=self.mirror,
             metrics=Metrics(),
-            policy=self._policy(),
+            policy=files.policy,
             tls=self.tls,
             fault_injection=settings.allow_fault_injection,
         )
@@ -106,11 +132,6 @@ class SchedulerProcess:
         self._incarnation = secrets.token_hex(6)
         self._probe_channels: dict[str, grpc.aio.Channel] = {}
         self._had_connection: dict[str, bool] = {}
-
-    def _policy(self) -> Policy:
-        if self.settings.policy:
-            return load_policy(self.settings.policy)
-        return LOOPBACK if self.tls is None else DEFAULT
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until told to stop; then give the lead back."""
@@ -249,8 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings, only_check = load_settings(
             Settings, "raddle-scheduler", "One replica of the Raddle scheduler.", argv
         )
-        require([("--etcd", settings.etcd)])
         if only_check:
+            read_files(settings)
             sys.stdout.write(msgspec.yaml.encode(asdict(settings)).decode())
             return
         configure_logging("scheduler", json_lines=settings.log_json or None)

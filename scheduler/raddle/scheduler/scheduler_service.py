@@ -22,6 +22,7 @@ from raddle.model.health import AgentAcks, FaultLevel
 from raddle.model.incident import Incident
 from raddle.model.job import Job, JobSpec, Placement
 from raddle.model.stats import RankStats
+from raddle.model.types import Why
 from raddle.scheduler import explain, inventory, kv_service
 from raddle.scheduler.interceptor import caller_of, refuse_foreign_node, time_left
 from raddle.scheduler.replica import Replica
@@ -211,8 +212,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         return scheduler_pb2.DeleteJobResponse()
 
     async def Explain(self, request: Any, _context: Context) -> scheduler_pb2.ExplainResponse:
-        why, story = explain.explain(self._mirror, request.subject)
+        why, story = explain.explain(self._mirror, request.subject, self._waits_for)
         return scheduler_pb2.ExplainResponse(why=explain.why_message(why), story=story)
+
+    def _waits_for(self, job_uid: str) -> Why | None:
+        leader = self._replica.leader
+        return leader.waits_for(job_uid) if leader is not None else None
 
     # --- the machine ---------------------------------------------------------------------------
 
@@ -246,8 +251,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         return scheduler_pb2.CordonResponse(hold=to_message(hold, health_pb2.Hold))
 
     async def Uncordon(self, request: Any, context: Context) -> scheduler_pb2.UncordonResponse:
-        await self._ask(requests.Uncordon(subject=request.subject), context)
-        return scheduler_pb2.UncordonResponse()
+        left = await self._ask(requests.Uncordon(subject=request.subject), context)
+        return scheduler_pb2.UncordonResponse(
+            holds=[to_message(hold, health_pb2.Hold) for hold in left]
+        )
 
     async def DeclareNodeLost(
         self, request: Any, context: Context

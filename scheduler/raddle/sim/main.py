@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import structlog
+import yaml
 
 from raddle.machines import names
 from raddle.sim.run import Verdict, simulate
@@ -41,7 +42,7 @@ def summary(verdicts: Sequence[Verdict], cpu_s: float) -> dict[str, Any]:
         "commits": sum(v.commits for v in verdicts),
         "leader_terms": sum(v.terms for v in verdicts),
         "incidents_per_cpu_s": round(incidents / max(cpu_s, 1e-9), 1),
-        "options": dict(sorted(options.items())),
+        "options": {str(option): n for option, n in sorted(options.items())},
         "faults_by_phase": dict(sorted(hits.items())),
         "digests": {str(v.seed): v.digest for v in verdicts},
     }
@@ -64,7 +65,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=40, help="faults a seed (default 40)")
     parser.add_argument("--jobs", type=int, default=3, help="jobs a seed (default 3)")
     parser.add_argument("--trace", action="store_true", help="print every line of the traces")
-    parser.add_argument("--output", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--output", "-o", choices=["table", "json", "yaml"], default="table", help="of the summary"
+    )
     found = parser.parse_args(argv)
     if found.seeds is None:
         found.seeds = 1 if found.seed else 20
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verdicts.append(verdict)
         if arguments.trace:
             sys.stdout.writelines(f"{line}\n" for line in verdict.trace)
-        if arguments.output == "text":
+        if arguments.output == "table":
             state = "; ".join(verdict.failures) or "converged"
             sys.stdout.write(
                 f"seed {seed}: {verdict.incidents} incidents, {verdict.terms} leader terms,"
@@ -94,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     total = summary(verdicts, time.process_time() - started)
     if arguments.output == "json":
         sys.stdout.write(json.dumps(total) + "\n")
+    elif arguments.output == "yaml":
+        sys.stdout.write(yaml.safe_dump(total, sort_keys=False))
     else:
         sys.stdout.write(
             f"{total['seeds']} seeds, {len(total['failed_seeds'])} failed, {total['incidents']}"

@@ -6,6 +6,7 @@ import sys
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from raddle.cli.session import print_data
 from raddle.v1 import incident_pb2, job_pb2
 
 if TYPE_CHECKING:
@@ -109,7 +110,11 @@ def _incident(incident: Any) -> dict[str, Any]:
     }
 
 
-def print_result(result: dict[str, Any]) -> None:
+def show_result(result: dict[str, Any], output: str) -> None:
+    """One JSON or YAML document, or what people want to know."""
+    if output != "table":
+        print_data(result, output)
+        return
     same = "all the same" if result["tokens_different"] == 0 else "NOT THE SAME"
     sys.stdout.write(
         f"\n{result['requests_finished']} of {result['requests_sent']} requests finished;"

@@ -10,7 +10,6 @@ import asyncio
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from raddle import traces
 from raddle.cli.cluster import LocalCluster
 from raddle.cli.demo import jobs
 from raddle.cli.demo.client import Answers, get_text, send_all
-from raddle.cli.demo.report import document, print_incident, print_result
+from raddle.cli.demo.report import document, print_incident, show_result
 from raddle.cli.session import EXIT_FAILED, EXIT_OK, say
 from raddle.model.errors import RaddleError
 from raddle.traces import TraceRequest
@@ -40,7 +39,7 @@ class Demo:
 
     cluster: LocalCluster
     requests: list[TraceRequest]
-    as_json: bool
+    output: str
     began_s: float = field(default_factory=time.monotonic)
     uids: dict[str, str] = field(default_factory=dict)
     address: str = ""
@@ -54,11 +53,11 @@ class Demo:
         say(f"[{time.monotonic() - self.began_s:5.1f} s] {text}")
 
 
-async def run_demo(*, as_json: bool, requests: int, keep: bool) -> int:
+async def run_demo(*, output: str, requests: int, keep: bool) -> int:
     """Run it all; gives the exit code."""
     folder = Path(tempfile.mkdtemp(prefix="raddle-demo-"))
     cluster = LocalCluster(folder, real_nodes=jobs.REAL_NODES)
-    demo = Demo(cluster, traces.load_requests(requests), as_json)
+    demo = Demo(cluster, traces.load_requests(requests), output)
     cluster.tell = demo.say
     succeeded = False
     task = asyncio.current_task()
@@ -143,7 +142,7 @@ async def _wait_incident(demo: Demo, count: int) -> None:
 
     await demo.cluster.until(closed, f"incident {count} is closed")
     newest = (await _incidents(demo))[0]
-    if not demo.as_json:
+    if demo.output == "table":
         print_incident(newest)
 
 
@@ -190,12 +189,7 @@ async def _collect(demo: Demo) -> None:
 def _judge(demo: Demo) -> bool:
     """Print the result; is every token the same and no request lost?"""
     result = document(demo)
-    if demo.as_json:
-        import json
-
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    else:
-        print_result(result)
+    show_result(result, demo.output)
     failures = demo.undisturbed.failures | demo.disturbed.failures
     for number, why in sorted(failures.items()):
         say(f"request {number} was lost: {why}")

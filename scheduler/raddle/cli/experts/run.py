@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -10,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import yaml
 
 from raddle.cli.experts.picture import load_picture
-from raddle.cli.session import print_table, printable
+from raddle.cli.session import print_data, print_table, printable
 from raddle.core.experts.balance import balancedness, best_balancedness, die_loads
 from raddle.core.experts.coverage import Coverage, DomainLoss, measure_coverage
 from raddle.core.experts.layout import BoolArray, FloatArray
@@ -174,7 +172,7 @@ def show(result: Result, form: str, bytes_per_expert: int) -> None:
         **result.more,
     }
     if form != "table":
-        _show_data(figures, form)
+        print_data(figures, form)
         return
     sys.stdout.write(load_picture(document, die_loads(table, result.wanted, layout)) + "\n\n")
     print_table(["FIGURE", "VALUE"], [[name, _text(value)] for name, value in figures.items()])
@@ -186,20 +184,11 @@ def _text(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _show_data(data: Any, form: str) -> None:
-    text = (
-        yaml.safe_dump(data, sort_keys=False)
-        if form == "yaml"
-        else json.dumps(data, indent=2) + "\n"
-    )
-    sys.stdout.write(text)
-
-
 def check(document: MapDocument, form: str) -> bool:
     """Name every defect, one a line; True if there is none."""
     defects = check_map(document.physical_to_logical, document.experts, layout_of(document))
     if form != "table":
-        _show_data({"defects": defects, "valid": not defects}, form)
+        print_data({"defects": defects, "valid": not defects}, form)
     else:
         sys.stdout.writelines(printable(defect) + "\n" for defect in defects)
     if not defects and form == "table":
@@ -219,7 +208,7 @@ def coverage(document: MapDocument, form: str) -> None:
     )
     found = measure_coverage(table, document.experts, layout)
     if form != "table":
-        _show_data(_coverage_data(found), form)
+        print_data(_coverage_data(found), form)
         return
     rows = [
         [
