@@ -72,10 +72,15 @@ def test_a_leader_dies_between_the_parts_of_a_large_decision() -> None:
             for number in range(30):
                 await cluster.ask(_two_ranks(number))
             await cluster.until(lambda: not left(cluster), "all jobs run")
-            for scheduler in cluster.schedulers.values():
-                scheduler.dies_between_parts = True
-            for name in list(cluster.nodes)[:10]:
+            leader = cluster.leader
+            assert leader is not None
+            leader.dies_between_parts = True
+            # It learns of all of them at once.
+            leader.store.cut()
+            for name in cluster.nodes:
                 cluster.nodes[name].devices.set_faults([r.die for r in cluster.hosts.on(name)])
+            await cluster.pass_time(0.5)
+            leader.store.mend()
             await cluster.until(lambda: len(running(cluster)) < REPLICAS, "the leader dies")
             for node in cluster.nodes.values():
                 node.devices.heal()

@@ -28,7 +28,7 @@ _SUPERVISED_SHARE = 0.5
 # How long the agent of a host that dies a slow death is gone before its ranks.
 _HOST_DIES_LATER_S = 8.0
 _RESTORED_WITHIN_S = 2.0
-_FORGOTTEN_MAX = 40
+_FORGOTTEN_MAX = 10
 _MOMENT_S = 0.01
 _MOMENTS_MAX = 100
 #: Records that may rot: those whose loss the rest of the store, or their writer, makes good.
