@@ -85,7 +85,6 @@ NOT_THERE: Calls = (
     (("submit", "nobody.yaml"), "nobody.yaml"),
     (("supernode", "nobody"), "cloudmatrix384"),
     (("dies", "sn0/n99"), "`raddle nodes`"),
-    (("status", "a\x1b[2J"), "x1b"),
 )
 MISUSES: Calls = (
     (("bogus",), "bogus"),
@@ -111,7 +110,8 @@ MISUSES: Calls = (
 #: There is a job `kept`, and files `j.yaml` and `k.yaml` with jobs of these names.
 NONSENSE: Calls = (
     (("cordon", "../x"), "sn0/n07"),
-    (("cordon", "sn0/n01\x1b[2J"), "sn0/n07"),
+    (("cordon", "sn0/n01\x1b[2J"), "subject"),
+    (("status", "a\x1b[2J"), "name"),
     (("cordon", "sn0/n01", "-m", "a\x1b[2J"), "message"),
     (("cordon", "sn0/n01", "-m", "a" * 600), "512"),
     (("drain", "sn0/../n01"), "sn0/n07"),

@@ -11,7 +11,7 @@ import pytest
 from raddle.core.admission import check_spec
 from raddle.core.cluster import Cluster
 from raddle.model.errors import PermanentError, Reason
-from raddle.model.job import EngineSpec, JobSpec, RecoverySpec
+from raddle.model.job import EngineSpec, JobSpec, LaunchSpec, RecoverySpec
 from tests.core.machines import (
     DEEPSEEK,
     DENSE,
@@ -130,6 +130,30 @@ BAD: list[tuple[str, Callable[[JobSpec], JobSpec], Reason, str]] = [
         Reason.INVALID_ARGUMENT,
         "max_pause",
     ),
+    (
+        "pause without end",
+        lambda s: replace(s, recovery=RecoverySpec(max_pause=2.0**62)),
+        Reason.INVALID_ARGUMENT,
+        "max_pause",
+    ),
+    (
+        "masking",
+        lambda s: replace(s, recovery=RecoverySpec(allow_masking=True)),
+        Reason.ENGINE_UNSUPPORTED,
+        "recovery.allow_masking",
+    ),
+    (
+        "negative MTP layers",
+        lambda s: replace(s, model=replace(s.model, mtp_layers=-5)),
+        Reason.INVALID_ARGUMENT,
+        "model.mtp_layers",
+    ),
+    (
+        "negative context",
+        lambda s: replace(s, model=replace(s.model, max_context_tokens=-7)),
+        Reason.INVALID_ARGUMENT,
+        "model.max_context_tokens",
+    ),
     ("only cache", lambda s: replace(s, roles=(make_cache(),)), Reason.INVALID_ARGUMENT, "prefill"),
 ]
 
@@ -155,6 +179,16 @@ def test_bad_fields_are_named(
         ({"slots_per_rank": 2_000}, Reason.LIMIT_EXCEEDED, "slots_per_rank"),
         ({"tp": 2}, Reason.INVALID_ARGUMENT, "tp"),
         ({"engine": EngineSpec(driver="vllm")}, Reason.INVALID_ARGUMENT, "engine.driver"),
+        (
+            {"engine": EngineSpec(driver="simulated", attach=True)},
+            Reason.ENGINE_UNSUPPORTED,
+            "engine.attach",
+        ),
+        (
+            {"engine": EngineSpec(driver="simulated", launch=LaunchSpec(command="sh"))},
+            Reason.ENGINE_UNSUPPORTED,
+            "engine.launch",
+        ),
     ],
 )
 def test_bad_numbers_of_a_role_are_named(

@@ -56,9 +56,9 @@ def test_a_node_that_falls_silent_at_a_leader_change_is_judged_right_after_it() 
     nodes = tracker(8)
     nodes.store_leader_changed(now=100.0)
     silence(nodes, 1, now=101.0)
-    look(nodes, now=102.0)
+    look(nodes, now=103.0)
     assert states(nodes) == {NodeState.UNKNOWN}
-    again = look(nodes, now=103.0)
+    again = look(nodes, now=103.5)
     assert again == 100.0 + LEASE_TTL_S
     look(nodes, now=again)
     assert states(nodes) == {NodeState.LOST}
@@ -80,3 +80,17 @@ def test_many_that_fall_silent_at_a_leader_change_stay_unknown() -> None:
     answer(nodes, now=now)
     assert nodes.node("n2").state is NodeState.LOST
     assert nodes.node("n3").state is NodeState.UNKNOWN
+
+
+def test_leases_that_end_one_after_the_other_around_an_election_are_a_storm() -> None:
+    """Of eight leases that end within a second and a half, the first few are not judged alone."""
+    nodes = tracker(12)
+    nodes.store_leader_changed(now=100.0)
+    for number in range(8):
+        now = 103.6 + 0.2 * number
+        nodes.lease_ended(f"n{number}", now=now)
+        look(nodes, now=now)
+        assert NodeState.LOST not in states(nodes), now
+    for moment in (105.2, 106.0, 108.0):
+        look(nodes, now=moment)
+        assert NodeState.LOST not in states(nodes), moment

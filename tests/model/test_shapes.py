@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,42 @@ def test_a_wrong_size_is_refused_by_name(value: object) -> None:
     config = json.loads(models.config_text("deepseek-r1")) | {"hidden_size": value}
     with pytest.raises(PermanentError, match="hidden_size"):
         parse_config(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"num_hidden_layers": 10_000_000, "mlp_only_layers": [-1] * 30_000}, "num_hidden_layers"),
+        ({"mlp_only_layers": [-1]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [[0]]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [0] * 30_000}, "mlp_only_layers"),
+        ({"mlp_only_layers": {}}, "mlp_only_layers"),
+        ({"n_routed_experts": 1_000_000}, "n_routed_experts"),
+        ({"hidden_size": {"a": 1}}, "hidden_size"),
+        ({"hidden_size": 10**4_000}, "hidden_size"),
+    ],
+)
+def test_a_hostile_config_is_refused_in_few_words(change: dict[str, Any], word: str) -> None:
+    """Sizes that no model has and lists of nonsense are refused by name, never worked through."""
+    config = json.loads(models.config_text("deepseek-r1")) | change
+    with pytest.raises(PermanentError, match=word) as caught:
+        parse_config(json.dumps(config))
+    assert len(caught.value.message) < 200
+
+
+def test_listed_dense_layers_hold_no_experts() -> None:
+    """Qwen's list of dense layers counts each layer once."""
+    config = json.loads(models.config_text("qwen3-235b-a22b"))
+    layers = parse_config(json.dumps(config)).moe_layers
+    listed = parse_config(json.dumps(config | {"mlp_only_layers": [0, 3, 3]}))
+    assert listed.moe_layers == layers - 2
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 40_000])
+def test_a_config_nested_without_end_is_refused(text: str) -> None:
+    """Depth is no way to break the parser."""
+    with pytest.raises(PermanentError, match="nested"):
+        parse_config(text)
 
 
 def test_the_built_in_machines_have_their_dies() -> None:

@@ -14,6 +14,10 @@ from raddle.model.errors import PermanentError, Reason
 
 CONFIG_BYTES_MAX = 256 * 1024
 _NUMBER_MAX = 10_000_000
+# Well above the largest models known (Kimi K2: 61 layers, 384 experts).
+LAYERS_MAX = 1_000
+EXPERTS_MAX = 16_384
+_SHOWN_CHARACTERS_MAX = 40
 BYTES_BY_DTYPE = {"int8": 1, "fp8": 1, "bf16": 2, "fp16": 2, "float32": 4}
 _BF16_BYTES = 2
 
@@ -82,6 +86,10 @@ def parse_config(text: str) -> ModelShape:
         raise PermanentError(
             Reason.INVALID_ARGUMENT, f"model.config is no JSON: {error}."
         ) from error
+    except RecursionError as error:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, "model.config is nested too deep: it is a flat JSON object."
+        ) from error
     if not isinstance(config, dict):
         raise PermanentError(Reason.INVALID_ARGUMENT, "model.config must be a JSON object.")
     return _shape(_Reader(cast("dict[str, Any]", config)))
@@ -93,19 +101,49 @@ class _Reader:
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
 
-    def number(self, *names: str, default: int | None = None, least: int = 1) -> int:
+    def number(
+        self, *names: str, default: int | None = None, least: int = 1, most: int = _NUMBER_MAX
+    ) -> int:
         for name in names:
             value = self.config.get(name)
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
-                raise _invalid(name, f"must be a whole number, not {value!r}")
-            if not least <= value <= _NUMBER_MAX:
-                raise _invalid(name, f"must be between {least} and {_NUMBER_MAX}, not {value}")
+                raise _invalid(name, f"must be a whole number, not {_shown(value)}")
+            if not least <= value <= most:
+                raise _invalid(name, f"must be between {least} and {most}, not {_shown(value)}")
             return value
         if default is None:
             raise _invalid(names[0], "is missing")
         return default
+
+    def text(self, name: str) -> str:
+        value = self.config.get(name)
+        return value if isinstance(value, str) else ""
+
+    def layer_numbers(self, name: str, layers: int) -> frozenset[int]:
+        """A list of layers, each once; null is an empty one."""
+        listed: Any = self.config.get(name)
+        if listed is None:
+            return frozenset()
+        if not isinstance(listed, list):
+            raise _invalid(name, f"must be a list of layers, not {_shown(listed)}")
+        values = cast("list[object]", listed)
+        if len(values) > layers:
+            raise _invalid(name, f"lists {len(values)} layers of {layers}")
+        found: set[int] = set()
+        for value in values:
+            if not isinstance(value, int) or not 0 <= value < layers:
+                raise _invalid(name, f"must list layers below {layers}, not {_shown(value)}")
+            found.add(value)
+        return frozenset(found)
+
+
+def _shown(value: Any) -> str:
+    """A value as a refusal quotes it: short, whatever was sent."""
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return repr(value)[:_SHOWN_CHARACTERS_MAX]
 
 
 def _invalid(name: str, message: str) -> PermanentError:
@@ -116,8 +154,8 @@ def _invalid(name: str, message: str) -> PermanentError:
 
 def _shape(read: _Reader) -> ModelShape:
     hidden = read.number("hidden_size")
-    layers = read.number("num_hidden_layers")
-    experts = read.number("n_routed_experts", "num_experts", default=0, least=0)
+    layers = read.number("num_hidden_layers", most=LAYERS_MAX)
+    experts = read.number("n_routed_experts", "num_experts", default=0, least=0, most=EXPERTS_MAX)
     moe_layers = _moe_layers(read, layers) if experts else 0
     expert_weights = 3 * hidden * read.number("moe_intermediate_size") if experts else 0
     chosen = read.number("num_experts_per_tok") if experts else 0
@@ -135,7 +173,7 @@ def _shape(read: _Reader) -> ModelShape:
         + vocabulary * hidden * (1 if tied else 2)
     )
     return ModelShape(
-        model_type=str(read.config.get("model_type", ""))[:64],
+        model_type=read.text("model_type")[:64],
         layers=layers,
         moe_layers=moe_layers,
         experts=experts,
@@ -153,9 +191,9 @@ def _shape(read: _Reader) -> ModelShape:
 def _moe_layers(read: _Reader, layers: int) -> int:
     """DeepSeek counts dense layers first; Qwen lists dense layers and a step."""
     dense = read.number("first_k_dense_replace", default=0, least=0)
-    listed: Any = read.config.get("mlp_only_layers") or []
+    listed = read.layer_numbers("mlp_only_layers", layers)
     step = read.number("moe_layer_freq", "decoder_sparse_step", default=1)
-    if dense >= layers or not isinstance(listed, list):
+    if dense >= layers:
         raise _invalid("first_k_dense_replace", f"leaves no layer with experts of {layers}")
     sparse = [
         layer

@@ -14,6 +14,9 @@ from dataclasses import dataclass, fields
 from raddle.model.errors import PermanentError, Reason
 
 DIES_MAX = 200_000
+_MACHINE_CHARACTERS_MAX = 64
+# What a position can name (see `_POSITION`).
+_MOST = {"nodes": 99_999, "npus_per_node": 1_000, "dies_per_npu": 100}
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?\Z")
 _POSITION = re.compile(
     r"(?P<supernode>[a-z0-9][-a-z0-9]{0,31})"
@@ -49,7 +52,11 @@ class SuperNode:
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
-            raise _invalid("name", f"{self.name!r} must be lower-case letters, digits and dashes")
+            shown = repr(self.name[:40])
+            raise _invalid("name", f"{shown} must be lower-case letters, digits and dashes")
+        if len(self.machine) > _MACHINE_CHARACTERS_MAX or not self.machine.isprintable():
+            most = _MACHINE_CHARACTERS_MAX
+            raise _invalid("machine", f"must be at most {most} printable characters")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("name", "machine"):
@@ -57,6 +64,8 @@ class SuperNode:
             least = 0 if field.name == "communication_racks" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise _invalid(field.name, f"must be a whole number of at least {least}")
+            if value > _MOST.get(field.name, value):
+                raise _invalid(field.name, f"must be at most {_MOST[field.name]}")
         if self.dies > DIES_MAX:
             raise _invalid("nodes", f"{self.dies} dies are more than {DIES_MAX}")
         if self.nodes > self.nodes_per_rack * self.compute_racks:

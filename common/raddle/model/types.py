@@ -11,6 +11,10 @@ from enum import StrEnum
 
 from raddle.model.kinds import RoleKind
 
+#: The longest time that anybody may ask for: ten years. Longer ones are slips of units, and what
+#: is far above cannot be stored.
+DURATION_S_MAX = 10 * 365 * 86_400
+
 
 class WeightSource(StrEnum):
     """Where a copy of an expert's weights comes from."""

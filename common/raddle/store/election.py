@@ -69,6 +69,8 @@ class Election:
         self._value = value
         self._probe = probe
         self._not_before_s = 0.0
+        #: Why the store could not be asked the last time; empty while it answers.
+        self.trouble = ""
         self._wait_s = DEPOSED_WAIT_S
 
     def deposed(self) -> None:
@@ -82,6 +84,7 @@ class Election:
         while True:
             try:
                 record = await self._store.get(keys.LEADER)
+                self.trouble = ""
                 if record is None:
                     term = await self._take(0)
                 else:
@@ -91,6 +94,7 @@ class Election:
                     return term
             except TemporaryError as error:
                 log.warning("cannot campaign", why=str(error))
+                self.trouble = error.message
             await asyncio.sleep(PROBE_INTERVAL_S)
 
     async def _judge(self, record: Record, silent_since: float | None) -> tuple[bool, float | None]:

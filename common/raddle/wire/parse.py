@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from google.protobuf import json_format
+from google.protobuf import duration_pb2, json_format
 from google.protobuf.message import Message
 
-from raddle.model.errors import PermanentError, RaddleError, Reason
+from raddle.model.errors import PermanentError, Reason
 from raddle.model.job import JobSpec
 from raddle.model.topology import SuperNode
+from raddle.model.types import DURATION_S_MAX
 from raddle.v1 import job_pb2, topology_pb2
 from raddle.wire.codec import CodecError, from_message
 
 FILE_BYTES_MAX = 1_000_000
 TEXT_CHARACTERS_MAX = 512
 _DEFAULT_KV_BLOCK_TOKENS = 128
+_NANOS = 1_000_000_000
+#: Paths whose texts are bounded by what parses them.
+_LONG_TEXTS = ("model.config", "spec.model.config")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -66,9 +70,27 @@ def job_message(text: str, folder: Path) -> job_pb2.JobSpec:
     model = document.get("model")
     if isinstance(model, dict):
         model["config"] = _config_text(model.get("config"), folder)
+    _refuse_zeros(document)
     message = job_pb2.JobSpec()
     _parse(document, message, "job")
     return message
+
+
+def _refuse_zeros(document: dict[str, Any]) -> None:
+    """A message cannot tell a written 0 from nothing, which means the default."""
+    model, roles = document.get("model"), document.get("roles")
+    parts = [("model", model, ("kv_block_tokens", "kvBlockTokens"))]
+    for index, role in enumerate(roles if isinstance(roles, list) else []):
+        parts.append((f"roles[{index}]", role, ("instances", "tp")))
+    for path, part, names in parts:
+        written = part if isinstance(part, dict) else {}
+        for name in names:
+            if written.get(name) in (0, "0"):
+                raise PermanentError(
+                    Reason.INVALID_ARGUMENT,
+                    f"job: {path}.{name} must be at least 1; leave it out for the default.",
+                    field=f"{path}.{name}",
+                )
 
 
 def _config_text(config: Any, folder: Path) -> str:
@@ -176,14 +198,48 @@ def job_spec(message: job_pb2.JobSpec) -> JobSpec:
     full = job_pb2.JobSpec()
     full.CopyFrom(message)
     _fill_defaults(full)
-    for path, value in _texts(full, ""):
-        if path == "model.config":
-            continue
-        require_text(path, value)
+    return job_change(full)
+
+
+def job_change(message: job_pb2.JobSpec) -> JobSpec:
+    """The spec of an update, as it is: only what the request's mask names is read.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the field.
+    """
+    require_texts(message)
+    duration_s("recovery.max_pause", message.recovery.max_pause)
     try:
-        return from_message(full, JobSpec)
-    except (CodecError, RaddleError) as error:
+        return from_message(message, JobSpec)
+    except CodecError as error:
         raise PermanentError(Reason.INVALID_ARGUMENT, f"spec: {error}.") from error
+
+
+def duration_s(path: str, message: duration_pb2.Duration) -> float:
+    """A time that somebody asks for, in seconds: not negative, and at most ten years.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the field.
+    """
+    seconds = message.seconds + message.nanos / _NANOS
+    if not (0 <= message.nanos < _NANOS and 0 <= seconds <= DURATION_S_MAX):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"{path} must be between 0 and {DURATION_S_MAX} seconds.",
+            field=path,
+        )
+    return seconds
+
+
+def require_texts(message: Message) -> None:
+    """All texts of a request are short and printable, wherever they are.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the field.
+    """
+    for path, value in _texts(message, ""):
+        if path not in _LONG_TEXTS:
+            require_text(path, value)
 
 
 def require_text(path: str, value: str) -> None:
@@ -218,7 +274,7 @@ def _fill_defaults(spec: job_pb2.JobSpec) -> None:
         role.tp = role.tp or 1
 
 
-def _texts(message: Any, prefix: str) -> list[tuple[str, str]]:
+def _texts(message: Message, prefix: str) -> list[tuple[str, str]]:
     """(path, text) of every text field inside."""
     found: list[tuple[str, str]] = []
     for field, value in message.ListFields():

@@ -49,6 +49,7 @@ _CODES: dict[Reason, grpc.StatusCode] = {
     Reason.PEER_LOST: grpc.StatusCode.UNAVAILABLE,
     Reason.QUIESCED: grpc.StatusCode.UNAVAILABLE,
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 _CONFLICTS = {Reason.STALE_GENERATION, Reason.STALE_REVISION, Reason.STALE_EPOCH}
 

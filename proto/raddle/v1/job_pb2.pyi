@@ -109,8 +109,11 @@ class ModelSpec(_message.Message):
     """int8, fp8 or bf16."""
     kv_dtype: _builtins.str
     kv_block_tokens: _builtins.int
+    """0 means 128."""
     mtp_layers: _builtins.int
+    """For the engine; the scheduler does not use it."""
     max_context_tokens: _builtins.int
+    """For the engine; the scheduler does not use it."""
     def __init__(
         self,
         *,
@@ -194,9 +197,11 @@ class EngineSpec(_message.Message):
     driver: _builtins.str
     """reference or simulated (further drivers come with their engines)."""
     attach: _builtins.bool
-    """Attach to a running rank instead of starting one."""
+    """Attach to a running rank instead of starting one. No driver of this release does: refused."""
     @_builtins.property
-    def launch(self) -> Global___LaunchSpec: ...
+    def launch(self) -> Global___LaunchSpec:
+        """The drivers of this release know their own command: refused."""
+
     def __init__(
         self,
         *,
@@ -237,8 +242,10 @@ class RoleSpec(_message.Message):
     kind: _builtins.str
     """prefill, decode or cache."""
     instances: _builtins.int
+    """0 means 1."""
     ranks: _builtins.int
     tp: _builtins.int
+    """0 means 1, which is all that is supported."""
     slots_per_rank: _builtins.int
     shared_expert_ranks: _builtins.int
     spares: _builtins.int
@@ -285,12 +292,15 @@ class RecoverySpec(_message.Message):
     MAX_PAUSE_FIELD_NUMBER: _builtins.int
     ALLOW_MASKING_FIELD_NUMBER: _builtins.int
     allow_masking: _builtins.bool
+    """Every expert keeps a live copy in this release: refused."""
     @_builtins.property
     def allowed_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """REMAP, DONOR_SLOT, HOT_SPARE, RESTART; empty means all."""
 
     @_builtins.property
-    def max_pause(self) -> _duration_pb2.Duration: ...
+    def max_pause(self) -> _duration_pb2.Duration:
+        """At most ten years."""
+
     def __init__(
         self,
         *,

@@ -308,7 +308,9 @@ class WatchJobsRequest(_message.Message):
     AFTER_REVISION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     after_revision: _builtins.int
-    """0: a snapshot first. Else: changes after this revision, OUT_OF_RANGE (COMPACTED) when gone."""
+    """0: a snapshot first. Else: changes after this revision, OUT_OF_RANGE (COMPACTED) when they are
+    gone or the store never came to it.
+    """
     def __init__(
         self,
         *,
@@ -924,7 +926,9 @@ class CreateMaintenanceRequest(_message.Message):
     message: _builtins.str
     dry_run: _builtins.bool
     @_builtins.property
-    def timeout(self) -> _duration_pb2.Duration: ...
+    def timeout(self) -> _duration_pb2.Duration:
+        """At most ten years; 0 means one hour."""
+
     def __init__(
         self,
         *,

@@ -11,10 +11,11 @@ from functools import lru_cache
 from raddle.core.cluster import Cluster
 from raddle.core.sizes import record_bytes, spec_bytes
 from raddle.model.errors import PermanentError, Reason
-from raddle.model.job import JobSpec, ModelSpec, RoleSpec
+from raddle.model.job import EngineSpec, JobSpec, ModelSpec, RoleSpec
 from raddle.model.kinds import RecoveryKind, RoleKind
 from raddle.model.llm import ModelShape, parse_config
 from raddle.model.names import check_name
+from raddle.model.types import DURATION_S_MAX
 
 ROLES_MAX = 16
 RANKS_MAX = 16_384
@@ -68,6 +69,9 @@ def check_spec(spec: JobSpec, cluster: Cluster) -> ModelShape:
     shape.kv_bytes_per_token(spec.model.kv_dtype)
     if not 1 <= spec.model.kv_block_tokens <= KV_BLOCK_TOKENS_MAX:
         raise _invalid("model.kv_block_tokens", f"must be between 1 and {KV_BLOCK_TOKENS_MAX}")
+    for name in ("mtp_layers", "max_context_tokens"):
+        if getattr(spec.model, name) < 0:
+            raise _invalid(f"model.{name}", "must not be negative")
     _check_model_texts(spec.model)
     _check_recovery(spec)
     _check_roles(spec)
@@ -81,6 +85,12 @@ def check_spec(spec: JobSpec, cluster: Cluster) -> ModelShape:
 
 def _invalid(path: str, message: str) -> PermanentError:
     return PermanentError(Reason.INVALID_ARGUMENT, f"{path} {message}.", field=path)
+
+
+def _unsupported(path: str, message: str) -> PermanentError:
+    return PermanentError(
+        Reason.ENGINE_UNSUPPORTED, f"{path} is not supported: {message}.", field=path
+    )
 
 
 def _unfit(path: str, message: str) -> PermanentError:
@@ -133,8 +143,10 @@ def _check_recovery(spec: JobSpec) -> None:
                 "recovery.allowed_options",
                 f"{option[:40]!r} is unknown; known are {', '.join(sorted(known))}",
             )
-    if spec.recovery.max_pause < 0:
-        raise _invalid("recovery.max_pause", "must not be negative")
+    if not 0 <= spec.recovery.max_pause <= DURATION_S_MAX:
+        raise _invalid("recovery.max_pause", f"must be between 0 and {DURATION_S_MAX} seconds")
+    if spec.recovery.allow_masking:
+        raise _unsupported("recovery.allow_masking", "every expert keeps a live copy: leave it out")
 
 
 def _check_roles(spec: JobSpec) -> None:
@@ -168,6 +180,7 @@ def _check_role(path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape) -> 
             f"{path}.engine.driver",
             f"{role.engine.driver[:40]!r} is unknown; known are {', '.join(_DRIVERS)}",
         )
+    _check_engine(f"{path}.engine", role.engine)
     if role.kind is RoleKind.CACHE:
         if role.dram_bytes <= 0:
             raise _invalid(f"{path}.dram_bytes", "must be above 0 for a cache role")
@@ -191,6 +204,15 @@ def _check_role(path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape) -> 
             f"is too small: {ranks} ranks x {role.slots_per_rank} slots ="
             f" {slots} slots cannot hold {shape.experts} experts",
         )
+
+
+def _check_engine(path: str, engine: EngineSpec) -> None:
+    """Both drivers start their own processes: what they would ignore is refused."""
+    if engine.attach:
+        raise _unsupported(f"{path}.attach", f"driver {engine.driver} starts its own ranks")
+    launch = engine.launch
+    if launch.command or launch.args or launch.env:
+        raise _unsupported(f"{path}.launch", f"driver {engine.driver} knows its own command")
 
 
 def _check_fit(

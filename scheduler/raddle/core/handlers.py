@@ -35,10 +35,12 @@ from raddle.model.health import ActiveFault, Hold, Injections
 from raddle.model.incident import Maintenance, MaintenanceState
 from raddle.model.job import Job, JobSpec, JobState, NameRecord, Placement
 from raddle.model.kinds import HoldKind, NodeState
-from raddle.model.topology import SuperNode
+from raddle.model.topology import DIES_MAX, SuperNode
 from raddle.model.types import Why
 
 JOBS_MAX = 20_000
+INJECTIONS_A_NODE_MAX = 256
+CODE_CHARACTERS_MAX = 64
 _MUTABLE = {
     "priority",
     "queue",
@@ -142,15 +144,16 @@ def update_job(request: UpdateJob, context: Context, identity: str) -> Job:
     """Change the mutable fields that the mask names."""
     job = context.state.require_job(request.job_uid)
     _require_writable(job, request.managed_by, request.expected_generation)
-    for path in request.update_mask:
+    paths = tuple(dict.fromkeys(request.update_mask))
+    for path in paths:
         if path not in _MUTABLE:
             raise PermanentError(
                 Reason.IMMUTABLE_FIELD,
-                f"{path} can't be changed; mutable are: {', '.join(sorted(_MUTABLE))}.",
-                field=path,
+                f"{path[:80]} can't be changed; mutable are: {', '.join(sorted(_MUTABLE))}.",
+                field=path[:80],
             )
     spec = job.spec
-    for path in request.update_mask:
+    for path in paths:
         spec = _with_path(spec, request.spec, path)
     check_spec(spec, context.cluster)
     if spec == job.spec:
@@ -160,7 +163,7 @@ def update_job(request: UpdateJob, context: Context, identity: str) -> Job:
         # What can change takes effect at the next decision: nothing has to move.
         job = replace(job, observed_generation=job.generation)
     put_job(context, job)
-    note(context, "JOB_UPDATED", job.uid, ", ".join(request.update_mask), identity=identity)
+    note(context, "JOB_UPDATED", job.uid, ", ".join(paths), identity=identity)
     context.queue_dirty = True
     return job
 
@@ -234,6 +237,7 @@ def apply_supernode(
 ) -> tuple[SuperNode, bool]:
     """Add a supernode; the same description again changes nothing."""
     new = request.supernode
+    _require_dies(context, new)
     old = context.state.records.get(keys.supernode(new.name))
     if old == new:
         return new, False
@@ -248,6 +252,16 @@ def apply_supernode(
     context.rebuild_cluster()
     note(context, "SUPERNODE_APPLIED", new.name, new.machine, identity=identity)
     return new, True
+
+
+def _require_dies(context: Context, new: SuperNode) -> None:
+    """All supernodes together have as many dies as one may have."""
+    others = sum(s.dies for s in context.state.supernodes() if s.name != new.name)
+    if others + new.dies > DIES_MAX:
+        raise PermanentError(
+            Reason.LIMIT_EXCEEDED,
+            f"{new.name} would make {others + new.dies} dies; one cluster has at most {DIES_MAX}.",
+        )
 
 
 @answer.register
@@ -364,6 +378,10 @@ def cancel_maintenance(request: CancelMaintenance, context: Context, identity: s
 @answer.register
 def inject_fault(request: InjectFault, context: Context, identity: str) -> Why:
     """Set or clear a fault code on a simulated device; its agent reports it like a real one."""
+    if len(request.code) > CODE_CHARACTERS_MAX:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"code is longer than {CODE_CHARACTERS_MAX} characters."
+        )
     node = context.cluster.node_of_subject(request.subject)
     key = keys.injections(node)
     old = context.state.records.get(key) or Injections(node=node)
@@ -377,6 +395,11 @@ def inject_fault(request: InjectFault, context: Context, identity: str) -> Why:
             code=request.code, subject_kind=level, subject=request.subject, level=request.level
         )
         faults = (*kept, fault)
+    if len(faults) > INJECTIONS_A_NODE_MAX:
+        raise PermanentError(
+            Reason.LIMIT_EXCEEDED,
+            f"{node} has {INJECTIONS_A_NODE_MAX} injected faults: clear some first.",
+        )
     context.state.put(key, Injections(node=node, faults=faults))
     verb = "cleared" if request.clear else "set"
     message = f"{request.code} {verb} on {request.subject}"

@@ -112,6 +112,11 @@ class Machine:
             out.append(WakeAt(wake))
         return out
 
+    def remember(self, other: Machine) -> None:
+        """Take over what another machine of this term was told and no record holds."""
+        self.context.state.take_reports(other.context.state)
+        self.context.nodes.remember(other.context.nodes)
+
     def validate(self) -> None:
         """Assert the invariants that hold between any two events."""
         check(self.context)

@@ -20,6 +20,8 @@ STORM_WINDOW_S = 2 * LEASE_TTL_S
 # Leases that one event lets lapse do not end in the same instant: before the first silent node is
 # called lost, it is seen whether others follow. A peer's word makes waiting needless.
 STORM_GATHER_S = 0.5
+# Around an election leases end up to a renewal (1 s) and the store's checks (0.5 s) apart.
+LAPSES_APART_S = 2.0
 # A silent node whose ranks answered is asked again: its host may go after its agent.
 ASK_AGAIN_S = 1.0
 
@@ -57,6 +59,13 @@ class NodeTracker:
         if name not in self.nodes:
             self.nodes[name] = Node(name)
         return self.nodes[name]
+
+    def remember(self, other: NodeTracker) -> None:
+        """The open streams and the grace time of a tracker of the same term."""
+        self.grace_until_s = other.grace_until_s
+        for name, node in other.nodes.items():
+            if node.has_stream:
+                self.stream_opened(name)
 
     def store_leader_changed(self, *, now: float) -> None:
         self.grace_until_s = max(self.grace_until_s, now + LEASE_TTL_S)
@@ -138,7 +147,7 @@ class NodeTracker:
             # The host goes after its agent: a silence of its own, which others may share.
             node.silent_since_s = now
             self._set(node, NodeState.SUSPECT, "RANKS_SILENT", "its agent, then its ranks")
-        elif now < node.silent_since_s + STORM_GATHER_S and not node.accused:
+        elif now < node.silent_since_s + self._gather_s(node) and not node.accused:
             # Judged a moment later; `wake` asks again.
             return
         elif self._storm(now) and not node.accused:
@@ -157,6 +166,10 @@ class NodeTracker:
                 f"{node.why.message or 'silent'}, and none of its ranks answers",
             )
 
+    def _gather_s(self, node: Node) -> float:
+        """How long it is seen whether others follow a silent node."""
+        return LAPSES_APART_S if node.silent_since_s < self.grace_until_s else STORM_GATHER_S
+
     def _storm(self, now: float) -> bool:
         return now < self.grace_until_s or self._many_silent(now)
 
@@ -174,7 +187,7 @@ class NodeTracker:
         later: list[float] = []
         for node in self.nodes.values():
             if node.state is NodeState.SUSPECT:
-                due = node.silent_since_s + STORM_GATHER_S
+                due = node.silent_since_s + self._gather_s(node)
                 if node.why.reason == "RANKS_ANSWER":
                     due = node.answered_s + ASK_AGAIN_S
                 if now < due:
@@ -191,7 +204,7 @@ class NodeTracker:
         if not unknown:
             return None
         # The few that fell silent around a leader change are judged as soon as that is over.
-        wait_s = STORM_WINDOW_S if self._many_silent(now) else STORM_GATHER_S
+        wait_s = STORM_WINDOW_S if self._many_silent(now) else LAPSES_APART_S
         due = max(self.grace_until_s, max(n.silent_since_s for n in unknown) + wait_s)
         if now < due:
             return due

@@ -7,9 +7,9 @@ with TLS, clients read and write, operators and `client/admin` administer, agent
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
 import structlog
@@ -18,7 +18,9 @@ from raddle.model.errors import PermanentError, Reason
 
 log = structlog.get_logger()
 
-VERBS: dict[str, str] = {
+Verb = Literal["read", "write", "admin", "report"]
+
+VERBS: dict[str, Verb] = {
     "SubmitJob": "write",
     "UpdateJob": "write",
     "ScaleJob": "write",
@@ -37,32 +39,45 @@ VERBS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+Patterns = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Identities (with `*`) that may use these verbs in these namespaces (with `*`)."""
 
-    identities: list[str]
-    verbs: list[str]
-    namespaces: list[str] = field(default_factory=lambda: ["*"])
+    identities: Patterns
+    verbs: Annotated[list[Verb], msgspec.Meta(min_length=1)]
+    namespaces: Patterns = msgspec.field(default_factory=lambda: ["*"])
+
+    def covers(self, identity: str, verb: str) -> bool:
+        """Does it speak of this caller and verb, in whatever namespace?"""
+        return verb in self.verbs and any(fnmatchcase(identity, p) for p in self.identities)
+
+    def allows(self, identity: str, namespace: str, verb: str) -> bool:
+        """The empty namespace stands for the whole cluster: only `*` matches it."""
+        return self.covers(identity, verb) and any(
+            fnmatchcase(namespace, pattern) for pattern in self.namespaces
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who may do what where: what no rule allows is refused."""
+
     rules: list[Rule]
 
     def allows(self, identity: str, namespace: str, verb: str) -> bool:
-        return any(
-            verb in rule.verbs
-            and any(fnmatchcase(identity, pattern) for pattern in rule.identities)
-            and (
-                not namespace or any(fnmatchcase(namespace, pattern) for pattern in rule.namespaces)
-            )
-            for rule in self.rules
-        )
+        return any(rule.allows(identity, namespace, verb) for rule in self.rules)
 
     def authorize(self, identity: str, namespace: str, verb: str) -> None:
-        """Raise PERMISSION_DENIED, and log who was refused what."""
-        if self.allows(identity, namespace, verb):
+        """Raise PERMISSION_DENIED, and log who was refused what.
+
+        Without a namespace, what is read is the machine, which every reader may see, or a list
+        that shows each reader its own part (`raddle.scheduler.view`).
+        """
+        is_anywhere = verb == "read" and not namespace
+        if self.allows(identity, namespace, verb) or (
+            is_anywhere and any(rule.covers(identity, verb) for rule in self.rules)
+        ):
             return
         log.warning("refused", identity=identity, namespace=namespace, verb=verb)
         raise PermanentError(
@@ -72,7 +87,7 @@ class Policy:
         )
 
 
-_EVERYTHING = ["read", "write", "admin", "report"]
+_EVERYTHING: list[Verb] = ["read", "write", "admin", "report"]
 LOOPBACK = Policy([Rule(["*"], _EVERYTHING)])
 DEFAULT = Policy(
     [

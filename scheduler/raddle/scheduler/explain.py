@@ -11,7 +11,7 @@ from raddle.model.job import Job
 from raddle.model.topology import parse_position
 from raddle.model.types import Why
 from raddle.scheduler.inventory import holds_by_subject, holds_over
-from raddle.scheduler.mirror import Mirror
+from raddle.scheduler.view import Records
 from raddle.v1 import types_pb2
 
 STORY_LINES_MAX = 500
@@ -23,7 +23,7 @@ def why_message(why: Why) -> types_pb2.Why:
 
 
 def explain(
-    mirror: Mirror, subject: str, waits_for: Callable[[str], Why | None]
+    mirror: Records, subject: str, waits_for: Callable[[str], Why | None]
 ) -> tuple[Why, list[str]]:
     """The reason and the story of `job/<uid>`, `incident/<id>`, `die/<position>`, `node/<...>`.
 
@@ -50,7 +50,7 @@ def explain(
     return why, story[-STORY_LINES_MAX:]
 
 
-def _require_part(mirror: Mirror, name: str) -> None:
+def _require_part(mirror: Records, name: str) -> None:
     if parse_position(name).level == "supernode":
         raise PermanentError(
             Reason.INVALID_ARGUMENT, f"{name} is a supernode: name a node, an NPU or a die."
@@ -61,7 +61,7 @@ def _require_part(mirror: Mirror, name: str) -> None:
         )
 
 
-def _events(mirror: Mirror, *subjects: str) -> list[Event]:
+def _events(mirror: Records, *subjects: str) -> list[Event]:
     return [e for _, e in mirror.under(keys.AUDIT) if e.subject in subjects]
 
 
@@ -71,7 +71,7 @@ def _event_line(event: Event) -> str:
     return f"{event.kind}: {event.message}{epoch}{who}"
 
 
-def _job(mirror: Mirror, job_uid: str) -> tuple[Job, list[str]]:
+def _job(mirror: Records, job_uid: str) -> tuple[Job, list[str]]:
     job: Job | None = mirror.get(keys.job(job_uid))
     if job is None:
         space, _, short = job_uid.rpartition("/")
@@ -88,7 +88,7 @@ def _job(mirror: Mirror, job_uid: str) -> tuple[Job, list[str]]:
     return job, story
 
 
-def _incident(mirror: Mirror, incident_id: str) -> tuple[Why, list[str]]:
+def _incident(mirror: Records, incident_id: str) -> tuple[Why, list[str]]:
     incident: Incident | None = mirror.get(keys.incident(incident_id))
     if incident is None:
         raise PermanentError(
@@ -144,7 +144,7 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
-def _place(mirror: Mirror, position: str) -> tuple[Why, list[str]]:
+def _place(mirror: Records, position: str) -> tuple[Why, list[str]]:
     story = [_event_line(event) for event in _events(mirror, position)]
     for _, incident in mirror.under(keys.INCIDENTS):
         story += _folded(

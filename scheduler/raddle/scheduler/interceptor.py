@@ -7,7 +7,7 @@ the rest of the deadline; streams are told where the leader is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,6 +20,8 @@ from raddle.scheduler.authorization import VERBS
 from raddle.scheduler.replica import Replica
 from raddle.telemetry.channels import make_channel
 from raddle.telemetry.tls import IDENTITY_METADATA, identity_of
+from raddle.wire.codec import CodecError
+from raddle.wire.parse import require_texts
 from raddle.wire.status import abort, code_of, error_from
 
 DEFAULT_TIMEOUT_S = 10.0
@@ -83,38 +85,47 @@ class Interceptor(grpc.aio.ServerInterceptor):
         upload = self._uploading(method, handler.stream_unary)
         return grpc.stream_unary_rpc_method_handler(upload, **coders)
 
+    def _admit(self, method: str, request: Any, context: Context) -> None:
+        """Every request has short, printable texts and a caller who may send it."""
+        require_texts(request)
+        self._authorize(method, request, context)
+
     def _authorize(self, method: str, request: Any, context: Context) -> None:
         self._replica.policy.authorize(
             caller_of(context), self._namespace(request), VERBS.get(method, "read")
         )
 
     def _namespace(self, request: Any) -> str:
-        """The namespace that a request is about; empty for the cluster."""
+        """The namespace that a request is about; empty for the cluster.
+
+        A job's own namespace counts, whatever else the request says of it.
+        """
+        subject = str(getattr(request, "subject", ""))
+        job_uid = getattr(request, "job_uid", "") or subject.removeprefix("job/")
+        job = self._replica.mirror.get(keys.job(job_uid))
+        if job is not None:
+            return str(job.spec.namespace)
+        if hasattr(request, "job_uid") and request.job_uid:
+            return ""
         if hasattr(request, "spec"):
             return request.spec.namespace or "default"
-        job_uid = getattr(request, "job_uid", "")
-        if job_uid:
-            job = self._replica.mirror.get(keys.job(job_uid))
-            return job.spec.namespace if job is not None else ""
-        return str(getattr(request, "namespace", ""))
+        if subject.startswith("job/"):
+            return subject.removeprefix("job/").rpartition("/")[0] or "default"
+        space = str(getattr(request, "namespace", ""))
+        return space or ("default" if hasattr(request, "name") else "")
 
     def _unary(self, path: str, method: str, handler: Any) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
             code = grpc.StatusCode.OK.name
             try:
-                self._authorize(method, request, context)
+                self._admit(method, request, context)
                 if method not in _LOCAL and self._replica.leader is None:
                     return await self._forward(path, handler, request, context)
                 return await handler.unary_unary(request, context)
-            except RaddleError as error:
-                code = code_of(error.reason).name
-                return await abort(context, error)
-            except Exception:
-                if context.done() or asyncio.current_task() is None:
-                    raise
-                code = grpc.StatusCode.INTERNAL.name
-                log.exception("a call failed in an unforeseen way", method=method)
-                raise
+            except Exception as error:  # noqa: BLE001 - told and logged, whatever it is
+                told = self._told(error, method, context)
+                code = code_of(told.reason).name
+                return await abort(context, told)
             finally:
                 self._replica.metrics.requests.labels(method, code).inc()
 
@@ -164,25 +175,50 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _streaming(self, method: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> Any:
             try:
-                self._authorize(method, request, context)
+                self._admit(method, request, context)
                 self._replica.require_leader()
                 async for message in inner(request, context):
                     yield message
-            except RaddleError as error:
-                await abort(context, error)
+            except Exception as error:  # noqa: BLE001 - told and logged, whatever it is
+                await abort(context, self._told(error, method, context))
 
         return call
 
     def _uploading(self, method: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        async def admitted(requests: Any, context: Context) -> AsyncIterator[Any]:
+            async for request in requests:
+                self._authorize(method, request, context)
+                yield request
+
         async def call(requests: Any, context: Context) -> Any:
             try:
-                self._authorize(method, None, context)
                 self._replica.require_leader()
-                return await inner(requests, context)
-            except RaddleError as error:
-                return await abort(context, error)
+                return await inner(admitted(requests, context), context)
+            except Exception as error:  # noqa: BLE001 - told and logged, whatever it is
+                return await abort(context, self._told(error, method, context))
 
         return call
+
+    def _told(self, error: Exception, method: str, context: Context) -> RaddleError:
+        """What the caller hears of an error; one that nobody foresaw is logged and counted."""
+        if isinstance(error, RaddleError):
+            return error
+        if isinstance(error, CodecError):
+            return PermanentError(Reason.INVALID_ARGUMENT, f"{error}.")
+        if context.done():
+            raise error
+        self._replica.metrics.unforeseen.inc()
+        log.error(
+            "a call failed in an unforeseen way",
+            method=method,
+            caller=caller_of(context),
+            exc_info=error,
+        )
+        return PermanentError(
+            Reason.INTERNAL,
+            f"{method} failed in an unforeseen way: report it with the line of this scheduler's log"
+            f" that names {method}.",
+        )
 
 
 class _Raw:

@@ -14,6 +14,7 @@ from raddle.model.topology import SuperNode, node_of
 from raddle.model.types import RankKey
 from raddle.scheduler.mirror import Mirror
 from raddle.scheduler.replica import Replica
+from raddle.scheduler.view import Records
 from raddle.v1 import health_pb2, scheduler_pb2, types_pb2
 from raddle.wire.codec import to_message
 
@@ -38,7 +39,7 @@ def _work(mirror: Mirror) -> dict[str, tuple[str, RankKey, str]]:
     return found
 
 
-def holds_by_subject(mirror: Mirror) -> dict[str, list[Hold]]:
+def holds_by_subject(mirror: Records) -> dict[str, list[Hold]]:
     """All holds; of one subject the strongest kind first."""
     found: dict[str, list[Hold]] = {}
     for _, hold in mirror.under(keys.HOLDS):

@@ -4,12 +4,18 @@ While a commit is under way events pile up; the next decision takes them all at 
 decisions share a transaction when there is much to do. Nothing leaves before its commit
 succeeded. When a commit fails, the machine is thrown away: either we are deposed, or it is built
 anew from the store.
+
+A request that meets a mistake of the program must not end the term. All that a decision writes is
+encoded before the first of it leaves, so after an unforeseen error the store is as it was; the
+machine, which may hold half a decision, is thrown away. The same events are taken again with one
+request at a time, and the one that fails alone is answered with INTERNAL.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +35,7 @@ from raddle.core.machine import Machine
 from raddle.core.nodes import NodeTracker
 from raddle.core.requests import Request
 from raddle.model import keys
-from raddle.model.errors import RaddleError, Reason, TemporaryError
+from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.model.types import Why
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
@@ -41,6 +47,8 @@ from raddle.wire import records as wire
 
 EVENTS_MAX = 100_000
 COMMIT_TIMEOUT_S = 5.0
+#: One instruction with the encoded writes of a commit.
+Step = tuple[Instruction, tuple[Put | Delete, ...]]
 log = structlog.get_logger()
 
 
@@ -173,22 +181,65 @@ class Leader:
 
     async def _decide(self) -> None:
         machine = self._machine()
-        events: list[Event] = []
+        batches: deque[list[Event]] = deque()
         while True:
-            events = events or [await self._queue.get()]
-            while not self._queue.empty():
-                events.append(self._queue.get_nowait())
+            events = batches.popleft() if batches else await self._next_events()
             self._require_lease()
-            started = time.thread_time()
-            instructions = machine.handle(events, now=self._clock())
-            self._metrics.decided(len(events), time.thread_time() - started)
-            events = []
             try:
-                for instruction in instructions:
-                    await self._carry_out(instruction)
+                steps = self._steps(machine, events)
+            except Exception as error:  # noqa: BLE001 - a request must not end the term
+                batches.extendleft(reversed(self._without_culprit(events, error)))
+                machine = self._machine()
+                continue
+            try:
+                for instruction, writes in steps:
+                    await self._carry_out(instruction, writes)
             except TemporaryError as error:
                 log.warning("a commit is not settled; the machine is built anew", why=str(error))
                 machine = await self._recover()
+
+    async def _next_events(self) -> list[Event]:
+        """All events that are pending, at least one."""
+        events = [await self._queue.get()]
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
+
+    def _steps(self, machine: Machine, events: list[Event]) -> list[Step]:
+        """Decide, and encode all that is to be written: what is left to fail is the store."""
+        started = time.thread_time()
+        instructions = machine.handle(events, now=self._clock())
+        self._metrics.decided(len(events), time.thread_time() - started)
+        return [(i, _encoded(i) if isinstance(i, Commit) else ()) for i in instructions]
+
+    def _without_culprit(self, events: list[Event], error: Exception) -> list[list[Event]]:
+        """The events to take again after an unforeseen error: one request at a time, or none.
+
+        Raises the error when no request can have caused it.
+        """
+        suspects = [event for event in events if isinstance(event, RequestReceived)]
+        if not suspects:
+            raise error
+        if len(suspects) > 1:
+            return _one_request_each(events)
+        self._refuse_poison(suspects[0], error)
+        return [rest] if (rest := [event for event in events if event is not suspects[0]]) else []
+
+    def _refuse_poison(self, event: RequestReceived, error: Exception) -> None:
+        what, name = type(event.request).__name__, f"{self._term.revision}-{event.request_id}"
+        self._metrics.unforeseen.inc()
+        log.error(
+            "a request failed in an unforeseen way; the machine is built anew",
+            request=name,
+            request_type=what,
+            caller=event.identity,
+            exc_info=error,
+        )
+        message = (
+            f"{what} failed in an unforeseen way and changed nothing: report it with the line of"
+            f" the leader's log that names request {name}."
+        )
+        self._fail(event.request_id, PermanentError(Reason.INTERNAL, message, request=name))
 
     def nodes(self) -> NodeTracker | None:
         """What this term believes of the nodes; None before its first decision."""
@@ -205,9 +256,10 @@ class Leader:
         return self._current.context.state.waiting.why(job_uid)
 
     def _machine(self) -> Machine:
+        """One of the records as they are, which knows what the one before was told beside them."""
         machine = self._make_machine(self._mirror.records(), now=self._clock())
         if self._current is not None:
-            machine.context.state.take_reports(self._current.context.state)
+            machine.remember(self._current)
         self._current = machine
         self.tell(Woken())
         return machine
@@ -231,10 +283,10 @@ class Leader:
                 log.warning("the store is away; decisions wait", why=str(error))
                 await asyncio.sleep(0.2)
 
-    async def _carry_out(self, instruction: Instruction) -> None:
+    async def _carry_out(self, instruction: Instruction, writes: tuple[Put | Delete, ...]) -> None:
         match instruction:
             case Commit():
-                await self._commit(instruction)
+                await self._commit(instruction, writes)
             case Reply():
                 self._send(instruction)
             case WakeAt(time_s):
@@ -244,18 +296,11 @@ class Leader:
             case ProbeRank():
                 self._start(self._prober.rank(instruction))
 
-    async def _commit(self, commit: Commit) -> None:
-        compares = [self._term.fence]
-        writes: list[Put | Delete] = []
-        for write in commit.writes:
-            compares.append(Compare(write.key, self._mirror.mod_revision(write.key)))
-            if write.value is None:
-                writes.append(Delete(write.key))
-            else:
-                writes.append(Put(write.key, wire.encode(write.key, write.value)))
+    async def _commit(self, commit: Commit, writes: tuple[Put | Delete, ...]) -> None:
+        expected = [Compare(w.key, self._mirror.mod_revision(w.key)) for w in writes]
         about = subjects(commit.writes, self._mirror)
         started = time.monotonic()
-        transaction = Transaction(tuple(compares), tuple(writes))
+        transaction = Transaction((self._term.fence, *expected), writes)
         try:
             result = await self._store.commit(transaction, timeout_s=COMMIT_TIMEOUT_S)
         except RaddleError as error:
@@ -312,3 +357,20 @@ class Leader:
         task = asyncio.create_task(run(self.tell))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _encoded(commit: Commit) -> tuple[Put | Delete, ...]:
+    return tuple(
+        Delete(w.key) if w.value is None else Put(w.key, wire.encode(w.key, w.value))
+        for w in commit.writes
+    )
+
+
+def _one_request_each(events: list[Event]) -> list[list[Event]]:
+    """The same events in order, cut after each request."""
+    batches: list[list[Event]] = [[]]
+    for event in events:
+        batches[-1].append(event)
+        if isinstance(event, RequestReceived):
+            batches.append([])
+    return [batch for batch in batches if batch]

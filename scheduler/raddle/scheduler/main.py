@@ -128,6 +128,7 @@ class SchedulerProcess:
             fault_injection=settings.allow_fault_injection,
         )
         self.replica.metrics.follow(self.mirror)
+        self.watches = Watches(self.mirror)
         self.health = health.aio.HealthServicer()
         self._incarnation = secrets.token_hex(6)
         self._probe_channels: dict[str, grpc.aio.Channel] = {}
@@ -157,6 +158,7 @@ class SchedulerProcess:
             await asyncio.gather(*parts, return_exceptions=True)
             if stop_metrics is not None:
                 stop_metrics()
+            self.watches.stop()
             await server.stop(grace=0.5)
             await interceptor.close()
             await self.store.close()
@@ -164,11 +166,12 @@ class SchedulerProcess:
     async def _serve(self) -> tuple[grpc.aio.Server, Interceptor]:
         interceptor = Interceptor(self.replica)
         server = grpc.aio.server(interceptors=(interceptor,), options=OPTIONS)
-        watches = Watches(self.mirror)
         scheduler_pb2_grpc.add_SchedulerServicer_to_server(
-            SchedulerService(self.replica, watches), server
+            SchedulerService(self.replica, self.watches), server
         )
-        router_pb2_grpc.add_RouterServicer_to_server(RouterService(self.replica, watches), server)
+        router_pb2_grpc.add_RouterServicer_to_server(
+            RouterService(self.replica, self.watches), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self.settings.reflection:
             from grpc_reflection.v1alpha import reflection
@@ -199,6 +202,7 @@ class SchedulerProcess:
             incarnation=self._incarnation,
         )
         election = Election(self.store, wire.encode("leader", record), self._probe)
+        self.replica.store_trouble = lambda: election.trouble
         await campaign(self.store, self.mirror, election, self._leader, self._leads)
 
     def _leader(self, term: Term) -> Leader:

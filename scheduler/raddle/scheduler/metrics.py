@@ -66,6 +66,11 @@ class Metrics:
                 ("time_to_protection_seconds", "Time that repair needs at its budget, by job."),
             )
         ]
+        self.unforeseen = Counter(
+            "raddle_unforeseen_errors",
+            "Requests that failed by a mistake of the program; each has its line in the log.",
+            **registry,
+        )
         self._kv_tokens = Histogram(
             "raddle_incident_kv_tokens",
             "KV tokens of lost sequences of one incident: restored or recomputed.",

@@ -35,6 +35,7 @@ class Mirror:
         #: Revisions of deletions that an older echo or list may still contradict.
         self._gone: dict[str, int] = {}
         self._listeners: list[Listener] = []
+        self._read_listeners: list[Callable[[int], None]] = []
         self._moved = asyncio.Event()
         self.revision = 0
         #: The revision of the last complete list; a watch tells nothing new of before.
@@ -99,6 +100,8 @@ class Mirror:
         self.set_backs += 1
 
     def _load(self, snapshot: Snapshot) -> None:
+        for listener in self._read_listeners:
+            listener(snapshot.revision)
         present = {record.key for record in snapshot.records}
         for key in [key for key in self._revisions if key not in present]:
             self._apply(Change(key, None, snapshot.revision))
@@ -203,6 +206,10 @@ class Mirror:
         """Call with (key, value or None, revision) after each change; returns the way to stop."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def listen_reads(self, listener: Callable[[int], None]) -> None:
+        """Call with the revision of each complete list, before the changes that it brings."""
+        self._read_listeners.append(listener)
 
     def get(self, key: str) -> Any:
         return self._values.get(key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class Replica:
     fault_injection: bool = False
     store_version: str = ""
     leader: Leader | None = None
+    #: Why the store could not be asked for a leader lately; empty while it answers.
+    store_trouble: Callable[[], str] = lambda: ""
     start_time: float = field(default_factory=time.time)
 
     def leader_record(self) -> LeaderRecord | None:
@@ -52,9 +55,22 @@ class Replica:
             return self.leader
         record = self.leader_record()
         if record is None or record.identity == self.identity:
-            raise TemporaryError(Reason.NO_LEADER, "no scheduler leads at the moment; try again.")
+            raise self._leaderless("no scheduler leads at the moment")
         raise TemporaryError(
             Reason.NOT_LEADER, f"the leader is {record.address}", leader_address=record.address
+        )
+
+    def _leaderless(self, what: str) -> TemporaryError:
+        """Without its store nobody can lead: then that is what to look at."""
+        trouble = self.store_trouble()
+        if not trouble:
+            return TemporaryError(
+                Reason.NO_LEADER, f"{what}: one is being elected, or the store is away; try again."
+            )
+        return TemporaryError(
+            Reason.STORE_UNAVAILABLE,
+            f"{what}, since the store does not answer ({trouble}): look after etcd, then repeat"
+            " with the same idempotency key.",
         )
 
     async def ask(self, request: Request, identity: str, timeout_s: float) -> Any:
@@ -80,8 +96,6 @@ class Replica:
             if record is not None and record.identity != self.identity:
                 return record
             if time.monotonic() >= deadline:
-                raise TemporaryError(
-                    Reason.NO_LEADER, "no scheduler led until the deadline; try again."
-                )
+                raise self._leaderless("no scheduler led until the deadline")
             await asyncio.sleep(0.05)
         return None

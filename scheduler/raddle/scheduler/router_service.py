@@ -12,7 +12,9 @@ import structlog
 from raddle.core.events import FrontDoorLost, SequencesReported
 from raddle.model import keys
 from raddle.model.routes import Routes, SequenceReport
+from raddle.scheduler.interceptor import caller_of
 from raddle.scheduler.replica import Replica
+from raddle.scheduler.view import View
 from raddle.scheduler.watches import Watches
 from raddle.v1 import router_pb2, router_pb2_grpc
 from raddle.wire.codec import from_message, to_message
@@ -30,7 +32,9 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._replica = replica
         self._watches = watches
 
-    def _matches(self, request: Any, routes: Routes) -> bool:
+    def _matches(self, request: Any, routes: Routes, view: View) -> bool:
+        if not view.shows(routes.namespace):
+            return False
         if request.job_uid:
             return bool(routes.job_uid == request.job_uid)
         return bool(
@@ -38,19 +42,20 @@ class RouterService(router_pb2_grpc.RouterServicer):
         )
 
     async def WatchRoutes(
-        self, request: Any, _context: Context
+        self, request: Any, context: Context
     ) -> AsyncIterator[router_pb2.WatchRoutesResponse]:
+        view = View(self._replica.mirror, self._replica.policy, caller_of(context))
         stream = self._watches.follow(keys.ROUTES, _IDLE_S)
         await anext(stream)
         newest: dict[str, int] = {}
         for key, routes in list(self._replica.mirror.under(keys.ROUTES)):
-            if self._matches(request, routes):
+            if self._matches(request, routes, view):
                 newest[key] = self._replica.mirror.mod_revision(key)
                 yield _response(routes)
         async for seen in stream:
             # A term that ended must not feed a front door any more.
             self._replica.require_leader()
-            if seen is None or seen.value is None or not self._matches(request, seen.value):
+            if seen is None or seen.value is None or not self._matches(request, seen.value, view):
                 continue
             if seen.revision > newest.get(seen.key, 0):
                 yield _response(seen.value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,13 +20,14 @@ from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.health import AgentAcks, FaultLevel
 from raddle.model.incident import Incident
-from raddle.model.job import Job, JobSpec, Placement
+from raddle.model.job import Job, Placement
 from raddle.model.stats import RankStats
 from raddle.model.types import Why
 from raddle.scheduler import explain, inventory, kv_service
 from raddle.scheduler.interceptor import caller_of, refuse_foreign_node, time_left
 from raddle.scheduler.replica import Replica
-from raddle.scheduler.watches import Watches
+from raddle.scheduler.view import View
+from raddle.scheduler.watches import Seen, Watches
 from raddle.v1 import (
     health_pb2,
     incident_pb2,
@@ -63,16 +64,19 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     async def _ask(self, request: requests.Request, context: Context) -> Any:
         return await self._replica.ask(request, caller_of(context), time_left(context))
 
-    def _job_message(self, job: Job) -> job_pb2.Job:
-        revision = self._mirror.mod_revision(keys.job(job.uid))
+    def _view(self, context: Context) -> View:
+        """The records as the caller may see them."""
+        return View(self._mirror, self._replica.policy, caller_of(context))
+
+    def _job_message(self, job: Job, revision: int = 0) -> job_pb2.Job:
+        """The job at a revision; 0: as it is now."""
+        revision = revision or self._mirror.mod_revision(keys.job(job.uid))
         message: job_pb2.Job = to_message(replace(job, revision=revision), job_pb2.Job)
         return message
 
     # --- jobs ----------------------------------------------------------------------------------
 
     async def SubmitJob(self, request: Any, context: Context) -> scheduler_pb2.SubmitJobResponse:
-        for path in ("idempotency_key", "managed_by"):
-            parse.require_text(path, getattr(request, path))
         value = await self._ask(
             requests.SubmitJob(
                 spec=parse.job_spec(request.spec),
@@ -95,7 +99,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         job = await self._ask(
             requests.UpdateJob(
                 job_uid=request.job_uid,
-                spec=from_message(request.spec, JobSpec),
+                spec=parse.job_change(request.spec),
                 update_mask=tuple(request.update_mask.paths),
                 expected_generation=request.expected_generation,
                 managed_by=request.managed_by,
@@ -129,12 +133,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             )
         return job
 
-    async def ListJobs(self, request: Any, _context: Context) -> scheduler_pb2.ListJobsResponse:
+    async def ListJobs(self, request: Any, context: Context) -> scheduler_pb2.ListJobsResponse:
         size = page_size(request.page_size)
         after = _decode_token(request.page_token)
         found = sorted(
             ((job.spec.namespace, job.spec.name, job.uid), job)
-            for _, job in self._mirror.under(keys.JOBS)
+            for _, job in self._view(context).under(keys.JOBS)
             if not request.namespace or job.spec.namespace == request.namespace
         )
         rest = [(key, job) for key, job in found if key > after]
@@ -145,8 +149,14 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         return answer
 
     async def WatchJobs(
-        self, request: Any, _context: Context
+        self, request: Any, context: Context
     ) -> AsyncIterator[scheduler_pb2.WatchJobsResponse]:
+        view = self._view(context)
+
+        def is_wanted(job: Job) -> bool:
+            return request.namespace in ("", job.spec.namespace) and view.shows(job.spec.namespace)
+
+        await self._watches.require_reached(request.after_revision)
         stream = self._watches.follow(keys.JOBS, _BOOKMARK_S)
         # From here on nothing is missed; what the first part tells is skipped in the second.
         await anext(stream)
@@ -154,35 +164,38 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         if request.after_revision:
             for seen in self._watches.since(keys.JOBS, request.after_revision):
                 told = seen.revision
-                for message in self._seen(seen, request.namespace):
+                for message in self._seen(seen, is_wanted):
                     yield message
         else:
-            for _, job in list(self._mirror.under(keys.JOBS)):
-                if request.namespace in ("", job.spec.namespace):
-                    yield self._watch_message(scheduler_pb2.WATCH_KIND_SNAPSHOT, told, job)
-            yield self._watch_message(scheduler_pb2.WATCH_KIND_SYNCED, told, None)
+            jobs = [job for _, job in self._mirror.under(keys.JOBS) if is_wanted(job)]
+            revisions = [self._mirror.mod_revision(keys.job(job.uid)) for job in jobs]
+            for job, revision in zip(jobs, revisions, strict=True):
+                yield self._watch_message(scheduler_pb2.WATCH_KIND_SNAPSHOT, told, job, revision)
+            yield self._watch_message(scheduler_pb2.WATCH_KIND_SYNCED, told)
         async for item in stream:
             if item is None:
                 revision = self._mirror.revision
-                yield self._watch_message(scheduler_pb2.WATCH_KIND_BOOKMARK, revision, None)
+                yield self._watch_message(scheduler_pb2.WATCH_KIND_BOOKMARK, revision)
             elif item.revision > told:
-                for message in self._seen(item, request.namespace):
+                for message in self._seen(item, is_wanted):
                     yield message
 
-    def _seen(self, seen: Any, namespace: str) -> list[scheduler_pb2.WatchJobsResponse]:
+    def _seen(
+        self, seen: Seen, is_wanted: Callable[[Job], bool]
+    ) -> list[scheduler_pb2.WatchJobsResponse]:
         job = seen.value or seen.old
-        if job is None or namespace not in ("", job.spec.namespace):
+        if job is None or not is_wanted(job):
             return []
         changed = seen.value is not None
         kind = scheduler_pb2.WATCH_KIND_CHANGED if changed else scheduler_pb2.WATCH_KIND_DELETED
-        return [self._watch_message(kind, seen.revision, job)]
+        return [self._watch_message(kind, seen.revision, job, seen.revision)]
 
     def _watch_message(
-        self, kind: Any, revision: int, job: Job | None
+        self, kind: Any, revision: int, job: Job | None = None, job_revision: int = 0
     ) -> scheduler_pb2.WatchJobsResponse:
         message = scheduler_pb2.WatchJobsResponse(kind=kind, revision=revision)
         if job is not None:
-            message.job.CopyFrom(self._job_message(job))
+            message.job.CopyFrom(self._job_message(job, job_revision))
         return message
 
     async def ScaleJob(self, request: Any, context: Context) -> scheduler_pb2.ScaleJobResponse:
@@ -211,8 +224,8 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         )
         return scheduler_pb2.DeleteJobResponse()
 
-    async def Explain(self, request: Any, _context: Context) -> scheduler_pb2.ExplainResponse:
-        why, story = explain.explain(self._mirror, request.subject, self._waits_for)
+    async def Explain(self, request: Any, context: Context) -> scheduler_pb2.ExplainResponse:
+        why, story = explain.explain(self._view(context), request.subject, self._waits_for)
         return scheduler_pb2.ExplainResponse(why=explain.why_message(why), story=story)
 
     def _waits_for(self, job_uid: str) -> Why | None:
@@ -244,7 +257,6 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         return scheduler_pb2.ListDiesResponse(dies=dies)
 
     async def Cordon(self, request: Any, context: Context) -> scheduler_pb2.CordonResponse:
-        parse.require_text("message", request.message)
         hold = await self._ask(
             requests.Cordon(subject=request.subject, message=request.message), context
         )
@@ -259,7 +271,6 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     async def DeclareNodeLost(
         self, request: Any, context: Context
     ) -> scheduler_pb2.DeclareNodeLostResponse:
-        parse.require_text("message", request.message)
         why = await self._ask(
             requests.DeclareNodeLost(node=request.node, message=request.message), context
         )
@@ -268,13 +279,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     async def CreateMaintenance(
         self, request: Any, context: Context
     ) -> scheduler_pb2.CreateMaintenanceResponse:
-        parse.require_text("message", request.message)
-        timeout = request.timeout.seconds + request.timeout.nanos / 1e9
+        timeout_s = parse.duration_s("timeout", request.timeout)
         record = await self._ask(
             requests.CreateMaintenance(
                 maintenance_id=f"m-{secrets.token_hex(4)}",
                 subject=request.subject,
-                timeout_s=timeout or DRAIN_TIMEOUT_S,
+                timeout_s=timeout_s or DRAIN_TIMEOUT_S,
                 message=request.message,
                 dry_run=request.dry_run,
             ),
@@ -312,15 +322,18 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     # --- history -------------------------------------------------------------------------------
 
     async def GetIncident(
-        self, request: Any, _context: Context
+        self, request: Any, context: Context
     ) -> scheduler_pb2.GetIncidentResponse:
-        record = self._require(keys.incident(request.id), f"incident {request.id}")
+        record = self._view(context).get(keys.incident(request.id))
+        if record is None:
+            raise PermanentError(Reason.NOT_FOUND, f"There is no incident {request.id}.")
         return scheduler_pb2.GetIncidentResponse(incident=to_message(record, incident_pb2.Incident))
 
     async def ListIncidents(
-        self, request: Any, _context: Context
+        self, request: Any, context: Context
     ) -> scheduler_pb2.ListIncidentsResponse:
-        found: list[Incident] = [record for _, record in self._mirror.under(keys.INCIDENTS)]
+        view = self._view(context)
+        found: list[Incident] = [record for _, record in view.under(keys.INCIDENTS)]
         if request.job_uid:
             found = [i for i in found if any(p.job_uid == request.job_uid for p in i.plans)]
         newest = sorted(found, key=lambda i: i.id, reverse=True)[: page_size(request.page_size)]
@@ -328,10 +341,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             incidents=[to_message(record, incident_pb2.Incident) for record in newest]
         )
 
-    async def ListEvents(self, request: Any, _context: Context) -> scheduler_pb2.ListEventsResponse:
+    async def ListEvents(self, request: Any, context: Context) -> scheduler_pb2.ListEventsResponse:
         found = [
             record
-            for _, record in self._mirror.under(keys.AUDIT)
+            for _, record in self._view(context).under(keys.AUDIT)
             if not request.subject or record.subject == request.subject
         ]
         newest = found[-page_size(request.page_size) :]
@@ -347,7 +360,6 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
                 Reason.FAULT_INJECTION_DISABLED,
                 "this scheduler was not started with --allow-fault-injection.",
             )
-        parse.require_text("code", request.code)
         levels = list(FaultLevel)
         level = levels[request.level] if 0 < request.level < len(levels) else None
         if not request.clear and (level is None or not request.code):

@@ -1,7 +1,8 @@
 """Watchers of jobs and routes: a bounded history, and a queue for each stream.
 
 Changes reach a stream only after their commit. A stream that does not keep up is ended rather
-than let grow.
+than let grow. A complete list of the store tells no history: what it brings goes to the streams
+that are open, and who asks for changes of before has to begin with a snapshot.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from raddle.model import keys
-from raddle.model.errors import PermanentError, Reason
+from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.scheduler.mirror import Mirror
 
 HISTORY_MAX = 10_000
 QUEUE_MAX = 10_000
+# A new leader's picture may be a moment behind what its predecessor told.
+_CATCH_UP_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +33,63 @@ class Seen:
     revision: int
 
 
+class _Stream:
+    """What one stream has still to tell, and why it ends after that, if it does."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Seen | None] = asyncio.Queue()
+        self.end: RaddleError | None = None
+
+    def tell(self, seen: Seen) -> None:
+        if self.queue.qsize() >= QUEUE_MAX:
+            self.finish(
+                PermanentError(Reason.LIMIT_EXCEEDED, "the watch did not keep up; begin it again.")
+            )
+        elif self.end is None:
+            self.queue.put_nowait(seen)
+
+    def finish(self, why: RaddleError) -> None:
+        if self.end is None:
+            self.end = why
+            self.queue.put_nowait(None)
+
+
 class Watches:
     """Changes under `jobs/` and `routes/` for streams."""
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
-        self._history: deque[Seen] = deque(maxlen=HISTORY_MAX)
+        self._history: deque[Seen] = deque()
         self._last: dict[str, Any] = {}
-        self._queues: set[asyncio.Queue[Seen]] = set()
+        self._streams: dict[_Stream, None] = {}
+        self._stopped: RaddleError | None = None
         #: Changes at or before this revision are not in the history.
         self._forgotten = mirror.revision
+        self._set_backs = mirror.set_backs
         mirror.listen(self._changed)
+        mirror.listen_reads(self._read_anew)
+
+    def stop(self) -> None:
+        """This process ends: every stream is told, and no other begins."""
+        self._stopped = TemporaryError(
+            Reason.NO_LEADER, "this scheduler stops; begin the watch again, here or at another."
+        )
+        self._finish_all(self._stopped)
+
+    def _finish_all(self, why: RaddleError) -> None:
+        for stream in self._streams:
+            stream.finish(why)
+
+    def _read_anew(self, revision: int) -> None:
+        """All of the store was read at this revision; its changes are told next."""
+        if self._mirror.set_backs > self._set_backs:
+            # The same revisions will mean other changes.
+            self._set_backs = self._mirror.set_backs
+            self._history.clear()
+            self._finish_all(_compacted("the store was set back", revision))
+        # Our own commits may have overtaken the list: they are not in it.
+        self._history = deque(seen for seen in self._history if seen.revision > revision)
+        self._forgotten = revision
 
     def _changed(self, key: str, value: Any, revision: int) -> None:
         if not key.startswith((keys.JOBS, keys.ROUTES)):
@@ -49,14 +98,27 @@ class Watches:
         if value is not None:
             self._last[key] = value
         seen = Seen(key, value, old, revision)
+        if revision > self._forgotten:
+            self._remember(seen)
+        for stream in self._streams:
+            stream.tell(seen)
+
+    def _remember(self, seen: Seen) -> None:
         if len(self._history) == HISTORY_MAX:
-            self._forgotten = self._history[0].revision
+            self._forgotten = self._history.popleft().revision
         self._history.append(seen)
-        for queue in tuple(self._queues):
-            if queue.full():
-                self._queues.discard(queue)
-            else:
-                queue.put_nowait(seen)
+
+    async def require_reached(self, revision: int) -> None:
+        """Refuse a revision that the store has not come to.
+
+        Raises:
+            PermanentError: COMPACTED.
+        """
+        try:
+            await asyncio.wait_for(self._mirror.wait_revision(revision), _CATCH_UP_S)
+        except TimeoutError as error:
+            at = f"revision {revision} is ahead of the store's"
+            raise _compacted(at, self._mirror.revision) from error
 
     def since(self, prefix: str, revision: int) -> list[Seen]:
         """What changed after a revision.
@@ -65,35 +127,42 @@ class Watches:
             PermanentError: COMPACTED when the history does not reach back so far.
         """
         if revision < self._forgotten:
-            raise PermanentError(
-                Reason.COMPACTED,
-                f"changes after revision {revision} are gone; begin with a snapshot.",
-                compact_revision=str(self._forgotten),
-            )
+            raise _compacted(f"changes after revision {revision} are gone", self._forgotten)
         return [s for s in self._history if s.key.startswith(prefix) and s.revision > revision]
 
     async def follow(self, prefix: str, idle_s: float) -> AsyncIterator[Seen | None]:
         """Changes from now on; None when nothing came for `idle_s`.
 
         Raises:
-            PermanentError: LIMIT_EXCEEDED when the reader did not keep up.
+            PermanentError: LIMIT_EXCEEDED when the reader did not keep up, COMPACTED when the
+                store was set back.
+            TemporaryError: NO_LEADER when this process ends.
         """
-        queue: asyncio.Queue[Seen] = asyncio.Queue(QUEUE_MAX)
-        self._queues.add(queue)
+        stream = _Stream()
+        self._streams[stream] = None
+        if self._stopped is not None:
+            stream.finish(self._stopped)
         try:
             # The first answer says that everything from here on will be told.
             yield None
             while True:
-                if queue not in self._queues and queue.empty():
-                    raise PermanentError(
-                        Reason.LIMIT_EXCEEDED, "the watch did not keep up; begin it again."
-                    )
                 try:
-                    seen = await asyncio.wait_for(queue.get(), idle_s)
+                    seen = await asyncio.wait_for(stream.queue.get(), idle_s)
                 except TimeoutError:
                     yield None
                     continue
+                if seen is None:
+                    assert stream.end is not None, "only an end is told without a change"
+                    raise stream.end
                 if seen.key.startswith(prefix):
                     yield seen
         finally:
-            self._queues.discard(queue)
+            self._streams.pop(stream, None)
+
+
+def _compacted(what: str, revision: int) -> PermanentError:
+    return PermanentError(
+        Reason.COMPACTED,
+        f"{what} ({revision}); begin with a snapshot.",
+        compact_revision=str(revision),
+    )

@@ -197,6 +197,8 @@ class SimulatedScheduler:
 
     def check(self) -> None:
         """Raise what broke the replica, if anything did."""
+        unforeseen = self._metrics.registry.get_sample_value("raddle_unforeseen_errors_total")
+        assert not unforeseen, f"{self.identity}: {unforeseen} requests met a mistake"
         for task in self._tasks:
             if task.done():
                 task.result()
