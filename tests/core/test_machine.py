@@ -162,6 +162,30 @@ def test_the_next_leader_continues_from_any_phase(world: World, steps: int) -> N
     assert world.store[keys.incident("i-000001")].phase is IncidentPhase.CLOSED
 
 
+@pytest.mark.parametrize("lost", ["die", "node", "rank"])
+def test_a_leader_that_dies_while_a_loss_is_gathered_is_followed(world: World, lost: str) -> None:
+    """It had seen the loss and decided nothing: the next one sees it again, once, and recovers."""
+    uid = submit(world)
+    seat = world.store[keys.placement(uid)].instances[0].ranks[0]
+    match lost:
+        case "die":
+            world.fault(seat.die, present=True)
+        case "node":
+            world.node_down(seat.node)
+        case _:
+            world.exited.add((uid, "decode", 0, seat.rank, seat.start_count))
+            world.agents()
+    assert not [key for key in world.store if key.startswith(keys.INCIDENTS)]
+    assert world.store[keys.job(uid)].epoch == 1
+    world.new_leader()
+    world.now += 10
+    world.settle()
+    job = world.store[keys.job(uid)]
+    assert (job.state, job.epoch, job.live_epoch) == (JobState.READY, 2, 2)
+    incidents = [v for k, v in world.store.items() if k.startswith(keys.INCIDENTS)]
+    assert [incident.phase for incident in incidents] == [IncidentPhase.CLOSED]
+
+
 def test_a_cancelled_job_gives_its_dies_back(world: World) -> None:
     """A cancelled job ends once agents ended its ranks, and its dies are free again."""
     uid = submit(world)

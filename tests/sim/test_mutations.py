@@ -17,6 +17,7 @@ from raddle.scheduler.leader import Leader
 from raddle.sim.run import Verdict, simulate
 from raddle.sim.schedulers import SchedulersStore
 from raddle.store.protocol import Transaction
+from tests.sim.test_simulation import set_back_by_two_epochs
 
 # Enough for every mutation below; the first seed that fails ends the search.
 _SEEDS = 12
@@ -77,7 +78,6 @@ def _epochs_of_live_agents_are_ignored(patch: Patch) -> None:
 
 
 MUTATIONS = [
-    _epochs_of_live_agents_are_ignored,
     _publish_when_fenced,
     _no_catching_up,
     _no_fence,
@@ -100,3 +100,10 @@ def test_a_mutation_is_caught(
     found = next(_failing(range(_SEEDS)), None)
     assert found is not None, mutation.__doc__
     assert all(found.failures)
+
+
+def test_epochs_below_those_of_live_ranks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader that ignores what agents say of their ranks' epochs breaks an invariant."""
+    _epochs_of_live_agents_are_ignored(monkeypatch)
+    with pytest.raises(AssertionError, match="above the job's epoch"):
+        set_back_by_two_epochs()

@@ -23,10 +23,10 @@ from raddle.sim.checks import CheckedBackend
 from raddle.sim.clock import VirtualClockLoop
 from raddle.sim.cluster import REPLICAS, SimulatedCluster
 from raddle.sim.findings import Findings
-from raddle.sim.ranks import Hosts
+from raddle.sim.ranks import KILLED, Hosts
 from raddle.sim.rest import not_at_rest
 from raddle.sim.run import simulate
-from raddle.sim.users import job_spec
+from raddle.sim.users import Users, job_spec
 from raddle.store.protocol import Compare, Put, Transaction
 from raddle.wire import records as codec
 
@@ -72,10 +72,15 @@ def test_a_leader_dies_between_the_parts_of_a_large_decision() -> None:
             for number in range(30):
                 await cluster.ask(_two_ranks(number))
             await cluster.until(lambda: not left(cluster), "all jobs run")
-            for scheduler in cluster.schedulers.values():
-                scheduler.dies_between_parts = True
-            for name in list(cluster.nodes)[:10]:
+            leader = cluster.leader
+            assert leader is not None
+            leader.dies_between_parts = True
+            # It learns of all of them at once.
+            leader.store.cut()
+            for name in cluster.nodes:
                 cluster.nodes[name].devices.set_faults([r.die for r in cluster.hosts.on(name)])
+            await cluster.pass_time(0.5)
+            leader.store.mend()
             await cluster.until(lambda: len(running(cluster)) < REPLICAS, "the leader dies")
             for node in cluster.nodes.values():
                 node.devices.heal()
@@ -93,6 +98,49 @@ def test_a_leader_dies_between_the_parts_of_a_large_decision() -> None:
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         trace = runner.run(main())
     assert sum("dies between two parts" in line for line in trace) == 1
+
+
+def set_back_by_two_epochs() -> int:
+    """The store forgets two recoveries whose epoch ranks are at; gives the job's epoch at rest."""
+
+    async def main() -> int:
+        cluster = SimulatedCluster(load_machine("nvl72"), random.Random(1))
+
+        def at_rest() -> bool:
+            return not not_at_rest(cluster.backend, cluster.hosts, cluster.machine)
+
+        def epoch() -> int:
+            return cluster.backend.jobs()[0].epoch
+
+        try:
+            await cluster.start()
+            await Users(cluster, random.Random(1)).submit()
+            await cluster.until(at_rest, "the job runs")
+            cluster.backend.forget_past()
+            for number in (2, 3):
+                pool = [rank for rank in cluster.hosts.all() if rank.key.role == "cache"]
+                cluster.hosts.end(pool[0], KILLED)
+                await cluster.until(lambda n=number: epoch() == n, "a recovery")  # type: ignore[misc]
+                await cluster.until(at_rest, "the job runs again")
+            for store in cluster.stores():
+                store.cut()
+            await cluster.pass_time(1.0)
+            cluster.backend.set_back(changes=10**6)
+            for store in cluster.stores():
+                store.mend()
+            assert epoch() == 1
+            await cluster.until(lambda: epoch() > 1 and at_rest(), "the job runs", 120.0)
+            return epoch()
+        finally:
+            await cluster.stop()
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        return runner.run(main())
+
+
+def test_a_store_that_forgot_epochs_is_overtaken() -> None:
+    """Ranks live at epoch 3, the restored store knows of 1: the next epoch is above both."""
+    assert set_back_by_two_epochs() > 3
 
 
 def _two_ranks(number: int) -> SubmitJob:

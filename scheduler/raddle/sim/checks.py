@@ -21,7 +21,7 @@ from raddle.wire import records as codec
 ENDED = (JobState.CANCELLED, JobState.FAILED)
 _FREE = (keys.AGENTS, keys.LEADER, keys.OPERATIONS)
 # States of the past that a store can be restored to.
-_SNAPSHOTS_MAX = 40
+_SNAPSHOTS_MAX = 400
 # No record begins with a field of this kind.
 GARBAGE = b"\xff\xff\xff\xff"
 
@@ -176,13 +176,13 @@ class CheckedBackend(MemoryBackend):
         self._past.clear()
         self._past.append((self.revision, dict(self.records)))
 
-    def set_back(self, share: float) -> int:
-        """Restore one of the newest states (0: the oldest of them); gives how much was forgotten.
+    def set_back(self, changes: int) -> int:
+        """Restore the state of so many changes ago, or the oldest; gives how many are forgotten.
 
         What was under a lease that has ended since stays gone. Epochs in the store go back too.
         """
         was = self.revision
-        revision, records = self._past[int(share * (len(self._past) - 1))]
+        revision, records = self._past[max(0, len(self._past) - 1 - changes)]
         alive = {0, *self.leases}
         self.records = {key: r for key, r in records.items() if r.lease_id in alive}
         self.revision = self.compact_revision = revision

@@ -42,7 +42,10 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         """
         self._rounds = 0 if seconds > 0 else self._rounds + 1
         if self._rounds > ROUNDS_A_MOMENT_MAX:
+            # Told once: what is under way is cancelled after that.
+            self._rounds = 0
             raise RuntimeError(
-                f"the simulation runs in circles: {self._rounds} rounds at {self.time():.6f} s"
+                f"the simulation runs in circles: {ROUNDS_A_MOMENT_MAX} rounds at"
+                f" {self.time():.6f} s"
             )
         self._virtual_now_s += seconds

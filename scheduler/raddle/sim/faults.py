@@ -28,6 +28,7 @@ _SUPERVISED_SHARE = 0.5
 # How long the agent of a host that dies a slow death is gone before its ranks.
 _HOST_DIES_LATER_S = 8.0
 _RESTORED_WITHIN_S = 2.0
+_FORGOTTEN_MAX = 10
 _MOMENT_S = 0.01
 _MOMENTS_MAX = 100
 #: Records that may rot: those whose loss the rest of the store, or their writer, makes good.
@@ -259,7 +260,7 @@ class Faults:
         """The store is lost and restored from a state of some decisions ago."""
         await self._store_away()
         await self._cluster.pass_time(self._rng.uniform(0.0, _RESTORED_WITHIN_S))
-        forgotten = self._cluster.backend.set_back(self._rng.random())
+        forgotten = self._cluster.backend.set_back(self._rng.randint(0, _FORGOTTEN_MAX))
         self._cluster.say(f"{forgotten} revisions are forgotten")
         await self._store_returns()
 
