@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from raddle.cli.options import Output, seconds
+from raddle.cli.options import Output, output_of, seconds
 from raddle.model.errors import PermanentError, RaddleError, Reason
 
 app = typer.Typer(
@@ -79,7 +79,7 @@ def place(
         wanted = files.read_loads(loads)
         result = run.place(document, wanted)
         files.write(out, result.document, map_format)
-        run.show(result, _form(ctx, output), bytes_per_expert)
+        run.show(result, output_of(ctx, output), bytes_per_expert)
 
 
 def repair(
@@ -111,7 +111,7 @@ def repair(
         rates = files.bandwidths(machine, bytes_per_expert)
         result = run.repair(before, after, wanted, fresh, swaps, rates)
         files.write(out, result.document, map_format)
-        run.show(result, _form(ctx, output), bytes_per_expert)
+        run.show(result, output_of(ctx, output), bytes_per_expert)
 
 
 def rebalance(
@@ -144,7 +144,7 @@ def rebalance(
         rates = files.bandwidths(machine, bytes_per_expert)
         result = run.rebalance(before, wanted, rates, horizon_s=horizon, gain_min=gain, swaps=swaps)
         files.write(out, result.document, map_format)
-        run.show(result, _form(ctx, output), bytes_per_expert)
+        run.show(result, output_of(ctx, output), bytes_per_expert)
 
 
 def check(
@@ -163,7 +163,7 @@ def check(
     from raddle.cli.session import EXIT_FAILED
 
     with _explained():
-        clean = run.check(files.read(map_, map_format, dies, machine), _form(ctx, output))
+        clean = run.check(files.read(map_, map_format, dies, machine), output_of(ctx, output))
     if not clean:
         sys.exit(EXIT_FAILED)
 
@@ -183,7 +183,7 @@ def coverage(
     from raddle.cli.experts import files, run
 
     with _explained():
-        run.coverage(files.read(map_, map_format, dies, machine), _form(ctx, output))
+        run.coverage(files.read(map_, map_format, dies, machine), output_of(ctx, output))
 
 
 def convert(
@@ -215,13 +215,6 @@ def _explained() -> Iterator[None]:
         fail(error)
     except MemoryError:
         fail(PermanentError(Reason.LIMIT_EXCEEDED, "the map is too large for this machine."))
-
-
-def _form(ctx: typer.Context, output: str) -> str:
-    if output and output not in ("table", "json", "yaml"):
-        raise typer.BadParameter("must be table, json or yaml", param_hint="--output")
-    chosen: str = output or ctx.obj["output"]
-    return chosen
 
 
 def register(root: typer.Typer) -> None:
