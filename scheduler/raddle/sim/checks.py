@@ -40,6 +40,8 @@ class CheckedBackend(MemoryBackend):
         self._epochs: dict[tuple[str, str], int] = {}
         self._jobs: dict[str, JobState] = {}
         self._ttls: dict[int, float] = {}
+        #: What each record was when it was last decoded: it is asked for often.
+        self._read: dict[str, tuple[Record, Any]] = {}
         self._past: deque[tuple[int, dict[str, Record]]] = deque(maxlen=_SNAPSHOTS_MAX)
         self.is_away = False
         self.commits = 0
@@ -123,13 +125,16 @@ class CheckedBackend(MemoryBackend):
 
     # --- reads ---------------------------------------------------------------------------------
 
-    @staticmethod
-    def _decoded(record: Record) -> Any:
+    def _decoded(self, record: Record) -> Any:
         """None for a record that cannot be read."""
-        try:
-            return codec.decode(record.key, record.value)
-        except PermanentError:
-            return None
+        known = self._read.get(record.key)
+        if known is None or known[0] is not record:
+            try:
+                value = codec.decode(record.key, record.value)
+            except PermanentError:
+                value = None
+            self._read[record.key] = known = (record, value)
+        return known[1]
 
     def value(self, key: str) -> Any:
         record = self.records.get(key)
