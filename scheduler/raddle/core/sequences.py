@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from raddle.core.admission import model_shape
 from raddle.core.context import Context, active_seats, is_ended, kv_replicas
 from raddle.core.events import SequencesReported, StatsReported
 from raddle.core.kvcache.index import block_event
@@ -16,7 +17,6 @@ from raddle.core.kvcache.restore import KvCosts, Pool, RestorePlan, Survivor, pl
 from raddle.model.job import Job, Placement
 from raddle.model.kinds import RoleKind
 from raddle.model.kv import BlockSpace, KvTier
-from raddle.model.llm import parse_config
 from raddle.model.stats import KvEvent
 from raddle.model.types import RankKey, SequenceRestore
 
@@ -143,7 +143,7 @@ def costs_of(context: Context, job: Job) -> KvCosts:
     host = min((m.die_to_host_bytes_per_s for m in machines), default=151_000_000_000)
     peer = min((m.die_to_die_bytes_per_s for m in machines), default=196_000_000_000)
     return KvCosts(
-        bytes_per_token=parse_config(model.config).kv_bytes_per_token(model.kv_dtype or "bf16"),
+        bytes_per_token=model_shape(model).kv_bytes_per_token(model.kv_dtype or "bf16"),
         pool_bytes_per_s=host,
         peer_bytes_per_s=peer,
         host_bytes_per_s=host,
@@ -155,7 +155,7 @@ def _tokens_max(context: Context, job: Job, costs: KvCosts) -> dict[str, int]:
     """KV tokens that fit beside the weights on a die of each decode role; 0 if unknown."""
     machines = list(context.cluster.supernodes.values())
     memory = min((m.die_memory_bytes for m in machines), default=0)
-    shape = parse_config(job.spec.model.config)
+    shape = model_shape(job.spec.model)
     dtype = job.spec.model.weight_dtype or "int8"
     found: dict[str, int] = {}
     for role in job.spec.roles:
