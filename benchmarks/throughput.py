@@ -59,13 +59,14 @@ class Placing:
         self._running: dict[str, None] = {}
         self._ending: set[asyncio.Task[Any]] = set()
         self.placed = 0
+        self._is_over = False
         mirror.listen(self._changed)
 
     def _changed(self, key: str, value: Any, _revision: int) -> None:
         if key.startswith(keys.JOBS) and value is not None and value.state is JobState.STARTING:
             self.placed += 1
             self._running[value.uid] = None
-            while len(self._running) > RUNNING:
+            while len(self._running) > RUNNING and not self._is_over:
                 uid = next(iter(self._running))
                 del self._running[uid]
                 asyncio.get_running_loop().call_soon(self._end, uid)
@@ -76,6 +77,8 @@ class Placing:
         task.add_done_callback(self._ending.discard)
 
     async def settle(self) -> None:
+        """End no more gangs, and wait for those that are ending."""
+        self._is_over = True
         await asyncio.gather(*self._ending, return_exceptions=True)
 
 

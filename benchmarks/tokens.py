@@ -25,6 +25,8 @@ KILLS = 52
 HANGS = 10
 HOSTS = 5
 STREAMS = 16
+_MOVE_TIMEOUT_S = 60.0
+_RETRY_S = 0.05
 # The demonstration's model with two layers: 20 ranks share the two cores of this measurement.
 MODEL = str(Path(__file__).parent / "two_layers.json")
 SPEC = """
@@ -53,22 +55,29 @@ class Streams:
         prompt = self._requests[number].prompt
         while True:
             request = TraceRequest(prompt=prompt, output_tokens=2_000)
-            with suppress(OSError, ValueError):
+            try:
                 async for event in stream_events(self._address, request):
                     name = event["served_by"]
                     known = self.served.get(number)
                     if event["choices"][0]["tokens"] and (known is None or known[0] != name):
                         self.served[number] = (name, time.monotonic())
                         self._changed.set()
+            except (OSError, ValueError) as error:
+                say(f"stream {number} broke: {error!r}")
+                await asyncio.sleep(_RETRY_S)
 
     async def all_flow(self) -> None:
         while len(self.served) < STREAMS:
             await self._moved()
 
     async def _moved(self) -> None:
-        """Until the next stream begins to be served by another process."""
+        """Until the next stream begins to be served by another process.
+
+        Raises:
+            TimeoutError: none did, so that the measurement cannot go on.
+        """
         self._changed.clear()
-        await self._changed.wait()
+        await asyncio.wait_for(self._changed.wait(), _MOVE_TIMEOUT_S)
 
     def on(self, incarnations: set[str]) -> list[int]:
         return [n for n, (name, _) in self.served.items() if name in incarnations]

@@ -103,6 +103,18 @@ def test_the_storm_brake_moves_nothing(world: World) -> None:
     assert states == {NodeState.UNKNOWN}
 
 
+def test_the_storm_brake_knows_a_machine_that_was_described_in_this_term(world: World) -> None:
+    """Two nodes of one rack fell silent together: one failure, and both are recovered from."""
+    uid = submit(world)
+    lost = {f"sn0/n{number:02d}" for number in range(2)}
+    for node in sorted(lost):
+        world.node_down(node)
+    world.settle()
+    assert {world.machine.context.nodes.node(node).state for node in lost} == {NodeState.LOST}
+    job = world.store[keys.job(uid)]
+    assert (job.state, job.live_epoch > 1) == (JobState.READY, True)
+
+
 def test_a_drain_with_nowhere_to_go_takes_no_job_down(world: World) -> None:
     """Ranks that a drain cannot move stay, with a reason; they move once there is room."""
     tight = spec("tight", ranks=32)

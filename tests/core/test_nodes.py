@@ -10,7 +10,8 @@ STORM_NODES_MAX = 4
 
 def tracker(nodes: int) -> NodeTracker:
     """Ready nodes, in a term that began long ago."""
-    found = NodeTracker(STORM_NODES_MAX, now=0.0)
+    found = NodeTracker(now=0.0)
+    found.storm_nodes_max = STORM_NODES_MAX
     for number in range(nodes):
         found.registered(f"n{number}", has_lease=True, now=0.0)
     return found

@@ -88,7 +88,9 @@ class Context:
     def rebuild_cluster(self) -> None:
         """Build the dies anew from the supernodes, placements, holds and nodes."""
         state = self.state
-        self.cluster = Cluster(state.supernodes())
+        supernodes = state.supernodes()
+        self.cluster = Cluster(supernodes)
+        self.nodes.storm_nodes_max = max((s.nodes_per_rack for s in supernodes), default=1)
         for value in state.records.values():
             if isinstance(value, Placement):
                 occupy(self, value)

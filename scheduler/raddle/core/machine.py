@@ -71,10 +71,8 @@ class Machine:
 
     def __init__(self, records: Mapping[str, Any], *, now: float) -> None:
         state = State(records)
-        supernodes = state.supernodes()
-        storm_nodes_max = max((s.nodes_per_rack for s in supernodes), default=1)
-        nodes = NodeTracker(storm_nodes_max, now=now)
-        self.context = Context(state=state, cluster=Cluster(supernodes), nodes=nodes, now=now)
+        cluster = Cluster(state.supernodes())
+        self.context = Context(state=state, cluster=cluster, nodes=NodeTracker(now=now), now=now)
         self._first_loss_s: float | None = None
         self._wake_s: float | None = None
         self._begin_term()

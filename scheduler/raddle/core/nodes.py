@@ -44,9 +44,9 @@ class Node:
 class NodeTracker:
     """Node states of one leader's term."""
 
-    def __init__(self, storm_nodes_max: int, *, now: float) -> None:
-        #: The largest single failure domain, in nodes.
-        self.storm_nodes_max = storm_nodes_max
+    def __init__(self, *, now: float) -> None:
+        #: The largest single failure domain, in nodes; it follows the described machine.
+        self.storm_nodes_max = 1
         self.nodes: dict[str, Node] = {}
         # Leases that lapse within one TTL of a leader change prove nothing.
         self.grace_until_s = now + LEASE_TTL_S
