@@ -93,7 +93,7 @@ class Ranks:
         return Decoder(SHAPE, self._shared, experts)
 
     def close(self) -> None:
-        self._client.abort()
+        self._client.close()
         for server in self._servers:
             server.close()
 

@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,13 +189,20 @@ class ExchangeServer:
 
 
 class ExchangeClient:
-    """This rank's connections to its peers. One thread uses it; `abort` may come from another."""
+    """This rank's connections to its peers, kept from epoch to epoch.
+
+    One thread asks; `abort`, `keep_only` and `close` may come from another.
+    """
 
     def __init__(self, job_uid: str, deadline_s: float, tls: TlsFiles | None = None) -> None:
         self._job = job_tag(job_uid)
         self._deadline_s = deadline_s
         self._context = tls.socket_context(server=False) if tls is not None else None
         self._connections: dict[str, socket.socket] = {}
+        #: Peers that were asked and have not answered yet.
+        self._asked: set[str] = set()
+        #: Nothing of an older epoch leaves any more.
+        self._epoch_min = 0
         self._lock = threading.Lock()
 
     def dispatch(
@@ -204,16 +211,15 @@ class ExchangeClient:
         """Send each peer rank its rows, then gather all answers [rows, hidden].
 
         Raises:
-            PeerLost: a peer broke off, refused or missed the deadline.
+            PeerLost: a peer broke off, refused or missed the deadline, or the epoch is over.
         """
         try:
             for rank, body in bodies.items():
-                frame = Frame(_DISPATCH, self._job, epoch, layer, 0, body)
-                self._talk(peers[rank], frame, None)
-            found = {rank: self._talk(peers[rank], None, epoch) for rank in bodies}
+                self._send(peers[rank], Frame(_DISPATCH, self._job, epoch, layer, 0, body))
+            found = {rank: self._receive(peers[rank], epoch) for rank in bodies}
         except PeerLost:
             # The other peers' answers are on their way: nobody may take them for later ones.
-            self.abort()
+            self._break_asked()
             raise
         answers = {}
         for rank, body in bodies.items():
@@ -222,75 +228,104 @@ class ExchangeClient:
         return answers
 
     def weights(self, peer: Member, layer: int, expert: int) -> bytes:
-        """An expert's weights from a peer's memory.
+        """An expert's weights from a peer's memory, at whatever epoch it is.
 
         Raises:
             PeerLost: also when the peer does not hold it.
         """
-        self._talk(peer, Frame(_WEIGHTS, self._job, 0, layer, expert, b""), None)
-        return self._talk(peer, None, 0)
+        self._send(peer, Frame(_WEIGHTS, self._job, 0, layer, expert, b""))
+        return self._receive(peer, 0)
 
-    def _talk(self, peer: Member, frame: Frame | None, epoch: int | None) -> bytes:
-        """Send a frame, or receive the answer to the one before."""
+    def _send(self, peer: Member, frame: Frame) -> None:
         try:
-            if frame is not None:
-                _send(self._connection(peer), frame)
-                return b""
-            answer = _receive(self._asked(peer))
-        except TimeoutError as error:
-            self._drop(peer)
-            raise PeerLost(peer, "STEP_DEADLINE") from error
+            _send(self._connection(peer, frame.epoch), frame)
         except OSError as error:
-            self._drop(peer)
-            raise PeerLost(peer, "CONNECTION_BROKEN") from error
+            raise self._lost(peer, error) from error
+
+    def _receive(self, peer: Member, epoch: int) -> bytes:
+        with self._lock:
+            connection = self._connections.get(peer.data_address)
+        if connection is None:
+            # Broken off since the request went out: no other connection will ever answer it.
+            raise self._lost(peer, ConnectionError())
+        try:
+            answer = _receive(connection)
+        except OSError as error:
+            raise self._lost(peer, error) from error
         if answer is None:
-            self._drop(peer)
-            raise PeerLost(peer, "CONNECTION_BROKEN")
+            raise self._lost(peer, ConnectionError())
         if answer.kind == _REFUSED or answer.epoch != epoch:
             self._drop(peer)
             raise PeerLost(peer, "REFUSED")
+        with self._lock:
+            self._asked.discard(peer.data_address)
         return answer.body
 
-    def _connection(self, peer: Member) -> socket.socket:
-        with self._lock:
-            found = self._connections.get(peer.data_address)
-        if found is None:
-            host, _, port = peer.data_address.rpartition(":")
-            found = socket.create_connection((host, int(port)), self._deadline_s)
-            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            found.settimeout(self._deadline_s)
-            if self._context is not None:
-                found = self._context.wrap_socket(found)
-            with self._lock:
-                self._connections[peer.data_address] = found
-        return found
+    def _lost(self, peer: Member, error: OSError) -> PeerLost:
+        self._drop(peer)
+        late = isinstance(error, TimeoutError)
+        return PeerLost(peer, "STEP_DEADLINE" if late else "CONNECTION_BROKEN")
 
-    def _asked(self, peer: Member) -> socket.socket:
-        """The connection on which the request went out: no other one will ever be answered.
+    def _connection(self, peer: Member, epoch: int) -> socket.socket:
+        """The connection on which a request of this epoch goes out now.
 
         Raises:
-            ConnectionError: it was broken off since.
+            OSError: none to be had.
+            ConnectionAbortedError: the epoch is over.
         """
+        address = peer.data_address
         with self._lock:
-            found = self._connections.get(peer.data_address)
-        if found is None:
-            raise ConnectionError("broken off")
-        return found
+            found = self._connections.get(address)
+        made = self._connect(address) if found is None else found
+        with self._lock:
+            self._connections[address] = made
+            self._asked.add(address)
+            if epoch and epoch < self._epoch_min:
+                raise ConnectionAbortedError
+        return made
+
+    def _connect(self, address: str) -> socket.socket:
+        host, _, port = address.rpartition(":")
+        made = socket.create_connection((host, int(port)), self._deadline_s)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made.settimeout(self._deadline_s)
+        return made if self._context is None else self._context.wrap_socket(made)
 
     def _drop(self, peer: Member) -> None:
-        with self._lock:
-            found = self._connections.pop(peer.data_address, None)
-        if found is not None:
-            found.close()
+        self._break({peer.data_address})
 
-    def abort(self) -> None:
-        """Break all connections: a step that waits for a peer ends at once."""
+    def _break_asked(self) -> None:
         with self._lock:
-            connections, self._connections = list(self._connections.values()), {}
-        for connection in connections:
+            asked = set(self._asked)
+        self._break(asked)
+
+    def _break(self, addresses: set[str]) -> None:
+        with self._lock:
+            self._asked -= addresses
+            known = addresses & set(self._connections)
+            broken = [self._connections.pop(address) for address in known]
+        for connection in broken:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
+
+    def abort(self, epoch: int) -> None:
+        """End what is under way for older epochs: a step that waits for a peer ends at once.
+
+        Connections that nobody waits on stay: most peers are there in the next epoch too.
+        """
+        with self._lock:
+            self._epoch_min = max(epoch, self._epoch_min)
+        self._break_asked()
+
+    def keep_only(self, peers: Collection[Member]) -> None:
+        """Let go of all others."""
+        with self._lock:
+            others = set(self._connections) - {peer.data_address for peer in peers}
+        self._break(others)
+
+    def close(self) -> None:
+        self.keep_only(())
 
 
 def rank_members(members: tuple[Member, ...], key: RankKey) -> dict[int, Member]:

@@ -125,7 +125,7 @@ class Serving:
                     size += self._load(layer, expert, sources.get((layer, expert)), client)
                     count += 1
         finally:
-            client.abort()
+            client.close()
         return count, size
 
     def _load(

@@ -94,7 +94,7 @@ class Worker:
             if epoch > self.epoch or self.state is not RankState.SERVING:
                 self.state = RankState.QUIESCED
                 self.epoch = max(epoch, self.epoch)
-        self.client.abort()
+                self.client.abort(self.epoch)
         with self._condition:
             self._condition.wait_for(lambda: not self._stepping, timeout=5.0)
             if abort:
@@ -105,6 +105,7 @@ class Worker:
 
     def resume(self, epoch: int, expert_map: ExpertMap, peers: dict[int, Member]) -> None:
         """Serve at this epoch; the map's experts of this rank are loaded already."""
+        self.client.keep_only(peers.values())
         with self._condition:
             self.epoch = epoch
             self._experts = Experts(epoch, expert_map, self._rank, self.slots, self.client, peers)
@@ -136,7 +137,7 @@ class Worker:
         with self._condition:
             self._closing = True
             self._condition.notify_all()
-        self.client.abort()
+        self.client.close()
 
     # --- the thread ----------------------------------------------------------------------------
 
