@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -337,6 +338,27 @@ def test_a_rank_ahead_of_its_assignment_is_told_and_left_alone(agent: Agent) -> 
     agent(started(epoch=3))
     assert agent(assigned(job(epoch=2, stage=LIVE))) == []
     assert agent(AcksFound(("j-9",))) == [WriteAcks("j-9", None), acks(status(epoch=3))]
+
+
+def test_an_epoch_of_another_term_drives_nothing(agent: Agent) -> None:
+    """A number that was decided twice, in two terms: the rank stays at the first, which is told."""
+    first, second = (replace(job(epoch=2, stage=PREPARE), epoch_term=term) for term in (5, 6))
+    agent(started())
+    assert agent(assigned(first)) == [Drive(first, want(), status(), 0)]
+    told = acks(status(epoch=2, stage=FENCED, epoch_term=5))
+    assert agent(driven(2, FENCED)) == [told]
+    assert agent(assigned(second)) == []
+    assert agent(AcksFound((JOB,))) == [told]
+    above = replace(second, epoch=3)
+    was = status(epoch=2, stage=FENCED, epoch_term=5)
+    assert agent(assigned(above)) == [Drive(above, want(), was, 0)]
+
+
+def test_a_new_process_is_of_the_term_that_started_it(agent: Agent) -> None:
+    """Its first acknowledgement names the decision that it comes from."""
+    task = replace(job(), epoch_term=5)
+    assert agent(assigned(task)) == [StartRank(task, want())]
+    assert agent(started()) == [acks(status(epoch_term=5))]
 
 
 def test_one_command_at_a_time_for_a_target(agent: Agent) -> None:

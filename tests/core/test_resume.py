@@ -222,6 +222,28 @@ def test_ranks_that_serve_already_make_a_job_ready(world: World) -> None:
     assert world.store[keys.job(uid)].state is JobState.READY
 
 
+def test_an_epoch_decided_again_after_a_set_back_is_not_taken_for_the_first(world: World) -> None:
+    """The store is set back, epoch 2 is decided anew, ranks live at the old one: 3 is next."""
+    uid = submit(world)
+    before = dict(world.store)
+    seats = [rank for part in before[keys.placement(uid)].instances for rank in part.ranks]
+    world.fault(seats[0].die, present=True)
+    world.settle()
+    key = keys.acks(seats[-1].node, uid)
+    at_the_first = world.store[key]
+    assert {(status.epoch, status.epoch_term) for status in at_the_first.ranks} == {(2, 1)}
+    world.store = before
+    world.new_leader()
+    world.fault(seats[0].die, present=True)
+    world.now += 0.1
+    world.handle(Woken())
+    assert (world.store[keys.job(uid)].epoch, world.store[keys.job(uid)].epoch_term) == (2, 2)
+    world.observe(key, at_the_first)
+    world.settle()
+    job = world.store[keys.job(uid)]
+    assert (job.state, job.epoch, job.live_epoch) == (JobState.READY, 3, 3)
+
+
 def test_a_job_leaves_nothing_behind(world: World) -> None:
     """Whatever its epochs were, an ended job has no routes, maps or assignments any more."""
     uid = submit(world)

@@ -49,7 +49,8 @@ class World:
     def __init__(self) -> None:
         self.store: dict[str, Any] = {}
         self.now = 100.0
-        self.machine = Machine({}, now=self.now)
+        self.term = 1
+        self.machine = Machine({}, now=self.now, term=self.term)
         self.dead: set[str] = set()
         #: Processes that ended, and those that are still coming up, by what names a process.
         self.exited: set[Process] = set()
@@ -126,6 +127,7 @@ class World:
                         epoch=job.epoch,
                         stage=stage,
                         start_count=rank.start_count,
+                        epoch_term=job.epoch_term,
                     )
                 )
             acks = AgentAcks(node=assignment.node, job_uid=job.job_uid, ranks=tuple(ranks))
@@ -179,7 +181,8 @@ class World:
 
     def new_leader(self) -> None:
         """The leader is gone; the next one has the store and nothing else."""
-        self.machine = Machine(dict(self.store), now=self.now)
+        self.term += 1
+        self.machine = Machine(dict(self.store), now=self.now, term=self.term)
         self.machine.validate()
         self.handle(Woken())
 

@@ -143,6 +143,8 @@ class RankStatus:
     suspicions: tuple[PeerSuspicion, ...] = ()
     # The start_count of the assignment that started this process.
     start_count: int = 0
+    # The term in which its epoch was decided, as its assignment says; 0: not known.
+    epoch_term: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,9 @@ class Job:
     live_epoch: int = 0
     # Restarts of whole instances so far, for the budget.
     restarts: int = 0
+    # The leader's lease in whose term `epoch` was decided; with it the number is unique even after
+    # the store was restored from an older state. 0: not known.
+    epoch_term: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +245,7 @@ class JobAssignment:
     roles: tuple[RoleSpec, ...] = ()
     ranks: tuple[RankAssignment, ...] = ()
     incident_id: str = ""
+    epoch_term: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -222,6 +222,7 @@ class RankStatus(_message.Message):
     KV_TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
     SUSPICIONS_FIELD_NUMBER: _builtins.int
     START_COUNT_FIELD_NUMBER: _builtins.int
+    EPOCH_TERM_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     instance: _builtins.int
     rank: _builtins.int
@@ -239,6 +240,8 @@ class RankStatus(_message.Message):
     kv_tokens_recomputed: _builtins.int
     start_count: _builtins.int
     """The start_count of the assignment that started this process."""
+    epoch_term: _builtins.int
+    """The epoch_term of the assignment by which the rank came to `epoch`; 0: not known."""
     @_builtins.property
     def suspicions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerSuspicion]: ...
     def __init__(
@@ -260,10 +263,11 @@ class RankStatus(_message.Message):
         kv_tokens_recomputed: _builtins.int = ...,
         suspicions: _abc.Iterable[Global___PeerSuspicion] | None = ...,
         start_count: _builtins.int = ...,
+        epoch_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "die", b"die", "engine_address", b"engine_address", "epoch", b"epoch", "exit_code", b"exit_code", "experts_loaded", b"experts_loaded", "incarnation", b"incarnation", "instance", b"instance", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "message", b"message", "rank", b"rank", "role", b"role", "stage", b"stage", "start_count", b"start_count", "suspicions", b"suspicions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "die", b"die", "engine_address", b"engine_address", "epoch", b"epoch", "epoch_term", b"epoch_term", "exit_code", b"exit_code", "experts_loaded", b"experts_loaded", "incarnation", b"incarnation", "instance", b"instance", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "message", b"message", "rank", b"rank", "role", b"role", "stage", b"stage", "start_count", b"start_count", "suspicions", b"suspicions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -382,6 +382,7 @@ class Job(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     LIVE_EPOCH_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    EPOCH_TERM_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     uid: _builtins.str
     generation: _builtins.int
@@ -402,6 +403,10 @@ class Job(_message.Message):
     """Highest epoch that is live (published)."""
     restarts: _builtins.int
     """Restarts of whole instances so far, for the budget."""
+    epoch_term: _builtins.int
+    """The leader's lease in whose term `epoch` was decided. After the store was restored from an older
+    state one number may be decided twice: with the term it is unique. 0: not known.
+    """
     @_builtins.property
     def spec(self) -> Global___JobSpec: ...
     @_builtins.property
@@ -433,10 +438,11 @@ class Job(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         live_epoch: _builtins.int = ...,
         restarts: _builtins.int = ...,
+        epoch_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "ready_time", b"ready_time", "spec", b"spec", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "created_by", b"created_by", "end_time", b"end_time", "epoch", b"epoch", "generation", b"generation", "idempotency_key", b"idempotency_key", "live_epoch", b"live_epoch", "managed_by", b"managed_by", "observed_generation", b"observed_generation", "ready_time", b"ready_time", "restarts", b"restarts", "revision", b"revision", "schema_version", b"schema_version", "spec", b"spec", "spec_digest", b"spec_digest", "state", b"state", "uid", b"uid", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "created_by", b"created_by", "end_time", b"end_time", "epoch", b"epoch", "epoch_term", b"epoch_term", "generation", b"generation", "idempotency_key", b"idempotency_key", "live_epoch", b"live_epoch", "managed_by", b"managed_by", "observed_generation", b"observed_generation", "ready_time", b"ready_time", "restarts", b"restarts", "revision", b"revision", "schema_version", b"schema_version", "spec", b"spec", "spec_digest", b"spec_digest", "state", b"state", "uid", b"uid", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -661,12 +667,15 @@ class JobAssignment(_message.Message):
     ROLES_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     INCIDENT_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_TERM_FIELD_NUMBER: _builtins.int
     job_uid: _builtins.str
     namespace: _builtins.str
     name: _builtins.str
     epoch: _builtins.int
     stage: Global___AssignmentStage.ValueType
     incident_id: _builtins.str
+    epoch_term: _builtins.int
+    """The job's epoch_term."""
     @_builtins.property
     def model(self) -> Global___ModelSpec: ...
     @_builtins.property
@@ -687,10 +696,11 @@ class JobAssignment(_message.Message):
         roles: _abc.Iterable[Global___RoleSpec] | None = ...,
         ranks: _abc.Iterable[Global___RankAssignment] | None = ...,
         incident_id: _builtins.str = ...,
+        epoch_term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incident_id", b"incident_id", "job_uid", b"job_uid", "model", b"model", "name", b"name", "namespace", b"namespace", "ranks", b"ranks", "roles", b"roles", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "epoch_term", b"epoch_term", "incident_id", b"incident_id", "job_uid", b"job_uid", "model", b"model", "name", b"name", "namespace", b"namespace", "ranks", b"ranks", "roles", b"roles", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,6 +46,8 @@ class Context:
     cluster: Cluster
     nodes: NodeTracker
     now: float
+    #: Names this term beside every epoch decided in it; 0: not known.
+    term: int = 0
     #: Jobs whose ranks, nodes or records changed since they were last advanced.
     touched: dict[str, None] = field(default_factory=dict[str, None])
     #: When the running phase of an incident began, if in this term: other leaders' entries were
@@ -251,14 +253,24 @@ def status_of(context: Context, job: Job, seat: Seat) -> RankStatus | None:
     return status
 
 
-def next_epoch(context: Context, job: Job) -> int:
-    """Above everything that the store or any live agent knows of this job."""
+def is_ahead(job: Job, status: RankStatus) -> bool:
+    """Does a rank live at an epoch that this job's record does not know? The store was set back.
+
+    Above the job's, or of the same number and decided in another term.
+    """
+    if status.epoch == job.epoch and status.epoch_term and job.epoch_term:
+        return status.epoch_term != job.epoch_term
+    return status.epoch > job.epoch
+
+
+def at_next_epoch(context: Context, job: Job) -> Job:
+    """The job at an epoch above everything that the store or any live agent knows of it."""
     known = [
         status.epoch
         for acks in context.state.acks.get(job.uid, {}).values()
         for status in acks.ranks
     ]
-    return max([job.epoch, *known]) + 1
+    return replace(job, epoch=max([job.epoch, *known]) + 1, epoch_term=context.term)
 
 
 def note(context: Context, kind: str, subject: str, message: str, **more: object) -> None:
@@ -373,6 +385,7 @@ def put_assignments(
             roles=tuple(here.values()),
             ranks=ranks,
             incident_id=incident_id,
+            epoch_term=job.epoch_term,
         )
         _replace_job(context, node, job.uid, item)
     context.state.stages[job.uid] = (job.epoch, stage)

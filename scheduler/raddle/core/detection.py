@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raddle.core.context import Context, Seat
+from raddle.core.context import Context, Seat, is_ahead
 from raddle.core.instructions import ProbeRank
 from raddle.model.health import RankStage, RankStatus
 from raddle.model.job import Job, JobState
@@ -108,11 +108,12 @@ def control_due(context: Context, job: Job, ranks: Ranks) -> float | None:
 
 
 def rank_ahead(context: Context, job: Job, ranks: Ranks) -> str:
-    """A rank that lives at an epoch above the job's: the store was set back. Its incarnation."""
+    """A rank that lives at an epoch that the record does not know; its incarnation, or nothing."""
     for _, status in ranks:
-        if status is not None and status.epoch > job.epoch:
+        if status is not None and is_ahead(job, status):
             context.suspicions_of(job.uid).accusations[status.incarnation] = (
-                f"a live rank is at epoch {status.epoch}, above the store's {job.epoch}"
+                f"a live rank is at epoch {status.epoch} of term {status.epoch_term:x}, the store"
+                f" at {job.epoch} of {job.epoch_term:x}: the store was set back"
             )
             return status.incarnation
     return ""

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from raddle.core.context import Context, active_ranks, active_seats, is_ended, role_of
+from raddle.core.context import Context, active_ranks, active_seats, is_ahead, is_ended, role_of
 from raddle.core.experts.layout import IntArray
 from raddle.core.experts.maps import to_array
 from raddle.core.state import State
@@ -124,8 +124,8 @@ def _ranks_may_run(context: Context, job: Job) -> None:
         return
     for seat, status in active_ranks(context, job, placement):
         story = f"job {job.uid} epoch {job.epoch}: {seat.key} goes on at"
-        ahead = status is not None and status.epoch > job.epoch
-        assert not ahead, f"{story} {status}, above the job's epoch"
+        ahead = status is not None and is_ahead(job, status)
+        assert not ahead, f"{story} {status}, ahead of the job's epoch"
         node = context.nodes.node(seat.placement.node)
         assert node.state is not NodeState.LOST, f"{story} {node.name}, which is lost"
         fault = context.cluster.fault_of(seat.placement.die) if seat.placement.die else None

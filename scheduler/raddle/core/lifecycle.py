@@ -17,8 +17,9 @@ from raddle.core.admission import model_shape
 from raddle.core.context import (
     Context,
     active_seats,
+    at_next_epoch,
     clear_assignments,
-    next_epoch,
+    is_ahead,
     note,
     occupy,
     promote_assignments,
@@ -131,12 +132,11 @@ def _tell(context: Context, unfit: dict[int, Why]) -> bool:
 
 def start(context: Context, job: Job, placed: PlacedJob) -> None:
     """Commit a placement at the next epoch and have the ranks started."""
-    epoch = next_epoch(context, job)
     context.seen_since.pop(job.uid, None)
-    placement = _with_starts(placed.placement(job.uid, epoch), epoch)
+    job = at_next_epoch(context, job)
+    placement = _with_starts(placed.placement(job.uid, job.epoch), job.epoch)
     job = replace(
         job,
-        epoch=epoch,
         observed_generation=job.generation,
         state=JobState.STARTING,
         why=Why(reason="PLACED", message=placement.why.message),
@@ -147,7 +147,7 @@ def start(context: Context, job: Job, placed: PlacedJob) -> None:
     put_expert_maps(context, _initial_maps(context, job, placement))
     put_routes(context, job, placement, RouteState.STARTING, restores=())
     put_assignments(context, job, placement, AssignmentStage.START)
-    note(context, "JOB_PLACED", job.uid, placement.why.message, epoch=epoch)
+    note(context, "JOB_PLACED", job.uid, placement.why.message, epoch=job.epoch)
     context.state.stimulus(job.uid)
 
 
@@ -223,7 +223,9 @@ def _step(context: Context, job: Job) -> bool:
 
 
 def _reached(job: Job, status: RankStatus | None, stages: tuple[RankStage, ...]) -> bool:
-    return status is not None and status.epoch == job.epoch and status.stage in stages
+    if status is None or is_ahead(job, status):
+        return False
+    return status.epoch == job.epoch and status.stage in stages
 
 
 def _has_started(job: Job, status: RankStatus | None) -> bool:

@@ -69,10 +69,11 @@ _LEDGER_MAX = 1_024
 class Machine:
     """Decisions of one leader's term over decoded records (`raddle.model` values by key)."""
 
-    def __init__(self, records: Mapping[str, Any], *, now: float) -> None:
+    def __init__(self, records: Mapping[str, Any], *, now: float, term: int = 0) -> None:
         state = State(records)
         cluster = Cluster(state.supernodes())
-        self.context = Context(state=state, cluster=cluster, nodes=NodeTracker(now=now), now=now)
+        nodes = NodeTracker(now=now)
+        self.context = Context(state=state, cluster=cluster, nodes=nodes, now=now, term=term)
         self._first_loss_s: float | None = None
         self._wake_s: float | None = None
         self._begin_term()

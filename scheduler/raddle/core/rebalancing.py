@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from raddle.core.context import (
     Context,
-    next_epoch,
+    at_next_epoch,
     note,
     put_assignments,
     put_expert_maps,
@@ -99,13 +99,12 @@ def _commit(
     message: str,
 ) -> None:
     """Stage the next epoch: the same members fence, load what is new, and go on."""
-    epoch = next_epoch(context, job)
     why = Why(reason="REBALANCING", message=message)
-    job = replace(job, epoch=epoch, state=JobState.RECOVERING, why=why)
-    placement = replace(placement, epoch=epoch)
+    job = replace(at_next_epoch(context, job), state=JobState.RECOVERING, why=why)
+    placement = replace(placement, epoch=job.epoch)
     put_job(context, job)
     context.state.put(keys.placement(job.uid), placement)
-    put_expert_maps(context, JobExpertMaps(job_uid=job.uid, epoch=epoch, instances=maps))
+    put_expert_maps(context, JobExpertMaps(job_uid=job.uid, epoch=job.epoch, instances=maps))
     put_routes(context, job, placement, RouteState.FENCED, restores=())
     put_assignments(
         context,
@@ -114,4 +113,4 @@ def _commit(
         AssignmentStage.PREPARE,
         moves=lambda key: moves.get(key, ()),
     )
-    note(context, "REBALANCED", job.uid, message, epoch=epoch)
+    note(context, "REBALANCED", job.uid, message, epoch=job.epoch)

@@ -12,8 +12,8 @@ from raddle.core import lifecycle, restarts, sequences, timeline
 from raddle.core.context import (
     Context,
     active_seats,
+    at_next_epoch,
     instance_of,
-    next_epoch,
     note,
     put_assignments,
     put_expert_maps,
@@ -233,15 +233,14 @@ def _summary(incident: Incident) -> Why:
 def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: str) -> JobPlan:
     placement = context.state.placement(job.uid)
     assert placement is not None, job.uid
-    epoch = next_epoch(context, job)
     live = job.live_epoch > 0
     state = JobState.RECOVERING if live else JobState.STARTING
-    job = replace(job, epoch=epoch, state=state)
+    job = replace(at_next_epoch(context, job), state=state)
     maps = context.state.expert_maps(job.uid, placement.epoch)
     left = unfinished(context, context.state.require_job(job.uid), placement)
     draft = Draft(
         job,
-        replace(placement, epoch=epoch),
+        replace(placement, epoch=job.epoch),
         {(m.role, m.instance): m for m in (maps.instances if maps else ())},
     )
     lost_by_instance: dict[tuple[str, int], list[Loss]] = {}
@@ -255,7 +254,7 @@ def _recover_job(context: Context, job: Job, losses: list[Loss], incident_id: st
     if not lost_by_instance:
         draft.plans.append(_reconnect_plan(losses))
     _commit(context, draft, losses, incident_id)
-    return JobPlan(job_uid=job.uid, epoch=epoch, instances=tuple(draft.plans))
+    return JobPlan(job_uid=job.uid, epoch=job.epoch, instances=tuple(draft.plans))
 
 
 def _decide_instance(

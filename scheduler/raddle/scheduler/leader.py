@@ -257,7 +257,9 @@ class Leader:
 
     def _machine(self) -> Machine:
         """One of the records as they are, which knows what the one before was told beside them."""
-        machine = self._make_machine(self._mirror.records(), now=self._clock())
+        machine = self._make_machine(
+            self._mirror.records(), now=self._clock(), term=self._term.lease.lease_id
+        )
         if self._current is not None:
             machine.remember(self._current)
         self._current = machine

@@ -34,10 +34,11 @@ class CheckedMachine(Machine):
         records: Mapping[str, Any],
         *,
         now: float,
+        term: int,
         findings: Findings,
         decided: Callable[[int], None],
     ) -> None:
-        super().__init__(records, now=now)
+        super().__init__(records, now=now, term=term)
         self._findings = findings
         #: Told how many transactions each decision is made of.
         self._decided = decided
@@ -126,11 +127,15 @@ class SimulatedScheduler:
         )
         election = Election(self.store, codec.encode("leader", record), self._probe)
 
-        def make_leader(term: Term) -> Leader:
-            def make_machine(records: Mapping[str, Any], *, now: float) -> Machine:
-                self._require_caught_up(mirror, term)
+        def make_leader(won: Term) -> Leader:
+            def make_machine(records: Mapping[str, Any], *, now: float, term: int) -> Machine:
+                self._require_caught_up(mirror, won)
                 self.machine = CheckedMachine(
-                    records, now=now, findings=self._findings, decided=self._has_decided
+                    records,
+                    now=now,
+                    term=term,
+                    findings=self._findings,
+                    decided=self._has_decided,
                 )
                 return self.machine
 
@@ -138,7 +143,7 @@ class SimulatedScheduler:
             return Leader(
                 self.store,
                 mirror,
-                term,
+                won,
                 prober,
                 self._metrics,
                 clock=self._clock,

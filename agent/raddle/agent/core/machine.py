@@ -43,6 +43,8 @@ _GOAL = {
     AssignmentStage.LIVE: RankStage.LIVE,
 }
 Slot = tuple[str, RankKey]
+#: Epoch, the term in which it was decided, and the stage to reach.
+Target = tuple[int, int, AssignmentStage]
 
 
 @dataclass(slots=True)
@@ -52,9 +54,9 @@ class Rank:
     start_count: int
     status: RankStatus
     #: What it is being driven to, or None.
-    driving: tuple[int, AssignmentStage] | None = None
+    driving: Target | None = None
     #: What it was last driven to, and how often that failed.
-    target: tuple[int, AssignmentStage] | None = None
+    target: Target | None = None
     attempts: int = 0
     suspicions: list[PeerSuspicion] = field(default_factory=list)
     #: Its process has ended, or never was. A rank that failed may still have one.
@@ -68,11 +70,23 @@ class Rank:
     def is_over(self) -> bool:
         return self.status.stage in (RankStage.EXITED, RankStage.FAILED)
 
+    def is_elsewhere(self, job: JobAssignment) -> bool:
+        """Did it come to this epoch's number by another decision? The leader hears and goes above.
+
+        It happens after the store was restored from an older state.
+        """
+        mine, told = self.status.epoch_term, job.epoch_term
+        return self.status.epoch == job.epoch and mine != told and 0 not in (mine, told)
+
+    def term_of(self, epoch: int) -> int:
+        """In which term the epoch was decided to which it was driven; 0 if it was to another."""
+        return self.target[1] if self.target is not None and self.target[0] == epoch else 0
+
     def is_driven_to(self, epoch: int, stage: RankStage) -> bool:
         """Is this the last word of the command under way, not of an older one?"""
         return self.driving is not None and (epoch, stage) == (
             self.driving[0],
-            _GOAL[self.driving[1]],
+            _GOAL[self.driving[2]],
         )
 
 
@@ -139,9 +153,16 @@ class AgentMachine:
             epoch=event.epoch,
             stage=RankStage.STARTED,
             start_count=event.start_count,
+            epoch_term=self._term_of(event),
         )
         self.ranks[slot] = Rank(event.start_count, status)
         self._dirty[event.job_uid] = None
+
+    def _term_of(self, event: RankStarted) -> int:
+        """In which term the epoch was decided that a new process came up in; 0 if none knows."""
+        jobs = self.assignment.jobs if self.assignment is not None else ()
+        started = (event.job_uid, event.epoch)
+        return next((j.epoch_term for j in jobs if (j.job_uid, j.epoch) == started), 0)
 
     @_take.register
     def _(self, event: StartFailed) -> None:
@@ -185,6 +206,7 @@ class AgentMachine:
         rank.status = replace(
             rank.status,
             epoch=event.epoch,
+            epoch_term=rank.term_of(event.epoch),
             stage=event.stage,
             experts_loaded=rank.status.experts_loaded + event.experts_loaded,
             kv_tokens_restored=rank.status.kv_tokens_restored + event.kv_tokens_restored,
@@ -296,8 +318,10 @@ class AgentMachine:
         if job.stage is AssignmentStage.START and rank.start_count == job.epoch:
             # A process of this very epoch has nothing to be fenced from.
             goal = RankStage.STARTED
+        if rank.is_elsewhere(job):
+            return []
         reached = (rank.status.epoch, _ORDER.index(rank.status.stage))
-        target = (job.epoch, job.stage)
+        target = (job.epoch, job.epoch_term, job.stage)
         if reached >= (job.epoch, _ORDER.index(goal)) or rank.driving == target:
             return []
         if rank.target != target:

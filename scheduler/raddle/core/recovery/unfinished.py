@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from raddle.core.context import Context, active_seats, status_of
+from raddle.core.context import Context, active_seats, is_ahead, status_of
 from raddle.core.timeline import journal_of
 from raddle.model.health import RankStage
 from raddle.model.job import InstanceExpertMap, Job, Placement
@@ -28,7 +28,10 @@ def unfinished(
     found: dict[RankKey, tuple[ExpertMove, ...]] = {}
     for seat in active_seats(context, job, placement):
         status = status_of(context, job, seat)
-        done = status is not None and status.epoch >= job.epoch and status.stage in _LOADED
+        if status is not None and not is_ahead(job, status):
+            done = status.epoch == job.epoch and status.stage in _LOADED
+        else:
+            done = False
         if not done and moves(seat.key):
             found[seat.key] = moves(seat.key)
     return found
