@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 from raddle.model.errors import PermanentError, Reason
@@ -70,8 +71,9 @@ def _dtype_bytes(dtype: str) -> int:
     return BYTES_BY_DTYPE[dtype]
 
 
+@lru_cache(maxsize=256)
 def parse_config(text: str) -> ModelShape:
-    """Parse the text of a `config.json`.
+    """Parse the text of a `config.json`, once for all who ask with it.
 
     Raises:
         PermanentError: INVALID_ARGUMENT or LIMIT_EXCEEDED, naming the field.

@@ -6,7 +6,6 @@ the queue's question, not asked here.
 
 from __future__ import annotations
 
-from functools import lru_cache
 
 from raddle.core.cluster import Cluster
 from raddle.core.sizes import record_bytes, spec_bytes
@@ -44,13 +43,8 @@ _COUNTS_MAX = {
 
 
 def model_shape(model: ModelSpec) -> ModelShape:
-    """The shape of a job's model; parsed once a config."""
-    return _parsed(model.config)
-
-
-@lru_cache(maxsize=256)
-def _parsed(config: str) -> ModelShape:
-    return parse_config(config)
+    """The shape of a job's model."""
+    return parse_config(model.config)
 
 
 def check_spec(spec: JobSpec, cluster: Cluster) -> ModelShape:
