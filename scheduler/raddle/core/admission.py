@@ -6,7 +6,6 @@ the queue's question, not asked here.
 
 from __future__ import annotations
 
-
 from raddle.core.cluster import Cluster
 from raddle.core.sizes import record_bytes, spec_bytes
 from raddle.model.errors import PermanentError, Reason
