@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from raddle.core import lifecycle, recover
+from raddle.core.context import Context
 from raddle.core.recovery.planner import InstanceDecision, plan_instance
 from raddle.core.recovery.request import InstanceRecovery
 from raddle.model import keys
 from raddle.model.health import RankStage
+from raddle.model.job import Job
 from raddle.scheduler.leader import Leader
 from raddle.sim.run import Verdict, simulate
 from raddle.sim.schedulers import SchedulersStore
@@ -73,8 +75,12 @@ def _dies_are_not_given_back(patch: Patch) -> None:
 
 def _epochs_of_live_agents_are_ignored(patch: Patch) -> None:
     """A new epoch is above what the store knows, not above what ranks are at."""
+
+    def above_the_store(context: Context, job: Job) -> Job:
+        return replace(job, epoch=job.epoch + 1, epoch_term=context.term)
+
     for module in (recover, lifecycle):
-        patch.setattr(module, "next_epoch", lambda _context, job: job.epoch + 1)
+        patch.setattr(module, "at_next_epoch", above_the_store)
 
 
 MUTATIONS = [
@@ -105,5 +111,5 @@ def test_a_mutation_is_caught(
 def test_epochs_below_those_of_live_ranks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader that ignores what agents say of their ranks' epochs breaks an invariant."""
     _epochs_of_live_agents_are_ignored(monkeypatch)
-    with pytest.raises(AssertionError, match="above the job's epoch"):
+    with pytest.raises(AssertionError, match="ahead of the job's epoch"):
         set_back_by_two_epochs()
