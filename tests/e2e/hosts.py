@@ -61,6 +61,9 @@ class Network:
         tool("ip", "link", "set", self.name, "up")
 
     def down(self) -> None:
+        # A host whose processes are gone stays while it has connections that nobody answers.
+        for address in list(self._links):
+            self.unplug(address)
         tool("ip", "link", "del", self.name)
 
     def start(self, address: str, script: str, log: Path) -> Process:
@@ -94,8 +97,11 @@ class Network:
 
     def unplug(self, address: str) -> None:
         """The host is there, and nobody hears of it any more."""
-        with contextlib.suppress(subprocess.CalledProcessError):
-            tool("ip", "link", "del", self._links.pop(address))
+        link = self._links.pop(address, None)
+        if link is not None:
+            # The link is gone with its host by itself, some time after the host's last process.
+            with contextlib.suppress(subprocess.CalledProcessError):
+                tool("ip", "link", "del", link)
 
 
 @contextlib.contextmanager
@@ -217,11 +223,15 @@ class Deployer:
         for folder in [folder for folder in self.pods if folder not in wanted]:
             if self.pods[folder].node not in self.lost:
                 self.delete(self.pods.pop(folder))
-        for folder, node in wanted.items():
-            # Its volume is there once the agent has made it.
-            made = self._cluster.state_folder(node) / folder
-            if folder not in self.pods and node not in self.lost and made.is_dir():
-                self.pods[folder] = await asyncio.to_thread(self._start, node, made)
+        # A rank's volume is there once its agent has made it.
+        due = {
+            folder: (node, self._cluster.state_folder(node) / folder)
+            for folder, node in wanted.items()
+            if folder not in self.pods and node not in self.lost
+        }
+        due = {folder: what for folder, what in due.items() if what[1].is_dir()}
+        starts = [asyncio.to_thread(self._start, *what) for what in due.values()]
+        self.pods.update(zip(due, await asyncio.gather(*starts), strict=True))
 
     async def _seats(self) -> AsyncIterator[tuple[str, str]]:
         """Folder and node of each rank that shall run."""
@@ -249,7 +259,7 @@ class Deployer:
         program = [sys.executable, "-m", "raddle.agent.engine.reference.rank", str(folder)]
         assert self._cluster.certificates is not None
         hide = f"mount -t tmpfs none {shlex.quote(str(self._cluster.certificates))}"
-        script = f"{hide}; {places} exec nice -n 15 {shlex.join(program)}"
+        script = f"{hide}; {places} exec {shlex.join(program)}"
         log = self._cluster.folder / "logs" / f"rank-{folder.name}.log"
         return Pod(node, address, self._cluster.network.start(address, script, log))
 

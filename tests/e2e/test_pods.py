@@ -130,7 +130,7 @@ async def _a_replaced_agent(served: ServedByPods) -> None:
 
 
 async def _a_lost_node(served: ServedByPods) -> None:
-    """Agent and pods of a node are gone without a word."""
+    """The agent and the pods of a node, and all that they would say, are gone at once."""
     epoch = (await served.job()).job.epoch
 
     async def lose_node() -> None:
