@@ -184,9 +184,8 @@ class Hosts(LocalCluster):
     def state_folder(self, node: str) -> Path:
         return self.folder / "state" / f"agent-{node.replace('/', '-')}"
 
-    def end_agent(self, node: str) -> None:
-        """SIGKILL of an agent alone."""
-        name = f"agent-{node.replace('/', '-')}"
+    def lose(self, name: str) -> None:
+        """No packet leaves the host of this daemon, and then nothing runs on it."""
         child = self.children.pop(name)
         self.network.unplug(self.hosts.pop(name))
         child.process.kill()
@@ -281,7 +280,7 @@ class Deployer:
         pods = self.of(node)
         for pod in pods:
             self._cluster.network.unplug(pod.address)
-        self._cluster.end_agent(node)
+        self._cluster.lose(f"agent-{node.replace('/', '-')}")
         for pod in pods:
             self.delete(pod)
 

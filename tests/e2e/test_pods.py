@@ -40,7 +40,8 @@ class ServedByPods(Served):
 
     def a_decode_pod(self) -> str:
         """The folder of a decode rank's pod."""
-        return next(f for f in sorted(self.deployer.pods) if "/decode-" in f)
+        pods = sorted(self.deployer.pods.items())
+        return next(f for f, pod in pods if "/decode-" in f and pod.process.poll() is None)
 
     async def incarnations(self) -> list[str]:
         return sorted(rank.incarnation for rank in (await self.job()).ranks)
@@ -89,11 +90,13 @@ def _copy(source: Path, target: Path) -> None:
 
 @pytest.mark.skipif(not _may_make_hosts(), reason="needs root, network and process namespaces")
 async def test_ranks_in_pods_on_a_network(tmp_path: Path) -> None:
-    """A rank is killed, an agent is replaced, a whole node is lost: the tokens are the same."""
+    """Ranks die and hang, an agent is replaced, a node and the leader are lost: same tokens."""
     async with serving_pods(tmp_path) as served:
         await _a_killed_rank(served)
         await _a_replaced_agent(served)
+        await _a_rank_that_hangs(served)
         await _a_lost_node(served)
+        await _a_lost_leader(served)
         assert all(incident.phase == CLOSED for incident in await served.incidents())
 
 
@@ -114,7 +117,7 @@ async def _a_replaced_agent(served: ServedByPods) -> None:
     name = f"agent-{node.replace('/', '-')}"
 
     async def replace_agent() -> None:
-        served.hosts.end_agent(node)
+        served.hosts.lose(name)
         served.hosts.start_real_agent(node)
 
         async def ready_again() -> bool:
@@ -127,6 +130,37 @@ async def _a_replaced_agent(served: ServedByPods) -> None:
 
     await served.same_tokens_while(replace_agent)
     assert ((await served.job()).job.epoch, await served.incarnations()) == before
+
+
+async def _a_rank_that_hangs(served: ServedByPods) -> None:
+    """Nobody but the one who started a stopped rank can end it, and nothing waits for that."""
+    epoch = (await served.job()).job.epoch
+    folder = served.a_decode_pod()
+
+    async def stop_rank() -> None:
+        served.deployer.kill(folder, signal.SIGSTOP)
+        await served.ready_at(epoch + 1)
+
+    await served.same_tokens_while(stop_rank)
+
+    async def deleted() -> bool:
+        return folder not in served.deployer.pods
+
+    await served.cluster.until(deleted, "the pod is deleted")
+
+
+async def _a_lost_leader(served: ServedByPods) -> None:
+    """The leader's host falls silent, then a rank dies: whoever knew the leader finds the other."""
+    epoch = (await served.job()).job.epoch
+
+    async def lose_leader() -> None:
+        leader = await served.leader_number()
+        served.hosts.lose(f"scheduler-{leader}")
+        await served.cluster.connect(1 - leader)
+        served.deployer.kill(served.a_decode_pod(), signal.SIGKILL)
+        await served.ready_at(epoch + 1)
+
+    await served.same_tokens_while(lose_leader)
 
 
 async def _a_lost_node(served: ServedByPods) -> None:
