@@ -23,6 +23,7 @@ import structlog
 
 from raddle.agent.engine.reference.weights import F32, FloatArray
 from raddle.model.types import Member, RankKey
+from raddle.telemetry.addresses import host_port, split_address
 from raddle.telemetry.tls import TlsFiles
 
 _HEADER = struct.Struct("<4sB3x16sqiiII")
@@ -132,8 +133,9 @@ class ExchangeServer:
         self._serve = serve
         self._weights = weights
         self._context = tls.socket_context(server=True) if tls is not None else None
-        self._socket = socket.create_server((host, 0), backlog=512)
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family, backlog=512)
+        self.address = host_port(host, self._socket.getsockname()[1])
         self._closing = False
         threading.Thread(target=self._accept, name="exchange", daemon=True).start()
 
@@ -285,8 +287,7 @@ class ExchangeClient:
         return made
 
     def _connect(self, address: str) -> socket.socket:
-        host, _, port = address.rpartition(":")
-        made = socket.create_connection((host, int(port)), self._deadline_s)
+        made = socket.create_connection(split_address(address), self._deadline_s)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made.settimeout(self._deadline_s)
         return made if self._context is None else self._context.wrap_socket(made)
