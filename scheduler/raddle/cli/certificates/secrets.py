@@ -48,7 +48,7 @@ def connect() -> Any:
         PermanentError: INVALID_ARGUMENT when there is neither.
     """
     try:
-        config.load_config()
+        config.load_config()  # type: ignore[no-untyped-call]
     except config.ConfigException as error:
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
