@@ -93,8 +93,9 @@ bench-kv: setup   ## Measure the KV index and plans alone; one JSON object on st
 demo: setup       ## Place DeepSeek-R1, serve tokens, kill a rank and a node, compare every token
 	$(BIN)/raddle demo
 
-docs: setup       ## Regenerate docs/reference
+docs: setup       ## Regenerate docs/reference, and the chart's README and dashboard
 	$(BIN)/python tools/docs/reference.py
+	$(BIN)/python tools/docs/chart.py
 
 verify: proto     ## What CI enforces
 	git diff --exit-code -- proto
