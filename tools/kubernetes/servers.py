@@ -16,6 +16,8 @@ PODS = "10.201.0.0/16"
 DOMAIN = "cluster.local"
 ISSUER = f"https://kubernetes.default.svc.{DOMAIN}"
 PAUSE_IMAGE = "localhost/raddle-pause:dev"
+#: The servers make this folder; the usual one lies on the machine, which is read-only for them.
+VOLUME_PLUGINS = "/var/lib/kubelet/volume-plugins"
 #: Names by which pods and people reach the API server.
 API_SERVER_NAMES = (
     "kubernetes",
@@ -106,6 +108,7 @@ def controller_manager(tools: Path, pki: Path) -> list[str]:
         "--leader-elect=false",
         "--kube-api-qps=500",
         "--kube-api-burst=1000",
+        f"--flex-volume-plugin-dir={VOLUME_PLUGINS}",
     ]
 
 
@@ -187,7 +190,7 @@ def kubelet_config(pki: Path, name: str) -> str:
             "clusterDomain": DOMAIN,
             "clusterDNS": [CONTROL_PLANE_ADDRESS],
             "resolvConf": "/etc/resolv.conf",
-            "volumePluginDir": "/var/lib/kubelet/volume-plugins",
+            "volumePluginDir": VOLUME_PLUGINS,
             "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
             "cgroupDriver": "cgroupfs",
             "failCgroupV1": False,
