@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 from raddle.core.context import is_ended
@@ -21,6 +22,7 @@ from raddle.wire.codec import to_message
 
 _LEVELS = list(FaultLevel)
 _HOLD_KINDS = list(HoldKind)
+_TAKEN = (SeatState.ACTIVE, SeatState.SPARE)
 
 
 def _supernodes(mirror: Mirror) -> list[SuperNode]:
@@ -34,10 +36,21 @@ def _work(mirror: Mirror) -> dict[str, tuple[str, RankKey, str]]:
         assert isinstance(placement, Placement)
         for part in placement.instances:
             for rank in part.ranks:
-                if rank.die and rank.state in (SeatState.ACTIVE, SeatState.SPARE):
+                if rank.die and rank.state in _TAKEN:
                     key = RankKey(role=part.role, instance=part.instance, rank=rank.rank)
                     found[rank.die] = (placement.job_uid, key, str(rank.state))
     return found
+
+
+def _seats(mirror: Mirror) -> Counter[str]:
+    """Node -> seats of all placements there, those in host memory too."""
+    return Counter(
+        rank.node
+        for _, placement in mirror.under(keys.PLACEMENTS)
+        for part in placement.instances
+        for rank in part.ranks
+        if rank.state in _TAKEN
+    )
 
 
 def holds_by_subject(mirror: Records) -> dict[str, list[Hold]]:
@@ -112,17 +125,28 @@ def _die(
 def nodes(mirror: Mirror, replica: Replica) -> list[scheduler_pb2.NodeStatus]:
     """All nodes of all supernodes, in order, with what the leader believes of them."""
     tracker = replica.leader.nodes() if replica.leader is not None else None
-    found = dies_of(mirror, node_names(mirror))
-    return [node_status(mirror, name, dies, tracker) for name, dies in found.items()]
+    return [status for status, _ in pictures(mirror, node_names(mirror), tracker)]
 
 
-def node_status(
+def pictures(
+    mirror: Mirror, wanted: Iterable[str], tracker: NodeTracker | None
+) -> list[tuple[scheduler_pb2.NodeStatus, list[scheduler_pb2.DieStatus]]]:
+    """Nodes that exist, each with its dies and what the leader believes of it."""
+    seats = _seats(mirror)
+    found = []
+    for name, dies_here in dies_of(mirror, wanted).items():
+        status = _node(mirror, name, dies_here, tracker)
+        status.ranks = seats[name]
+        found.append((status, dies_here))
+    return found
+
+
+def _node(
     mirror: Mirror,
     name: str,
     found: list[scheduler_pb2.DieStatus],
     tracker: NodeTracker | None,
 ) -> scheduler_pb2.NodeStatus:
-    """One node: its dies, its agent, and what the leader believes of it."""
     registration: AgentRegistration | None = mirror.get(keys.registration(name))
     status = scheduler_pb2.NodeStatus(node=name, state=NodeState.ABSENT, dies=len(found))
     status.why.reason, status.why.message = "ABSENT", "no agent ever registered"

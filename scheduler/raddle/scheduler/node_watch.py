@@ -61,13 +61,12 @@ class NodeWatch:
         tracker = self._replica.require_leader().nodes()
         suspects = dict.fromkeys(name for seen in batch for name in _touched(seen, names))
         suspects |= dict.fromkeys(n for n in names if not self._is_believed(n, tracker))
-        found = inventory.dies_of(self._mirror, [name for name in suspects if name in names])
+        wanted = [name for name in suspects if name in names]
         messages = []
-        for name, dies in found.items():
-            status = inventory.node_status(self._mirror, name, dies, tracker)
+        for status, dies in inventory.pictures(self._mirror, wanted, tracker):
             message = Message(node=status, dies=dies if self._with_dies else ())
-            if self._told.get(name) != message:
-                self._told[name] = message
+            if self._told.get(status.node) != message:
+                self._told[status.node] = message
                 messages.append(Message(node=status, dies=message.dies))
         for name in [name for name in self._told if name not in names]:
             del self._told[name]
