@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from raddle.agent.engine.reference.frontdoor import main as front_door
 from raddle.agent.main import main as agent
 from raddle.scheduler.main import main as scheduler
 from tests.certificates import Authority
@@ -22,6 +23,9 @@ WRONG: tuple[tuple[Main, tuple[str, ...], str], ...] = (
     (scheduler, (*SCHEDULER, "--etcd-ca", "/nope"), "--etcd-ca, --etcd-certificate, --etcd-key"),
     (agent, (*AGENT, "--rank-host", "0.0.0.0"), "not loopback"),
     (agent, (*AGENT, "--tls-ca", "/nope"), "--tls-ca, --tls-certificate, --tls-key"),
+    (agent, (*AGENT, "--ranks", "threads"), "processes, pods"),
+    (agent, (*AGENT, "--nodes-file", "/nope"), "--node or --nodes-file"),
+    (agent, (*AGENT[:2], *AGENT[4:]), "--node or --nodes-file"),
     (agent, (*AGENT, "--etcd-key", "/nope"), "--etcd-ca, --etcd-certificate, --etcd-key"),
 )
 
@@ -37,6 +41,21 @@ def test_a_check_refuses(
     captured = capsys.readouterr()
     assert word in captured.err
     assert captured.out == ""
+
+
+def test_a_nodes_file_may_come_later(capsys: pytest.CaptureFixture[str]) -> None:
+    """The check passes while the file that names the nodes is not there yet."""
+    agent([*AGENT[:2], *AGENT[4:], "--nodes-file", "/nope", "config", "check"])
+    assert "nodes_file: /nope" in capsys.readouterr().out
+
+
+def test_plain_http_off_loopback_must_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """A front door refuses to serve HTTP to other machines, and names the two ways to have it."""
+    with pytest.raises(SystemExit) as ended:
+        front_door(["--schedulers", "127.0.0.1:1", "--job", "a/b", "--listen", "0.0.0.0:1"])
+    assert ended.value.code == 2
+    assert "--http-certificate" in (error := capsys.readouterr().err)
+    assert "--allow-plain-http" in error
 
 
 @pytest.mark.parametrize(("main", "flags"), [(scheduler, SCHEDULER), (agent, AGENT)])

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from raddle.agent.engine import process
-from raddle.agent.engine.process import ProcessWatch, end
+from raddle.agent.engine.process import ProcessWatch
 
 # It says when it listens to nobody.
 _STUBBORN = (
@@ -32,7 +32,7 @@ async def test_a_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.Monk
         await asyncio.to_thread(child.stdout.readline)
         watch = ProcessWatch(child.pid)
         code = asyncio.create_task(watch.wait())
-        await end(watch)
+        await watch.end()
         assert await code == -signal.SIGKILL
 
 
@@ -48,4 +48,4 @@ async def test_another_process_of_the_same_number_is_not_signalled(
             raise AssertionError("a number is no process")
 
         monkeypatch.setattr(os, "kill", nobody)
-        await end(watch)
+        await watch.end()

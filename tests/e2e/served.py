@@ -171,6 +171,13 @@ async def serving(
     settings: dict[str, Any] = {"machine": SMALL_MACHINE, "real_nodes": 4, "schedulers": 2}
     cluster = LocalCluster(folder, **(settings | options))
     on_made(cluster)
+    async with serving_on(cluster, job) as served:
+        yield served
+
+
+@asynccontextmanager
+async def serving_on(cluster: LocalCluster, job: str = JOB) -> AsyncIterator[Served]:
+    """Start this cluster, the small job and its front door; all of it ends with the block."""
     try:
         await cluster.start()
         served = Served(cluster, "", "")

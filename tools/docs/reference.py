@@ -9,6 +9,7 @@ import click
 import typer
 from google.protobuf import descriptor_pb2
 
+from raddle.agent.metrics import Metrics as AgentMetrics
 from raddle.cli.main import app
 from raddle.cli.session import EXIT_CODES
 from raddle.model.errors import Reason
@@ -66,9 +67,10 @@ def api_text() -> str:
         lines += _file(file)
     lines.append("## Reasons\n\nMachine-read words in `google.rpc.ErrorInfo`, domain `raddle`:\n")
     lines += [f"- `{reason}`" for reason in Reason]
-    lines.append("\n## Metrics of the scheduler\n")
-    for metric in sorted(Metrics().registry.collect(), key=lambda m: m.name):
-        lines.append(f"- `{metric.name}`: {metric.documentation}")
+    for daemon, metrics in (("scheduler", Metrics()), ("agent", AgentMetrics())):
+        lines.append(f"\n## Metrics of the {daemon}\n")
+        for metric in sorted(metrics.registry.collect(), key=lambda m: m.name):
+            lines.append(f"- `{metric.name}`: {metric.documentation}")
     return "\n".join(lines) + "\n"
 
 

@@ -89,6 +89,8 @@ class NodeAgent:
         self._health_doubtful = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._faults = FaultLog(facts.name, facts.boot_id)
+        #: Does the store hold our health, under a lease that lives?
+        self.is_reporting = False
 
     def tell(self, event: Event) -> None:
         self._events.put_nowait(event)
@@ -356,6 +358,7 @@ class NodeAgent:
                 await self._put_health(lease)
                 change = asyncio.ensure_future(anext(faults))
         finally:
+            self.is_reporting = False
             for task in (lost, change, doubt):
                 task.cancel()
             # A generator that runs can't be closed.
@@ -367,6 +370,7 @@ class NodeAgent:
         key = keys.health(self._facts.name)
         value = wire.encode(key, self._faults.report())
         await self._store.commit(Transaction(writes=(Put(key, value, lease.lease_id),)))
+        self.is_reporting = True
 
 
 def _name(key: RankKey) -> str:

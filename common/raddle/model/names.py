@@ -1,10 +1,11 @@
-"""Names that become parts of keys and of host names."""
+"""Names that become parts of keys, of host names and of paths."""
 
 from __future__ import annotations
 
 import re
 
 from raddle.model.errors import PermanentError, Reason
+from raddle.model.types import RankKey
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 
@@ -22,3 +23,14 @@ def check_name(path: str, value: str) -> None:
             " beginning and ending with a letter or digit.",
             field=path,
         )
+
+
+def ranks_folder(node: str) -> str:
+    """Where a node's ranks have their folders, from the agent's state folder on."""
+    return f"ranks/{node.replace('/', '-')}"
+
+
+def rank_folder(node: str, job_uid: str, key: RankKey, start_count: int) -> str:
+    """The folder of one start of a rank, from the agent's state folder on."""
+    name = f"{key.role}-{key.instance}-{key.rank}-{start_count}"
+    return f"{ranks_folder(node)}/{job_uid}/{name}"

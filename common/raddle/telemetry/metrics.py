@@ -1,8 +1,7 @@
-"""Prometheus metrics and signs of life over HTTP, on an address of its own.
+"""Prometheus metrics and probes over HTTP, on an address of their own.
 
-Names are API: prefix `raddle_`, base units, no label for layers or experts. `/metrics` answers
-Prometheus; `/healthz`, `/readyz` and the like answer a kubelet, which has no certificate to show to
-the gRPC port.
+Names are API: prefix `raddle_`, base units, no label for layers or experts. A probe answers 200, or
+503 with a sentence that says why not.
 """
 
 from __future__ import annotations
@@ -11,46 +10,52 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
+
+from raddle.telemetry.addresses import split_address
 
 PHASE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_LOOP_TIMEOUT_S = 2.0
+TURN_TIMEOUT_S = 5.0
+#: Why the process is not what the probe asks for; empty when it is. Called from another thread.
+Probe = Callable[[], str]
 
-#: Says in one sentence what is wrong, nothing when all is well; called in a thread of the server.
-Check = Callable[[], str]
 
+def turning(loop: asyncio.AbstractEventLoop) -> Probe:
+    """Does the event loop still turn? One that hangs does nothing of what the process is for."""
 
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-        """A line for each scrape tells nobody anything."""
+    def probe() -> str:
+        turned = threading.Event()
+        loop.call_soon_threadsafe(turned.set)
+        if turned.wait(TURN_TIMEOUT_S):
+            return ""
+        return f"the event loop has not turned for {TURN_TIMEOUT_S:g} s"
+
+    return probe
 
 
 def serve_metrics(
-    address: str, registry: CollectorRegistry, checks: Mapping[str, Check] | None = None
+    address: str, registry: CollectorRegistry, probes: Mapping[str, Probe]
 ) -> Callable[[], None]:
-    """Serve the registry, and the checks by their paths, at `host:port` from a thread.
+    """Serve the registry and the probes, by path, at `host:port` from a thread.
 
     Returns the way to stop.
     """
-    metrics = make_wsgi_app(registry)
-    known = dict(checks or {})
+    host, port = split_address(address)
+    metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
 
-    def answer(environment: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        check = known.get(environment["PATH_INFO"])
-        if check is None:
-            return metrics(environment, start_response)
-        trouble = check()
-        status = "503 Service Unavailable" if trouble else "200 OK"
+    def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        probe = probes.get(environ["PATH_INFO"])
+        if probe is None:
+            return metrics(environ, start_response)
+        why = probe()
+        status = "503 Service Unavailable" if why else "200 OK"
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"{trouble or 'ok'}\n".encode()]
+        return [f"{why or 'ok'}\n".encode()]
 
-    host, _, port = address.rpartition(":")
-    server = make_server(host, int(port), answer, ThreadingWSGIServer, handler_class=_Quiet)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    server: Any
+    server, thread = start_http_server(port, addr=host, registry=registry)
+    server.set_app(answer)
 
     def stop() -> None:
         server.shutdown()
@@ -58,19 +63,3 @@ def serve_metrics(
         thread.join(timeout=5)
 
     return stop
-
-
-def loop_turns(loop: asyncio.AbstractEventLoop) -> Check:
-    """Does the event loop still run what it is given?"""
-
-    def check() -> str:
-        turned = threading.Event()
-        try:
-            loop.call_soon_threadsafe(turned.set)
-        except RuntimeError:
-            return "the event loop is closed"
-        if turned.wait(_LOOP_TIMEOUT_S):
-            return ""
-        return f"the event loop did not turn within {_LOOP_TIMEOUT_S:g} s"
-
-    return check

@@ -1,7 +1,8 @@
 """Certificates and the identities in them.
 
 Off loopback both sides show a certificate of the same CA. The subject's common name is the
-identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. The alternative name is the
+identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. An agent of several nodes is
+`agent/<pattern>` (`agent/sn0/*`, `agent/*`). The alternative name is the
 server's kind (`raddle-scheduler`, `raddle-agent`), whatever host it runs on; ranks show the
 certificate of their agent. On loopback without TLS a caller names itself in metadata.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import ssl
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,8 @@ def identity_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
         if key == IDENTITY_METADATA:
             return value.decode() if isinstance(value, bytes) else value
     return DEFAULT_IDENTITY
+
+
+def is_agent_of(node: str, identity: str) -> bool:
+    """Is it the agent of the node, or one of several nodes whose pattern holds the node?"""
+    return identity.startswith("agent/") and fnmatchcase(f"agent/{node}", identity)

@@ -245,7 +245,7 @@ def watch(
         async for message in stub.WatchJobs(request):
             _show_change(message, s.output)
 
-    s.run(work)
+    s.run(work, leader_only=True)
 
 
 def _show_change(message: Any, output: str) -> None:

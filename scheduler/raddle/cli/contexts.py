@@ -18,7 +18,7 @@ from raddle.model.names import check_name
 from raddle.telemetry.tls import TlsFiles, tls_files
 
 DEFAULT_SERVER = "127.0.0.1:7400"
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})\Z")
+_ADDRESS = re.compile(r"(dns:///)?(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})\Z")
 _PORT_MAX = 65_535
 
 
@@ -46,7 +46,7 @@ class CliContext:
             raise PermanentError(
                 Reason.INVALID_ARGUMENT,
                 f"server {self.server[:80]!r} is no address: write host:port, as in"
-                f" {DEFAULT_SERVER}.",
+                f" {DEFAULT_SERVER}, or dns:///host:port for a name of several schedulers.",
                 field="server",
             )
         check_name("namespace", self.namespace)

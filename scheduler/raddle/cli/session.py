@@ -61,32 +61,49 @@ class Session:
     output: str = "table"
     timeout_s: float = 10.0
 
-    def run(self, work: Callable[[Any], Awaitable[int | None]]) -> NoReturn:
-        """Run a command against the `Scheduler` service and leave with its exit code."""
+    def run(
+        self, work: Callable[[Any], Awaitable[int | None]], *, leader_only: bool = False
+    ) -> NoReturn:
+        """Run a command against the `Scheduler` service and leave with its exit code.
+
+        One that is `leader_only` is a single call that standbys do not pass on: it is made again
+        where they say that the leader is.
+        """
         try:
-            code = asyncio.run(self._run(work))
+            code = asyncio.run(self._run(work, leader_only=leader_only))
         except RaddleError as error:
             fail(error)
         except KeyboardInterrupt:
             sys.exit(130)
         sys.exit(code or EXIT_OK)
 
-    async def _run(self, work: Callable[[Any], Awaitable[int | None]]) -> int | None:
-        channel = make_channel(self.context.server, identity="client/admin", tls=self.context.tls())
+    async def _run(
+        self, work: Callable[[Any], Awaitable[int | None]], *, leader_only: bool
+    ) -> int | None:
+        try:
+            return await self._ask(self.context.server, work)
+        except RaddleError as error:
+            leader = error.details.get("leader_address")
+            if not leader_only or not leader:
+                raise
+        return await self._ask(leader, work)
+
+    async def _ask(self, server: str, work: Callable[[Any], Awaitable[int | None]]) -> int | None:
+        channel = make_channel(server, identity="client/admin", tls=self.context.tls())
         try:
             return await work(scheduler_pb2_grpc.SchedulerStub(channel))
         except grpc.aio.AioRpcError as error:
-            raise self._explained(error) from error
+            raise self._explained(error, server) from error
         finally:
             await channel.close()
 
-    def _explained(self, error: grpc.aio.AioRpcError) -> RaddleError:
+    def _explained(self, error: grpc.aio.AioRpcError, server: str) -> RaddleError:
         failure = error_from(error)
         if failure.reason is Reason.NO_LEADER and not is_answered(error):
-            failure.message = _unreachable(self.context.server, failure.message)
+            failure.message = _unreachable(server, failure.message)
         if failure.reason is Reason.DEADLINE_EXCEEDED and failure.message == "Deadline Exceeded":
             failure.message = (
-                f"{self.context.server} did not answer within {self.timeout_s:g} s: repeat with the"
+                f"{server} did not answer within {self.timeout_s:g} s: repeat with the"
                 " same idempotency key, or wait longer with --timeout."
             )
         return failure

@@ -19,7 +19,7 @@ from raddle.operator.lease import Lease
 from raddle.operator.operator import Operator, Options
 from raddle.operator.pods import Site
 from raddle.telemetry.logging import configure_logging
-from raddle.telemetry.metrics import loop_turns, serve_metrics
+from raddle.telemetry.metrics import turning, serve_metrics
 from raddle.telemetry.settings import load_settings, require, setting
 from raddle.telemetry.tls import tls_files
 
@@ -134,7 +134,7 @@ def _serve_metrics(settings: Settings, lease: Lease, operator: Operator) -> Any:
     }
     for name, (text, read) in numbers.items():
         Gauge(name, text, registry=registry).set_function(read)
-    alive = loop_turns(asyncio.get_running_loop())
+    alive = turning(asyncio.get_running_loop())
     return serve_metrics(settings.metrics_listen, registry, {"/healthz": alive})
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import grpc
@@ -19,7 +18,7 @@ from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryEr
 from raddle.scheduler.authorization import VERBS
 from raddle.scheduler.replica import Replica
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import IDENTITY_METADATA, identity_of
+from raddle.telemetry.tls import IDENTITY_METADATA, identity_of, is_agent_of
 from raddle.wire.codec import CodecError
 from raddle.wire.parse import require_texts
 from raddle.wire.status import abort, code_of, error_from
@@ -239,7 +238,7 @@ def refuse_foreign_node(context: Context, node: str) -> None:
         PermanentError: PERMISSION_DENIED; logged with who and what.
     """
     identity = identity_of(context)
-    if identity.startswith("agent/") and not fnmatchcase(f"agent/{node}", identity):
+    if identity.startswith("agent/") and not is_agent_of(node, identity):
         log.warning("refused", identity=identity, node=node, verb="report")
         raise PermanentError(
             Reason.PERMISSION_DENIED, f"{identity} may not report for node {node}."

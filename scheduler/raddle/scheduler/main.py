@@ -38,7 +38,7 @@ from raddle.store.etcd.store import EtcdStore
 from raddle.store.protocol import Record
 from raddle.telemetry.channels import OPTIONS, make_channel
 from raddle.telemetry.logging import configure_logging
-from raddle.telemetry.metrics import serve_metrics
+from raddle.telemetry.metrics import serve_metrics, turning
 from raddle.telemetry.settings import load_settings, require, setting
 from raddle.telemetry.tls import TlsFiles, require_safe_listen, tls_files
 from raddle.v1 import router_pb2_grpc, scheduler_pb2_grpc
@@ -61,7 +61,9 @@ class Settings:
     allow_fault_injection: bool = setting(False, "let `raddle inject` set faults")
     reflection: bool = setting(False, "serve gRPC reflection")
     policy: str = setting("", "YAML file with authorization rules")
-    metrics_listen: str = setting("", "address for Prometheus metrics, empty for none")
+    metrics_listen: str = setting(
+        "", "address for Prometheus metrics, and for probes at /live and /ready; empty for none"
+    )
     log_json: bool = setting(False, "JSON log lines even on a terminal")
     tls_ca: str = setting("", "CA of all members (PEM)")
     tls_certificate: str = setting("", "our certificate (PEM)")
@@ -142,8 +144,9 @@ class SchedulerProcess:
         measuring = asyncio.create_task(kv_service.follow_metrics(self.replica))
         stop_metrics = None
         if self.settings.metrics_listen:
+            probes = {"/live": turning(asyncio.get_running_loop()), "/ready": self.unready}
             stop_metrics = serve_metrics(
-                self.settings.metrics_listen, self.replica.metrics.registry
+                self.settings.metrics_listen, self.replica.metrics.registry, probes
             )
         stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
         parts = {stopping, following, leading, measuring}
@@ -162,6 +165,10 @@ class SchedulerProcess:
             await server.stop(grace=0.5)
             await interceptor.close()
             await self.store.close()
+
+    def unready(self) -> str:
+        """Why this replica cannot answer yet; empty when it can, leading or not."""
+        return "" if self.mirror.revision else "the store has not been read yet"
 
     async def _serve(self) -> tuple[grpc.aio.Server, Interceptor]:
         interceptor = Interceptor(self.replica)

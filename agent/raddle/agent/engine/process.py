@@ -1,4 +1,4 @@
-"""Rank processes: started in a session of their own, found again after the agent's restart.
+"""Ranks as processes: started in a session of their own, found again after the agent's restart.
 
 A process is known by its number and its start time, so that a number used anew is not mistaken
 for it. Its death is seen through a pidfd, whoever its parent is.
@@ -9,15 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from raddle.agent.engine.launcher import (
+    START_TIMEOUT_S,
+    EndWatch,
+    Running,
+    make_folder,
+    remove_folder,
+)
 from raddle.agent.engine.reference.config import (
     CONFIG_FILE,
-    RankAddress,
     RankConfig,
     process_start_ticks,
     read_address,
@@ -26,17 +32,57 @@ from raddle.agent.engine.reference.config import (
 )
 from raddle.model.errors import Reason, TemporaryError
 
-START_TIMEOUT_S = 60.0
 STOP_GRACE_S = 2.0
 LOG_FILE = "rank.log"
 _MODULE = "raddle.agent.engine.reference.rank"
+_POLL_S = 0.005
 
 
-def launch(
-    folder: Path, config: RankConfig, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    """Start a rank process that outlives us."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+class ProcessLauncher:
+    """Starts a process a rank."""
+
+    def __init__(self, start_timeout_s: float = START_TIMEOUT_S) -> None:
+        self._start_timeout_s = start_timeout_s
+
+    async def start(
+        self, folder: Path, config: RankConfig, wanted: Callable[[], bool]
+    ) -> Running | None:
+        """As `Launcher.start`; an error carries the process's last words."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._start_timeout_s
+        pid = _launch(folder, config)
+        life = ProcessWatch(pid)
+        while wanted():
+            address = read_address(folder)
+            if address is not None and address.pid == pid:
+                return Running(address, config, life)
+            if life.is_over or loop.time() > deadline:
+                await life.end()
+                words = (folder / LOG_FILE).read_text(errors="replace")[-400:]
+                code = await life.wait()
+                raise TemporaryError(
+                    Reason.ENGINE_FAILED, f"the rank did not come up (code {code}): {words}"
+                )
+            await asyncio.sleep(_POLL_S)
+        await life.end()
+        await life.wait()
+        return None
+
+    async def adopt(self, folder: Path) -> Running | None:
+        address = read_address(folder)
+        if address is not None and process_start_ticks(address.pid) == address.start_time_ticks:
+            try:
+                config = read_config(folder / CONFIG_FILE)
+            except (OSError, ValueError):
+                return None
+            return Running(address, config, ProcessWatch(address.pid))
+        remove_folder(folder)
+        return None
+
+
+def _launch(folder: Path, config: RankConfig) -> int:
+    """Start a rank process that outlives us; gives its number."""
+    make_folder(folder)
     write_config(folder / CONFIG_FILE, config)
     with (folder / LOG_FILE).open("ab") as output:
         return subprocess.Popen(
@@ -46,66 +92,30 @@ def launch(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env=os.environ | environment,
-        )
+            env=os.environ | _environment(config),
+        ).pid
 
 
-async def wait_address(folder: Path, process: subprocess.Popen[bytes]) -> RankAddress:
-    """Where the new process listens.
-
-    Raises:
-        TemporaryError: ENGINE_FAILED when it ended or did not say so in time; with its last words.
-    """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + START_TIMEOUT_S
-    while True:
-        address = read_address(folder)
-        if address is not None and address.pid == process.pid:
-            return address
-        if process.poll() is not None or loop.time() > deadline:
-            with contextlib.suppress(OSError):
-                process.kill()
-            words = (folder / LOG_FILE).read_text(errors="replace")[-400:]
-            raise TemporaryError(
-                Reason.ENGINE_FAILED, f"the rank did not come up (code {process.poll()}): {words}"
-            )
-        await asyncio.sleep(0.005)
+def _environment(config: RankConfig) -> dict[str, str]:
+    return {
+        "RADDLE_JOB_UID": config.job_uid,
+        "RADDLE_EPOCH": str(config.epoch),
+        "RADDLE_RANK": f"{config.role}/{config.instance}/{config.rank}",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
-def running(folder: Path) -> tuple[RankAddress, RankConfig] | None:
-    """The rank of a state folder if its process still runs; a stale folder is removed."""
-    address = read_address(folder)
-    if address is not None and process_start_ticks(address.pid) == address.start_time_ticks:
-        try:
-            return address, read_config(folder / CONFIG_FILE)
-        except (OSError, ValueError):
-            return None
-    shutil.rmtree(folder, ignore_errors=True)
-    return None
-
-
-class ProcessWatch:
-    """Waits for the end of one process, child or not."""
+class ProcessWatch(EndWatch):
+    """The life of one process, child or not."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._ended = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
         try:
-            self._fd = os.pidfd_open(pid)
+            handle = os.pidfd_open(pid)
         except ProcessLookupError:
-            self._fd = -1
-            self._ended.set()
-            return
-        self._loop.add_reader(self._fd, self._on_end)
-
-    def _on_end(self) -> None:
-        self.close()
-        self._ended.set()
-
-    async def ended(self) -> None:
-        """Return once the process is gone; its exit code is for whoever calls `wait`."""
-        await self._ended.wait()
+            handle = -1
+        super().__init__(handle)
 
     async def wait(self) -> int:
         """The exit code if it was our child; else -1."""
@@ -116,25 +126,18 @@ class ProcessWatch:
             return -1
         return os.waitstatus_to_exitcode(status) if pid else -1
 
-    def send(self, number: signal.Signals) -> None:
+    async def end(self) -> None:
+        """SIGTERM, then SIGKILL after a grace."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self._send(number)
+            try:
+                await asyncio.wait_for(self._ended.wait(), STOP_GRACE_S)
+                return
+            except TimeoutError:
+                continue
+
+    def _send(self, number: signal.Signals) -> None:
         """Signal this very process: never another one that got its number."""
-        if self._fd >= 0:
+        if self._handle >= 0:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._fd, number)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            self._loop.remove_reader(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-
-
-async def end(watch: ProcessWatch) -> None:
-    """SIGTERM, then SIGKILL after a grace."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        watch.send(number)
-        try:
-            await asyncio.wait_for(watch.ended(), STOP_GRACE_S)
-            return
-        except TimeoutError:
-            continue
+                signal.pidfd_send_signal(self._handle, number)

@@ -1,4 +1,4 @@
-"""The driver of the reference engine: real processes, the `Engine` service, all verbs."""
+"""The driver of the reference engine: real ranks, the `Engine` service, all verbs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raddle.agent.core.events import (
     StopRank,
 )
 from raddle.agent.engine.driver import JobContext, Tell
-from raddle.agent.engine.process import ProcessWatch, end, launch, running, wait_address
+from raddle.agent.engine.launcher import Launcher, Life, Running
 from raddle.agent.engine.reference.config import RankAddress, RankConfig
 from raddle.agent.engine.reference.shape import parse_shape
 from raddle.agent.engine.reference.weights import write_checkpoint
@@ -32,6 +32,7 @@ from raddle.model.errors import RaddleError, Reason
 from raddle.model.health import PeerSuspicion, RankStage
 from raddle.model.job import AssignmentStage, JobAssignment, RankAssignment
 from raddle.model.kinds import RoleKind
+from raddle.model.names import rank_folder, ranks_folder
 from raddle.model.stats import RankStats
 from raddle.model.types import Fence, RankKey
 from raddle.telemetry.channels import make_channel
@@ -51,18 +52,18 @@ log = structlog.get_logger()
 
 
 class ReferenceRank:
-    """One process with its channel, its watch and the task that follows its reports."""
+    """One rank with its channel, its life and the tasks that follow both."""
 
     def __init__(
         self,
         address: RankAddress,
         key: RankKey,
-        watch: ProcessWatch,
+        life: Life,
         channel: grpc.aio.Channel,
     ) -> None:
         self.address = address
         self.key = key
-        self.watch = watch
+        self.life = life
         self.channel = channel
         self.stub: Any = engine_pb2_grpc.EngineStub(channel)
         self.tasks: list[asyncio.Task[None]] = []
@@ -72,7 +73,7 @@ class ReferenceRank:
     async def close(self) -> None:
         for task in self.tasks:
             task.cancel()
-        self.watch.close()
+        self.life.close()
         await self.channel.close()
 
 
@@ -96,6 +97,7 @@ class ReferenceDriver:
         folder: Path,
         tell: Tell,
         stats: Any,
+        launcher: Launcher,
         *,
         host: str = "127.0.0.1",
         tls: TlsFiles | None = None,
@@ -106,22 +108,19 @@ class ReferenceDriver:
         self._folder = folder
         self._tell = tell
         self._stats = stats
+        self._launcher = launcher
         self._ranks: dict[tuple[str, RankKey, int], ReferenceRank] = {}
+        self._starting: set[tuple[str, RankKey, int]] = set()
         self._stopping: set[tuple[str, RankKey, int]] = set()
 
-    def _rank_folder(self, job_uid: str, key: RankKey, start_count: int) -> Path:
-        name = f"{key.role}-{key.instance}-{key.rank}-{start_count}"
-        return self._folder / "ranks" / self._node.replace("/", "-") / job_uid / name
-
-    # --- processes -----------------------------------------------------------------------------
+    # --- ranks ---------------------------------------------------------------------------------
 
     async def adopt(self) -> None:
-        base = self._folder / "ranks" / self._node.replace("/", "-")
-        for folder in sorted(base.glob("*/*")):
-            found = running(folder)
+        for folder in sorted((self._folder / ranks_folder(self._node)).glob("*/*")):
+            found = await self._launcher.adopt(folder)
             if found is None:
                 continue
-            address, config = found
+            address = found.address
             log.info(
                 "rank adopted",
                 job_uid=address.job_uid,
@@ -130,26 +129,29 @@ class ReferenceDriver:
                 incarnation=address.incarnation,
                 pid=address.pid,
             )
-            await self._begin(address, config.die)
+            self._begin(found)
 
     async def start(self, instruction: StartRank) -> None:
         job, rank = instruction.job, instruction.rank
         where = (job.job_uid, rank.rank, rank.start_count)
+        self._starting.add(where)
         try:
             config = await self._config(job, rank)
-            folder = Path(config.state_folder)
-            process = launch(folder, config, _environment(config))
-            address = await wait_address(folder, process)
+            folder = self._folder / rank_folder(self._node, *where)
+            found = await self._launcher.start(folder, config, lambda: where not in self._stopping)
         except (RaddleError, OSError) as error:
+            self._stopping.discard(where)
             self._tell(StartFailed(*where, str(error)))
             return
-        if where in self._stopping:
-            # It was not wanted any more before it was up.
-            await end(ProcessWatch(address.pid))
+        finally:
+            self._starting.discard(where)
+        if found is None:
             self._stopping.discard(where)
             self._tell(RankExited(*where, 0, "ended on request"))
             return
-        await self._begin(address, rank.die)
+        self._begin(found)
+        if where in self._stopping:
+            await found.life.end()
 
     async def _config(self, job: JobAssignment, rank: RankAssignment) -> RankConfig:
         role = next(role for role in job.roles if role.name == rank.rank.role)
@@ -170,7 +172,6 @@ class ReferenceDriver:
             die=rank.die,
             model_config=job.model.config,
             checkpoint=str(checkpoint),
-            state_folder=str(self._rank_folder(job.job_uid, key, rank.start_count)),
             kv_block_tokens=job.model.kv_block_tokens,
             dram_bytes=role.dram_bytes,
             max_sequences=role.max_sequences_per_rank,
@@ -186,7 +187,8 @@ class ReferenceDriver:
             return Path(job.model.weights_uri.removeprefix("file://"))
         return self._folder / "checkpoints" / digest[:16]
 
-    async def _begin(self, address: RankAddress, die: str) -> None:
+    def _begin(self, found: Running) -> None:
+        address = found.address
         key = RankKey(role=address.role, instance=address.instance, rank=address.rank)
         channel = make_channel(
             address.engine_address,
@@ -194,7 +196,7 @@ class ReferenceDriver:
             tls=self._tls,
             server_name=AGENT_NAME,
         )
-        rank = ReferenceRank(address, key, ProcessWatch(address.pid), channel)
+        rank = ReferenceRank(address, key, found.life, channel)
         slot = (address.job_uid, key, address.start_count)
         self._ranks[slot] = rank
         self._tell(
@@ -202,7 +204,7 @@ class ReferenceDriver:
                 address.job_uid,
                 key,
                 address.start_count,
-                die,
+                found.config.die,
                 address.incarnation,
                 address.engine_address,
                 address.data_address,
@@ -216,20 +218,22 @@ class ReferenceDriver:
 
     async def _watch_end(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
         _speak_of(slot)
-        code = await rank.watch.wait()
+        code = await rank.life.wait()
         wanted = slot in self._stopping
         self._stopping.discard(slot)
         self._ranks.pop(slot, None)
-        message = "ended on request" if wanted else "the process is gone"
+        message = "ended on request" if wanted else "the rank is gone"
         self._tell(RankExited(*slot, code, message))
+        rank.life.close()
         await rank.channel.close()
 
     async def stop(self, instruction: StopRank) -> None:
         slot = (instruction.job_uid, instruction.key, instruction.start_count)
-        self._stopping.add(slot)
         rank = self._ranks.get(slot)
+        if rank is not None or slot in self._starting:
+            self._stopping.add(slot)
         if rank is not None:
-            await end(rank.watch)
+            await rank.life.end()
 
     # --- reports -------------------------------------------------------------------------------
 
@@ -386,13 +390,3 @@ def _speak_of(slot: tuple[str, RankKey, int]) -> None:
 
 def _messages(values: Iterable[Any], message_type: Any) -> list[Any]:
     return [to_message(value, message_type) for value in values]
-
-
-def _environment(config: RankConfig) -> dict[str, str]:
-    return {
-        "RADDLE_JOB_UID": config.job_uid,
-        "RADDLE_EPOCH": str(config.epoch),
-        "RADDLE_RANK": f"{config.role}/{config.instance}/{config.rank}",
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }

@@ -14,9 +14,12 @@ import grpc
 import structlog
 
 from raddle.model.errors import PermanentError, Reason
-from raddle.telemetry.tls import identity_of
+from raddle.telemetry.tls import identity_of, is_agent_of
 from raddle.wire.status import abort
 
+_BY_SERVICE = {"raddle.v1.ReferenceRank": "client/*", "raddle.v1.PoolMember": "agent/*"}
+# What the scheduler asks for a sign of life.
+_SIGNS = ("/raddle.v1.Engine/Ping", "/raddle.v1.Engine/Describe")
 log = structlog.get_logger()
 
 
@@ -24,21 +27,14 @@ class Callers(grpc.aio.ServerInterceptor):
     """Refuses foreign identities with PERMISSION_DENIED, and logs who asked for what."""
 
     def __init__(self, node: str) -> None:
-        own = f"agent/{node}"
-        self._commands = (own,)
-        self._by_path = {
-            "/raddle.v1.Engine/Ping": (own, "scheduler"),
-            "/raddle.v1.Engine/Describe": (own, "scheduler"),
-        }
-        self._by_service = {
-            "raddle.v1.ReferenceRank": ("client/*",),
-            "raddle.v1.PoolMember": ("agent/*",),
-        }
+        self._node = node
 
-    def _may(self, identity: str, path: str) -> bool:
+    def may(self, identity: str, path: str) -> bool:
+        """May the caller call `/<service>/<method>`?"""
         service = path.split("/")[1]
-        allowed = self._by_path.get(path) or self._by_service.get(service) or self._commands
-        return any(fnmatchcase(identity, pattern) for pattern in allowed)
+        if service in _BY_SERVICE:
+            return fnmatchcase(identity, _BY_SERVICE[service])
+        return is_agent_of(self._node, identity) or (identity == "scheduler" and path in _SIGNS)
 
     async def intercept_service(
         self,
@@ -52,7 +48,7 @@ class Callers(grpc.aio.ServerInterceptor):
 
         async def check(context: Any) -> None:
             identity = identity_of(context)
-            if not self._may(identity, path):
+            if not self.may(identity, path):
                 log.warning("refused", identity=identity, call=path)
                 message = f"{identity or 'an unnamed caller'} may not call {path} of this rank."
                 await abort(context, PermanentError(Reason.PERMISSION_DENIED, message))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -30,7 +32,6 @@ class RankConfig:
     die: str
     model_config: str
     checkpoint: str
-    state_folder: str
     kv_block_tokens: int
     dram_bytes: int = 0
     max_sequences: int = 0
@@ -44,6 +45,22 @@ class RankConfig:
 
     def tls(self) -> TlsFiles | None:
         return tls_files(self.tls_ca, self.tls_certificate, self.tls_key)
+
+    def placed_in(self, environment: Mapping[str, str]) -> RankConfig:
+        """The config where the rank runs: a pod knows its own address and mounts."""
+        there: dict[str, Any] = {
+            field: environment[name] for name, field in _OF_THE_PLACE.items() if name in environment
+        }
+        return replace(self, **there)
+
+
+#: What a rank's environment says better than its agent can, by variable.
+_OF_THE_PLACE = {
+    "RADDLE_RANK_HOST": "host",
+    "RADDLE_TLS_CA": "tls_ca",
+    "RADDLE_TLS_CERTIFICATE": "tls_certificate",
+    "RADDLE_TLS_KEY": "tls_key",
+}
 
 
 @dataclass(frozen=True, slots=True)

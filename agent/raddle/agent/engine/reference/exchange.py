@@ -23,6 +23,7 @@ import structlog
 
 from raddle.agent.engine.reference.weights import F32, FloatArray
 from raddle.model.types import Member, RankKey
+from raddle.telemetry.addresses import host_port, split_address
 from raddle.telemetry.tls import TlsFiles
 
 _HEADER = struct.Struct("<4sB3x16sqiiII")
@@ -132,8 +133,9 @@ class ExchangeServer:
         self._serve = serve
         self._weights = weights
         self._context = tls.socket_context(server=True) if tls is not None else None
-        self._socket = socket.create_server((host, 0), backlog=512)
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family, backlog=512)
+        self.address = host_port(host, self._socket.getsockname()[1])
         self._closing = False
         threading.Thread(target=self._accept, name="exchange", daemon=True).start()
 
@@ -255,8 +257,7 @@ class ExchangeClient:
         with self._lock:
             found = self._connections.get(peer.data_address)
         if found is None:
-            host, _, port = peer.data_address.rpartition(":")
-            found = socket.create_connection((host, int(port)), self._deadline_s)
+            found = socket.create_connection(split_address(peer.data_address), self._deadline_s)
             found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             found.settimeout(self._deadline_s)
             if self._context is not None:

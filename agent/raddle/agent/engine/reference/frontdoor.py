@@ -29,6 +29,7 @@ from raddle.agent.engine.reference.routing import Routing
 from raddle.agent.engine.reference.sequences import Sequences, SequenceState
 from raddle.agent.engine.reference.shape import Shape, parse_shape
 from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
+from raddle.telemetry.addresses import split_address
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.settings import load_settings, require, setting
 from raddle.telemetry.tls import is_loopback, tls_files
@@ -52,6 +53,9 @@ class Settings:
     tls_ca: str = setting("", "CA of all members (PEM)")
     tls_certificate: str = setting("", "our certificate (PEM)")
     tls_key: str = setting("", "our key (PEM)")
+    allow_plain_http: bool = setting(
+        False, "serve HTTP without TLS off loopback: only where the network is trusted"
+    )
     http_certificate: str = setting("", "certificate to serve HTTPS with (PEM)")
     http_key: str = setting("", "its key (PEM)")
 
@@ -75,6 +79,8 @@ class FrontDoor:
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.list_models),
             Route("/health", self.health),
+            Route("/ready", self.health),
+            Route("/live", self.live),
             Route("/metrics", self.metrics),
         ]
 
@@ -84,6 +90,10 @@ class FrontDoor:
     async def health(self, _request: Request) -> Response:
         live = self._routing.is_live
         return JSONResponse({"live": live}, status_code=200 if live else 503)
+
+    async def live(self, _request: Request) -> Response:
+        """The process works, whatever its job does."""
+        return PlainTextResponse("ok\n")
 
     async def metrics(self, _request: Request) -> Response:
         s = self.sequences
@@ -220,10 +230,12 @@ def _config_text(model: str) -> str:
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
-    if not settings.http_certificate and not is_loopback(settings.listen):
+    is_safe = settings.http_certificate or settings.allow_plain_http or is_loopback(settings.listen)
+    if not is_safe:
         raise PermanentError(
             Reason.PERMISSION_DENIED,
-            f"{settings.listen} is not loopback: give --http-certificate and --http-key.",
+            f"{settings.listen} is not loopback: give --http-certificate and --http-key, or"
+            " --allow-plain-http where the network is trusted.",
         )
     shape = parse_shape(_config_text(settings.model))
     namespace, _, name = settings.job.rpartition("/")
@@ -236,11 +248,11 @@ async def serve(settings: Settings) -> None:
         tls,
     )
     door = FrontDoor(routing, shape, settings.model, settings.request_timeout_s)
-    host, _, port = settings.listen.rpartition(":")
+    host, port = split_address(settings.listen)
     config = uvicorn.Config(
         Starlette(routes=door.routes()),
         host=host,
-        port=int(port),
+        port=port,
         log_config=None,
         lifespan="off",
         ssl_certfile=settings.http_certificate or None,
