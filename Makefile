@@ -1,6 +1,6 @@
 # One vocabulary for people and CI. `make verify` is what CI enforces. Every target sets up what it
 # needs by itself: Python 3.11 or newer, make and git are enough.
-.PHONY: help docs setup requirements proto lint format types tools kube-packages kube-tools kube-up \
+.PHONY: help docs crds setup requirements proto lint format types tools kube-packages kube-tools kube-up \
     kube-down images test test-kube soak bench bench-experts bench-kv demo verify clean
 PYTHON ?= python3
 VENV := .venv
@@ -96,6 +96,9 @@ demo: setup       ## Place DeepSeek-R1, serve tokens, kill a rank and a node, co
 docs: setup       ## Regenerate docs/reference, and the chart's README and dashboard
 	$(BIN)/python tools/docs/reference.py
 	$(BIN)/python tools/docs/chart.py
+
+crds: setup       ## Regenerate the custom resource definitions from the protos
+	$(BIN)/python -m tools.kubernetes.crds
 
 verify: proto     ## What CI enforces
 	git diff --exit-code -- proto
