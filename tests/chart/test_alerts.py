@@ -10,14 +10,18 @@ import subprocess
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from raddle.agent.metrics import Metrics as AgentMetrics
 from raddle.model.job import JobState
+from raddle.operator import main as operator
 from raddle.scheduler.metrics import Metrics
 from raddle.store.embedded import EmbeddedEtcd
+from raddle.store.ports import free_port
 from tests.chart.rendering import CHART, NAMESPACE, PROMETHEUS, one, render
 from tests.support import built_etcd
 
@@ -39,10 +43,10 @@ def promtool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def scheduler_metrics() -> set[str]:
-    """Names of all series of a scheduler, histograms with their parts."""
+def daemon_metrics() -> set[str]:
+    """Names of all series of schedulers and agents, histograms with their parts."""
     found = set()
-    for metric in Metrics().registry.collect():
+    for metric in [*Metrics().registry.collect(), *AgentMetrics().registry.collect()]:
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
         found |= {metric.name + suffix for suffix in suffixes.get(metric.type, ("",))}
     return found
@@ -62,6 +66,16 @@ def _get(url: str) -> str:
     return text
 
 
+async def _operator_metrics() -> str:
+    address = f"127.0.0.1:{free_port()}"
+    told = SimpleNamespace(metrics_listen=address, held=True, done=0, failed=0)
+    stop = operator._serve_metrics(cast("Any", told), cast("Any", told), cast("Any", told))
+    try:
+        return await asyncio.to_thread(_get, f"http://{address}/metrics")
+    finally:
+        stop()
+
+
 async def test_every_metric_that_is_asked_for_exists(tmp_path: Path) -> None:
     """Names in alerts and dashboard are names of the scheduler's and of etcd's own metrics."""
     asked = {name for query in queries() for name in _METRIC.findall(query)}
@@ -72,9 +86,10 @@ async def test_every_metric_that_is_asked_for_exists(tmp_path: Path) -> None:
         text = await asyncio.to_thread(_get, f"http://{etcd.endpoint}/metrics")
     finally:
         await etcd.stop()
-    known = scheduler_metrics() | set(re.findall(r"^etcd_\w+", text, flags=re.MULTILINE))
+    text += await _operator_metrics()
+    known = daemon_metrics() | set(re.findall(r"^(?:etcd|raddle)_\w+", text, flags=re.MULTILINE))
     assert asked <= known, asked - known
-    assert scheduler_metrics() & asked
+    assert daemon_metrics() & asked
 
 
 def test_states_of_jobs_in_alerts_exist() -> None:
@@ -162,6 +177,30 @@ CASES = [
         20,
         fires=False,
     ),
+    Case(
+        "RaddleNodesSilent",
+        {'raddle_agent_nodes_silent{pod="a"}': "0 3x20"},
+        10,
+        labels={"pod": "a"},
+        value="3",
+    ),
+    Case("RaddleNodesSilent", {'raddle_agent_nodes_silent{pod="a"}': "3x3 0x17"}, 10, fires=False),
+    Case(
+        "RaddleAgentHasNoNodes",
+        {'raddle_agent_nodes_file_usable{pod="a"}': "0x20"},
+        10,
+        labels={"pod": "a"},
+    ),
+    Case(
+        "RaddleAgentHasNoNodes", {'raddle_agent_nodes_file_usable{pod="a"}': "1x9"}, 8, fires=False
+    ),
+    Case("RaddleOperatorAway", {'raddle_operator_leads{pod="a"}': "0x9"}, 5),
+    Case(
+        "RaddleOperatorAway",
+        {'raddle_operator_leads{pod="a"}': "0x9", 'raddle_operator_leads{pod="b"}': "1x9"},
+        5,
+        fires=False,
+    ),
     Case("RaddleLeaderChangesOften", {"raddle_leader": "0 1 0 1 0 1 0 1 0 1x20"}, 15),
     Case("RaddleLeaderChangesOften", {"raddle_leader": "0 1x30"}, 15, fires=False),
     Case("RaddleJobsWait", {'raddle_jobs{state="PENDING"}': "3x60"}, 45, value="3"),
@@ -235,7 +274,8 @@ CASES = [
 
 def _series(selector: str, values: str) -> dict[str, str]:
     name, _, more = selector.rstrip("}").partition("{")
-    job = "etcd" if name.startswith("etcd_") else "scheduler"
+    kinds = ("raddle_agent", "raddle_operator", "etcd")
+    job = next((k.removeprefix("raddle_") for k in kinds if name.startswith(k)), "scheduler")
     labels = [f'job="{job}"', f'namespace="{NAMESPACE}"', *([more] if more else [])]
     return {"series": f"{name}{{{','.join(labels)}}}", "values": values}
 

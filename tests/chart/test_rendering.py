@@ -57,14 +57,16 @@ def test_services_policies_and_budgets_select_pods_of_the_release(name: str) -> 
     """Every selector finds a pod, and every named port of a Service or policy is a port of it."""
     documents = render(MATRIX[name], PROMETHEUS)
     templates = [
-        d["spec"]["template"] for d in documents if d["kind"] in ("Deployment", "StatefulSet")
+        d["spec"]["template"]
+        for d in documents
+        if d["kind"] in ("Deployment", "StatefulSet", "DaemonSet")
     ]
     for document in documents:
         if document["kind"] != "Service":
             continue
         selector = document["spec"]["selector"].items()
         selected = [t for t in templates if selector <= t["metadata"]["labels"].items()]
-        assert len(selected) == 1, document["metadata"]["name"]
+        assert selected, document["metadata"]["name"]
         ports = {p["name"] for c in selected[0]["spec"]["containers"] for p in c["ports"]}
         assert {port["targetPort"] for port in document["spec"]["ports"]} <= ports
     for monitor in [d for d in documents if d["kind"] == "ServiceMonitor"]:
@@ -353,7 +355,7 @@ def test_resources_of_other_projects_wait_for_their_api() -> None:
     kinds = ("ServiceMonitor", "PrometheusRule")
     assert not [d for d in render({}) if d["kind"] in kinds]
     found = render(MATRIX["monitoring"], PROMETHEUS)
-    assert len([d for d in found if d["kind"] in kinds]) == 4
+    assert len([d for d in found if d["kind"] in kinds]) == 5
     for document in found:
         if document["kind"] in kinds:
             assert document["metadata"]["labels"]["release"] == "prometheus"
@@ -368,12 +370,14 @@ def test_the_settings_are_settings_of_the_daemons() -> None:
     from dataclasses import fields
 
     from raddle.agent.main import Settings as AgentSettings
+    from raddle.operator.main import Settings as OperatorSettings
     from raddle.scheduler.main import Settings as SchedulerSettings
 
     documents = render({})
     for kind, name, prefix, settings in (
         ("Deployment", "raddle-scheduler", "RADDLE_SCHEDULER_", SchedulerSettings),
         ("DaemonSet", "raddle-agent", "RADDLE_AGENT_", AgentSettings),
+        ("Deployment", "raddle-operator", "RADDLE_OPERATOR_", OperatorSettings),
     ):
         known = {prefix + field.name.upper() for field in fields(settings)}
         variables = environment(one(documents, kind, name))
