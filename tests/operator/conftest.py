@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 from tools.kubernetes import crds
 
 from raddle.cli.cluster import LocalCluster
@@ -108,9 +109,7 @@ class Stage:
         found = await self.cluster.find("Event", JOBS)
         return [event for event in found if event["involvedObject"]["name"] == name]
 
-    async def until(
-        self, condition: Callable[[], bool | Awaitable[bool]], what: str
-    ) -> None:
+    async def until(self, condition: Callable[[], bool | Awaitable[bool]], what: str) -> None:
         await eventually(condition, what, TIMEOUT_S)
 
     async def until_condition(
@@ -120,9 +119,14 @@ class Stage:
 
         async def holds() -> bool:
             found = await self.condition(name, kind, of, space)
+            last.append(f"{found['status']} {found['reason']}: {found['message']}")
             return found["status"] == status and reason in ("", found["reason"])
 
-        await self.until(holds, f"{of} {name}: {kind} is {status} {reason}")
+        last: list[str] = []
+        try:
+            await self.until(holds, f"{of} {name}: {kind} is {status} {reason}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it is {last[-1]}") from error
 
     # --- the scheduler ---------------------------------------------------------------------------
 
@@ -183,6 +187,13 @@ class Stage:
         return data
 
 
+def _agents_with_pods(name: str) -> list[str]:
+    """Agents offer the reference engine too, and wait for ranks that nobody brings up here."""
+    if not name.startswith("agent"):
+        return []
+    return ["--drivers", "simulated,reference", "--ranks", "pods"]
+
+
 @pytest.fixture(scope="session")
 def served_definitions(api_server: ApiServer) -> ApiServer:
     """The API server with our definitions."""
@@ -192,21 +203,29 @@ def served_definitions(api_server: ApiServer) -> ApiServer:
     return api_server
 
 
-@pytest.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stage(
     served_definitions: ApiServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stage]:
     """API server and scheduler run, and one operator."""
     folder = tmp_path_factory.mktemp("stage")
-    raddle = LocalCluster(folder, machine=str(MACHINE))
+    raddle = LocalCluster(folder, machine=str(MACHINE), more_flags=_agents_with_pods)
     cluster = await Cluster.connect(str(served_definitions.kubeconfig))
     found = Stage(folder, served_definitions, raddle, cluster)
     try:
         await raddle.start()
         for name in (RELEASE_NAMESPACE, JOBS):
             await found.kubectl("create", "namespace", name)
-        for number in (1, 2):
+            # A controller would make it; without it no Pod is taken.
+            await found.kubectl("create", "serviceaccount", "default", "-n", name)
+        nodes = list(raddle.supernode.node_names())
+        half = len(nodes) // 2
+        flags = []
+        for number, share in ((1, nodes[:half]), (2, nodes[half:])):
             await found.add_node(f"worker-{number}", f"192.0.2.{number}", {})
+            flags.append(f"--from-literal=worker-{number}={','.join(share)}")
+        # The agents run already, as if they had read this.
+        await found.kubectl("create", "configmap", "raddle-nodes", "-n", RELEASE_NAMESPACE, *flags)
         found.start_operator()
         yield found
     finally:
