@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
-from tests.operator.conftest import JOBS, Stage, simulated
+from tests.operator.conftest import Stage, simulated
 from tests.operator.resources import role
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -22,7 +22,7 @@ async def ready(stage: Stage, name: str, *roles: dict[str, Any], **more: Any) ->
 
 
 async def deleted(stage: Stage, name: str) -> None:
-    await stage.kubectl("delete", "-n", JOBS, "ij", name)
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", name)
     assert await stage.job(name) is None
 
 
@@ -39,7 +39,9 @@ async def test_a_job_is_applied_watched_and_deleted(stage: Stage) -> None:
     status = resource["status"]
     assert (status["jobUid"], status["state"], status["ranks"]) == (job.uid, "READY", "4/4")
     assert status["observedGeneration"] == resource["metadata"]["generation"]
-    await stage.kubectl("wait", "-n", JOBS, "--for=condition=Ready", "ij/first", "--timeout=5s")
+    await stage.kubectl(
+        "wait", "-n", stage.jobs, "--for=condition=Ready", "ij/first", "--timeout=5s"
+    )
     assert {"Placed", "Ready"} <= {event["reason"] for event in await stage.events("first")}
     child = await stage.resource("first-decode", "InferenceRole")
     assert child["status"]["readyReplicas"] == 1
@@ -51,7 +53,7 @@ async def test_a_job_is_applied_watched_and_deleted(stage: Stage) -> None:
 async def test_a_role_is_scaled_and_the_last_word_counts(stage: Stage) -> None:
     """`kubectl scale` reaches the scheduler; another size in the job goes over it later."""
     await ready(stage, "scaled")
-    await stage.kubectl("scale", "-n", JOBS, "ir/scaled-decode", "--replicas=2")
+    await stage.kubectl("scale", "-n", stage.jobs, "ir/scaled-decode", "--replicas=2")
     await stage.until_job("scaled", lambda j: j.spec.roles[0].instances == 2, "has two instances")
     await stage.apply_job("scaled", simulated(), priority=3)
     await stage.until_job("scaled", lambda j: j.spec.priority == 3, "has its priority")
@@ -97,7 +99,7 @@ async def test_a_job_that_cannot_fit_says_so(stage: Stage) -> None:
 
 async def test_a_job_of_somebody_else_is_left_alone(stage: Stage) -> None:
     """The resource says whose the name is, and its deletion does not touch that job."""
-    spec = job_pb2.JobSpec(namespace=JOBS, name="taken")
+    spec = job_pb2.JobSpec(namespace=stage.jobs, name="taken")
     spec.model.config = (await stage_config()).config
     spec.model.kv_block_tokens = 16
     only = spec.roles.add(name="decode", kind="decode", ranks=4, slots_per_rank=10)
@@ -105,7 +107,7 @@ async def test_a_job_of_somebody_else_is_left_alone(stage: Stage) -> None:
     await stage.call("SubmitJob", scheduler_pb2.SubmitJobRequest(spec=spec))
     await stage.apply_job("taken")
     await stage.until_condition("taken", "Ready", "False", reason="AlreadyExists")
-    await stage.kubectl("delete", "-n", JOBS, "ij", "taken")
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", "taken")
     found = await stage.job("taken")
     assert found is not None
     assert found.job.managed_by == ""
@@ -164,7 +166,7 @@ async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage
     await stage.until_condition("served", "Placed", "True")
 
     async def has_pods() -> bool:
-        return len(await stage.cluster.find("Pod", JOBS, "raddle.dev/job=served")) == 4
+        return len(await stage.cluster.find("Pod", stage.jobs, "raddle.dev/job=served")) == 4
 
     await stage.until(has_pods, "four Pods")
     carriers = {
@@ -172,7 +174,7 @@ async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage
         for host, text in (await stage.data("raddle-nodes")).items()
         for node in text.split(",")
     }
-    for pod in await stage.cluster.find("Pod", JOBS, "raddle.dev/job=served"):
+    for pod in await stage.cluster.find("Pod", stage.jobs, "raddle.dev/job=served"):
         node = pod["metadata"]["annotations"]["raddle.dev/node"]
         assert pod["spec"]["nodeName"] == carriers[node]
         assert pod["metadata"]["ownerReferences"][0]["kind"] == "InferenceRole"
@@ -189,7 +191,7 @@ async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage
     await stage.until_no_job("served")
 
     async def is_withdrawn() -> bool:
-        left = await stage.cluster.find("Pod", JOBS, "raddle.dev/job=served")
+        left = await stage.cluster.find("Pod", stage.jobs, "raddle.dev/job=served")
         running = [p for p in left if not p["metadata"].get("deletionTimestamp")]
         return not running and not await stage.resource("served", "Service")
 
@@ -199,7 +201,7 @@ async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage
 
 async def test_a_service_of_somebody_else_is_not_taken(stage: Stage) -> None:
     """The job says which object stands in its way."""
-    await stage.kubectl("create", "service", "-n", JOBS, "clusterip", "mine", "--tcp=80")
+    await stage.kubectl("create", "service", "-n", stage.jobs, "clusterip", "mine", "--tcp=80")
     await stage.apply_job("mine", role("decode", ranks=4, slotsPerRank=10))
     await stage.until_condition("mine", "Ready", "False", reason="AlreadyExists")
     service = await stage.resource("mine", "Service")
@@ -213,7 +215,7 @@ async def test_a_bad_template_is_told(stage: Stage) -> None:
     await stage.apply_job("template", role("decode", ranks=4, slotsPerRank=10, template=bad))
 
     async def is_told() -> bool:
-        return "lots" in (await stage.condition("template", "Ready"))["message"]
+        return "quantities must match" in (await stage.condition("template", "Ready"))["message"]
 
-    await stage.until(is_told, "the quantity is named")
+    await stage.until(is_told, "the quantity is refused in words")
     await deleted(stage, "template")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from raddle.v1 import job_pb2
-from tests.operator.conftest import JOBS, RELEASE_NAMESPACE, Stage, simulated
+from raddle.v1 import job_pb2, scheduler_pb2
+from tests.operator.conftest import Stage, simulated
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 READY = job_pb2.JOB_STATE_READY
 
 
 async def holder(stage: Stage) -> str:
-    lease = await stage.resource("raddle-operator", "Lease", RELEASE_NAMESPACE)
+    lease = await stage.resource("raddle-operator", "Lease", stage.space)
     return str((lease.get("spec") or {}).get("holderIdentity", ""))
 
 
@@ -48,7 +50,7 @@ async def test_a_job_that_is_deleted_while_the_scheduler_is_away_waits_for_it(
     child = stage.raddle.children.pop("scheduler-0")
     child.process.kill()
     child.process.wait()
-    await stage.kubectl("delete", "-n", JOBS, "ij", "waits", "--wait=false")
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", "waits", "--wait=false")
     await stage.apply_job("early")
     await stage.until_condition("early", "Queued", "Unknown")
     assert (await stage.resource("waits"))["metadata"]["deletionTimestamp"]
@@ -60,7 +62,7 @@ async def test_a_job_that_is_deleted_while_the_scheduler_is_away_waits_for_it(
 
     await stage.until(gone, "the resource is gone")
     await stage.until_condition("early", "Ready", "True")
-    await stage.kubectl("delete", "-n", JOBS, "ij", "early")
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", "early")
 
 
 async def test_the_api_server_may_be_killed(stage: Stage) -> None:
@@ -92,4 +94,38 @@ async def test_of_two_operators_one_acts_and_hands_over(stage: Stage) -> None:
     await stage.apply_job("kept", simulated(), priority=10)
     await stage.until_job("kept", lambda j: j.spec.priority == 10, "is changed by the last")
     await stage.until_job("kept", lambda j: j.state == READY, "was never disturbed")
-    await stage.kubectl("delete", "-n", JOBS, "ij", "kept")
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", "kept")
+
+
+async def test_on_a_real_machine_pods_of_others_hold_their_dies(stage: Stage) -> None:
+    """The device plugin's word counts as taken, with a reason of its own, until the Pod is gone."""
+    await stage.end_operator("four")
+    await stage.kubectl("label", "node", "worker-1", "raddle.dev/node=sn0.n00")
+    stage.start_operator("real", "--no-simulated", "--foreign-pods")
+    metadata = {
+        "name": "training",
+        "namespace": stage.space,
+        "annotations": {"huawei.com/AscendReal": "Ascend910-1"},
+    }
+    spec = {"nodeName": "worker-1", "containers": [{"name": "c", "image": "training"}]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    await stage.kubectl("create", "-f", "-", stdin=json.dumps(pod))
+
+    async def held() -> dict[str, tuple[str, str]]:
+        request = scheduler_pb2.ListDiesRequest(node="sn0/n00")
+        answer = await stage.call("ListDies", request)
+        return {die.die: (die.why.reason, die.why.message) for die in answer.dies if die.hold}
+
+    async def is_held() -> bool:
+        said = f"Pod {stage.space}/training holds it"
+        return await held() == {"sn0/n00/npu0/die1": ("HELD_BY_OTHER", said)}
+
+    await stage.until(is_held, "the die is held")
+    assert await stage.data("raddle-nodes") == {"worker-1": "sn0/n00"}
+    flags = ("--force", "--grace-period=0")
+    await stage.kubectl("delete", "pod", "-n", stage.space, "training", *flags)
+
+    async def is_free() -> bool:
+        return not await held()
+
+    await stage.until(is_free, "the die is free")

@@ -26,6 +26,8 @@ from raddle.telemetry.settings import load_settings, require, setting
 from raddle.telemetry.tls import tls_files
 
 EXIT_REFUSED = 2
+#: What kopf says of running beside us.
+_ON_PURPOSE = "running not in the main thread"
 log = structlog.get_logger()
 _RANKS = ("pods", "processes")
 
@@ -112,7 +114,9 @@ class _ToOurLog(logging.Handler):
     """What libraries have to say, in the form of our own lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        log.log(record.levelno, record.getMessage(), library=record.name.partition(".")[0])
+        text = record.getMessage()
+        if _ON_PURPOSE not in text:
+            log.log(record.levelno, text, library=record.name.partition(".")[0])
 
 
 async def serve(settings: Settings) -> None:
