@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 from tools.kubernetes import crds
 
 from raddle.cli.cluster import LocalCluster
@@ -29,8 +31,6 @@ from tests.operator.resources import inference_job, role
 from tests.support import ROOT, eventually
 
 MACHINE = ROOT / "tests" / "e2e" / "sixteen_nodes.yaml"
-RELEASE_NAMESPACE = "raddle"
-JOBS = "jobs"
 #: Under load everything takes longer; nothing is measured here.
 TIMEOUT_S = 120.0
 Object = dict[str, Any]
@@ -49,14 +49,34 @@ class Stage:
     api: ApiServer
     raddle: LocalCluster
     cluster: Cluster
+    #: Namespaces of the release and of the jobs. Nothing here deletes a namespace's objects, so
+    #: each stage has its own.
+    space: str
+    jobs: str
     operators: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    async def set_up(self) -> None:
+        """Two Kubernetes nodes, which the agents that run already are on, and an operator."""
+        for space in (self.space, self.jobs):
+            await self.kubectl("create", "namespace", space)
+            # A controller would make it; without it no Pod is taken.
+            await self.kubectl("create", "serviceaccount", "default", "-n", space)
+        nodes = list(self.raddle.supernode.node_names())
+        half = len(nodes) // 2
+        flags = []
+        for number, share in ((1, nodes[:half]), (2, nodes[half:])):
+            await self.add_node(f"worker-{number}", f"192.0.2.{number}", {})
+            flags.append(f"--from-literal=worker-{number}={','.join(share)}")
+        await self.kubectl("create", "configmap", "raddle-nodes", "-n", self.space, *flags)
+        self.start_operator()
 
     # --- operators -------------------------------------------------------------------------------
 
     def start_operator(self, identity: str = "one", *flags: str) -> None:
         command = [sys.executable, "-m", "raddle.operator.main"]
         command += ["--schedulers", ",".join(self.raddle.addresses)]
-        command += ["--namespace", RELEASE_NAMESPACE, "--namespaces", JOBS, "--identity", identity]
+        command += ["--namespace", self.space, "--namespaces", self.jobs]
+        command += ["--identity", identity]
         command += ["--image", "localhost/raddle:dev", "--kubeconfig", str(self.api.kubeconfig)]
         with (self.folder / f"operator-{identity}.log").open("ab") as log:
             self.operators[identity] = subprocess.Popen(
@@ -90,39 +110,44 @@ class Stage:
 
     async def apply_job(self, name: str, *roles: Object, **more: Any) -> None:
         item = inference_job(name, *(roles or (simulated(),)), **more)
-        item["metadata"]["namespace"] = JOBS
+        item["metadata"]["namespace"] = self.jobs
         await self.apply(item)
 
-    async def resource(self, name: str, kind: str = "InferenceJob", space: str = JOBS) -> Object:
+    async def resource(
+        self, name: str, kind: str = "InferenceJob", space: str | None = None
+    ) -> Object:
         """As the API server has it; an empty one if it is not there."""
-        return await self.cluster.get(kind, space, name) or {}
+        return await self.cluster.get(kind, self.jobs if space is None else space, name) or {}
 
     async def condition(
-        self, name: str, kind: str, resource_kind: str = "InferenceJob", space: str = JOBS
+        self, name: str, kind: str, resource_kind: str = "InferenceJob", space: str | None = None
     ) -> Mapping[str, Any]:
         status = (await self.resource(name, resource_kind, space)).get("status") or {}
         found = {c["type"]: c for c in status.get("conditions") or ()}
         return found.get(kind) or {"status": "", "reason": "", "message": ""}
 
     async def events(self, name: str) -> list[Object]:
-        found = await self.cluster.find("Event", JOBS)
+        found = await self.cluster.find("Event", self.jobs)
         return [event for event in found if event["involvedObject"]["name"] == name]
 
-    async def until(
-        self, condition: Callable[[], bool | Awaitable[bool]], what: str
-    ) -> None:
+    async def until(self, condition: Callable[[], bool | Awaitable[bool]], what: str) -> None:
         await eventually(condition, what, TIMEOUT_S)
 
     async def until_condition(
         self, name: str, kind: str, status: str, *, reason: str = "", of: str = "InferenceJob"
     ) -> None:
-        space = "" if of in ("SuperNode", "Maintenance", "Node") else JOBS
+        space = "" if of in ("SuperNode", "Maintenance", "Node") else None
 
         async def holds() -> bool:
             found = await self.condition(name, kind, of, space)
+            last.append(f"{found['status']} {found['reason']}: {found['message']}")
             return found["status"] == status and reason in ("", found["reason"])
 
-        await self.until(holds, f"{of} {name}: {kind} is {status} {reason}")
+        last: list[str] = []
+        try:
+            await self.until(holds, f"{of} {name}: {kind} is {status} {reason}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it is {last[-1]}") from error
 
     # --- the scheduler ---------------------------------------------------------------------------
 
@@ -133,7 +158,7 @@ class Stage:
         """The scheduler's job of this name."""
         try:
             found: scheduler_pb2.GetJobResponse = await self.call(
-                "GetJob", scheduler_pb2.GetJobRequest(namespace=JOBS, name=name)
+                "GetJob", scheduler_pb2.GetJobRequest(namespace=self.jobs, name=name)
             )
         except grpc.aio.AioRpcError as error:
             if error_from(error).reason is Reason.NOT_FOUND:
@@ -150,7 +175,12 @@ class Stage:
 
     async def until_no_job(self, name: str) -> None:
         async def check() -> bool:
-            return await self.job(name) is None
+            try:
+                return await self.job(name) is None
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    return False
+                raise
 
         await self.until(check, f"the scheduler has no job {name}")
 
@@ -178,9 +208,16 @@ class Stage:
 
     async def data(self, name: str) -> dict[str, str]:
         """Of a ConfigMap of the release."""
-        found = await self.resource(name, "ConfigMap", RELEASE_NAMESPACE)
+        found = await self.resource(name, "ConfigMap", self.space)
         data: dict[str, str] = found.get("data") or {}
         return data
+
+
+def _agents_with_pods(name: str) -> list[str]:
+    """Agents offer the reference engine too, and wait for ranks that nobody brings up here."""
+    if not name.startswith("agent"):
+        return []
+    return ["--drivers", "simulated,reference", "--ranks", "pods"]
 
 
 @pytest.fixture(scope="session")
@@ -192,29 +229,25 @@ def served_definitions(api_server: ApiServer) -> ApiServer:
     return api_server
 
 
-@pytest.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stage(
     served_definitions: ApiServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stage]:
     """API server and scheduler run, and one operator."""
     folder = tmp_path_factory.mktemp("stage")
-    raddle = LocalCluster(folder, machine=str(MACHINE))
+    raddle = LocalCluster(folder, machine=str(MACHINE), more_flags=_agents_with_pods)
     cluster = await Cluster.connect(str(served_definitions.kubeconfig))
-    found = Stage(folder, served_definitions, raddle, cluster)
+    suffix = secrets.token_hex(3)
+    spaces = (f"raddle-{suffix}", f"jobs-{suffix}")
+    found = Stage(folder, served_definitions, raddle, cluster, *spaces)
     try:
         await raddle.start()
-        for name in (RELEASE_NAMESPACE, JOBS):
-            await found.kubectl("create", "namespace", name)
-        for number in (1, 2):
-            await found.add_node(f"worker-{number}", f"192.0.2.{number}", {})
-        found.start_operator()
+        await found.set_up()
         yield found
     finally:
         for identity in tuple(found.operators):
             found.kill_operator(identity)
+        for node in await cluster.find("Node"):
+            await cluster.delete(node)
         await cluster.close()
         await raddle.stop()
-        for space in (RELEASE_NAMESPACE, JOBS):
-            served_definitions.kubectl(
-                "delete", "namespace", space, "--wait=false", "--ignore-not-found"
-            )

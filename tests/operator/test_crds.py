@@ -20,8 +20,9 @@ def definitions() -> dict[str, dict[str, Any]]:
 
 
 def schema_of(kind: str) -> dict[str, Any]:
-    schema: dict[str, Any] = definitions()[kind]["spec"]["versions"][0]["schema"]
-    return schema["openAPIV3Schema"]
+    version = definitions()[kind]["spec"]["versions"][0]
+    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
+    return schema
 
 
 def test_the_files_are_what_the_generator_writes() -> None:
@@ -63,7 +64,8 @@ def sample(schema: dict[str, Any]) -> Any:
             return max(1, schema.get("minimum", 1))
         case "boolean":
             return True
-    return "1s" if schema.get("pattern") == crds.DURATION else "text"
+        case _:
+            return "1s" if schema.get("pattern") == crds.DURATION else "text"
 
 
 def test_only_the_role_can_be_scaled() -> None:

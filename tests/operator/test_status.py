@@ -76,11 +76,12 @@ def test_a_pod_that_does_not_come_up_is_the_reason() -> None:
 
 def test_pods_that_begin_or_run_are_no_problem() -> None:
     """Only what stands in the way is told."""
-    for state in (
+    states: list[dict[str, Any]] = [
         {"waiting": {"reason": "ContainerCreating"}},
         {"running": {}},
         {"terminated": {"exitCode": 0}},
-    ):
+    ]
+    for state in states:
         pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [{"state": state}]}}
         assert job_status.pod_problem(pod) is None
     killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}

@@ -226,7 +226,8 @@ class Protos:
                 return {"type": "string"}
             case field.TYPE_MESSAGE:
                 return self._message_type(field.type_name.rsplit(".", 1)[1])
-        raise AssertionError(f"{path} has a type that no resource has had so far")
+            case _:
+                raise AssertionError(f"{path} has a type that no resource has had so far")
 
     def _message_type(self, name: str) -> Schema:
         if name == "Duration":

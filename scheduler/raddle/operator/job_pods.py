@@ -38,7 +38,7 @@ class JobPods:
         roles: Mapping[str, Object],
         answer: Answer,
         present: list[Object],
-    ) -> list[job_status.PodProblem]:
+    ) -> list[job_status.Problem]:
         """Pods, rank tables, front door and Service of a job; gives what does not come up."""
         if not self._ranks_in_pods or job_status.is_ended(answer.job):
             await self.withdraw(resource, present)
@@ -69,13 +69,13 @@ class JobPods:
         answer: Answer,
         present: list[Object],
         seats: list[pods.Seat],
-    ) -> list[job_status.PodProblem]:
+    ) -> list[job_status.Problem]:
         name = answer.job.spec.name
         wanted = {pods.pod_name(name, seat) for seat in seats}
         there = {pod["metadata"]["name"] for pod in present}
         was_up = pods.started(answer)
         templates = {role["name"]: role.get("template") or {} for role in resource["spec"]["roles"]}
-        problems: list[job_status.PodProblem] = []
+        problems: list[job_status.Problem] = []
         making = []
         for seat in seats:
             pod = pods.pod_name(name, seat)
@@ -85,7 +85,7 @@ class JobPods:
             host = self._machine.host_of(seat.rank.node)
             if host is None:
                 message = f"no Kubernetes node plays {seat.rank.node}"
-                problems.append(job_status.PodProblem(pod, "NoKubernetesNode", message))
+                problems.append(job_status.Problem(f"Pod {pod}", "NoKubernetesNode", message))
                 continue
             item = pods.rank_pod(
                 self._site,
@@ -107,15 +107,13 @@ class JobPods:
         )
         return problems
 
-    async def _make(self, item: Object, problems: list[job_status.PodProblem]) -> None:
+    async def _make(self, item: Object, problems: list[job_status.Problem]) -> None:
         """Create a Pod; what the API server refuses is told in the job's status."""
         try:
             await self._cluster.create(item)
         except PermanentError as error:
-            problem = job_status.PodProblem(
-                item["metadata"]["name"], camel(error.reason), error.message
-            )
-            problems.append(problem)
+            name = f"Pod {item['metadata']['name']}"
+            problems.append(job_status.Problem(name, camel(error.reason), error.message))
 
     async def _rank_tables(
         self,

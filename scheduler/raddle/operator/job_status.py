@@ -26,10 +26,10 @@ _TYPES = ("Queued", "Placed", "Ready", "Degraded", "Recovering")
 
 
 @dataclass(frozen=True, slots=True)
-class PodProblem:
-    """A rank's Pod that does not come up, as the API server says."""
+class Problem:
+    """What keeps a job's objects from coming up: a Pod mostly, and what the API server says."""
 
-    pod: str
+    subject: str
     reason: str
     message: str
 
@@ -55,7 +55,7 @@ def ending(message: str) -> list[Condition]:
 def conditions(
     answer: scheduler_pb2.GetJobResponse,
     incident: incident_pb2.Incident | None,
-    problems: Sequence[PodProblem],
+    problems: Sequence[Problem],
 ) -> list[Condition]:
     """All conditions of a job that the scheduler has."""
     job = answer.job
@@ -77,13 +77,13 @@ def _condition(name: str, holds: bool, reason: str, message: str) -> Condition:
     return Condition(name, TRUE if holds else FALSE, reason, message)
 
 
-def _ready(ready: bool, reason: str, message: str, problems: Sequence[PodProblem]) -> Condition:
+def _ready(ready: bool, reason: str, message: str, problems: Sequence[Problem]) -> Condition:
     """A Pod that cannot come up says more than that the job waits for it."""
     if ready or not problems:
         return _condition("Ready", ready, reason, message)
     first = problems[0]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _condition("Ready", False, first.reason, f"Pod {first.pod}: {first.message}{more}")
+    return _condition("Ready", False, first.reason, f"{first.subject}: {first.message}{more}")
 
 
 def _degraded(placement: job_pb2.Placement, placed: bool, reason: str, message: str) -> Condition:
@@ -203,24 +203,22 @@ def is_ended(job: job_pb2.Job) -> bool:
     return job.state in _ENDED
 
 
-def pod_problem(pod: Mapping[str, Any]) -> PodProblem | None:
+def pod_problem(pod: Mapping[str, Any]) -> Problem | None:
     """Why a Pod does not come up; None for one that runs, ended well or only begins."""
-    name, status_ = pod["metadata"]["name"], pod.get("status") or {}
+    name, status_ = f"Pod {pod['metadata']['name']}", pod.get("status") or {}
     for container in status_.get("containerStatuses") or ():
         state = container.get("state") or {}
         waiting, ended = state.get("waiting") or {}, state.get("terminated") or {}
         if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            return PodProblem(name, waiting["reason"], waiting.get("message") or "it waits")
+            return Problem(name, waiting["reason"], waiting.get("message") or "it waits")
         if ended.get("exitCode"):
             text = ended.get("message") or f"ended with exit code {ended['exitCode']}"
-            return PodProblem(name, ended.get("reason") or "Error", text.strip())
+            return Problem(name, ended.get("reason") or "Error", text.strip())
     if status_.get("phase") == "Failed":
-        return PodProblem(
+        return Problem(
             name, status_.get("reason") or "Failed", status_.get("message") or "it failed"
         )
     for condition in status_.get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return PodProblem(
-                name, condition.get("reason") or "Unschedulable", condition["message"]
-            )
+            return Problem(name, condition.get("reason") or "Unschedulable", condition["message"])
     return None

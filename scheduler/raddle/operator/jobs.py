@@ -16,7 +16,7 @@ import structlog
 from raddle.model.errors import ConflictError, PermanentError, RaddleError, Reason, TemporaryError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
-from raddle.operator.conditions import Condition
+from raddle.operator.conditions import Condition, camel
 from raddle.operator.job_pods import JobPods, is_owned, refuse_foreign
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, GROUP, MANAGER, role_name
@@ -87,16 +87,22 @@ class Jobs:
                 await self._teller.say(resource, None, job_status.refused(error), None, [])
             raise
         present = await self._cluster.find("Pod", namespace, f"{GROUP}/job={name}")
-        incident = None
+        said_of = list(roles.values())
         if brought.answer is None:
             await self._pods.withdraw(resource, present)
-            conditions = brought.conditions
-        else:
+            await self._teller.say(resource, None, brought.conditions, None, said_of)
+            return True
+        incident = self._incident(brought.answer.job.uid)
+        failure: PermanentError | None = None
+        try:
             problems = await self._pods.run(resource, roles, brought.answer, present)
-            incident = self._incident(brought.answer.job.uid)
-            conditions = job_status.conditions(brought.answer, incident, problems)
-        said_of = list(roles.values())
+        except PermanentError as error:
+            failure = error
+            problems = [job_status.Problem("not done", camel(error.reason), error.message)]
+        conditions = job_status.conditions(brought.answer, incident, problems)
         await self._teller.say(resource, brought.answer, conditions, incident, said_of)
+        if failure is not None:
+            raise failure
         return True
 
     # --- the job in the scheduler ----------------------------------------------------------------

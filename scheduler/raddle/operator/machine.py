@@ -63,6 +63,8 @@ class Machine:
         self._selector = selector
         self._tolerated = tolerated
         self._foreign_pods = foreign_pods
+        #: All Kubernetes nodes, and those among them that are part of the machine.
+        self._all_hosts: dict[str, Host] = {}
         self._hosts: dict[str, Host] = {}
         #: Node of the machine -> Kubernetes node.
         self._carriers: dict[str, str] = {}
@@ -83,7 +85,7 @@ class Machine:
     def is_changed(self, resource: Mapping[str, Any]) -> bool:
         """Does this Node say anything that matters here and is new?"""
         host = host_of(resource, self._tolerated)
-        return self._hosts.get(host.name) != host
+        return self._all_hosts.get(host.name) != host
 
     def device_of(self, die: str) -> int | None:
         """Number of a die on its node, as its agent found it; None for simulated devices."""
@@ -117,6 +119,7 @@ class Machine:
         await self._link.nodes.synced.wait()
         await self._link.maintenances.synced.wait()
         found = [host_of(item, self._tolerated) for item in await self._cluster.find("Node")]
+        self._all_hosts = {host.name: host for host in found}
         self._hosts = {host.name: host for host in found if self._is_managed(host)}
         now = await self._shares_now()
         wanted = self._wanted(now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
+import structlog
 from prometheus_client import CollectorRegistry, Gauge
 
 from raddle.model.errors import PermanentError, RaddleError, Reason
@@ -19,11 +21,14 @@ from raddle.operator.lease import Lease
 from raddle.operator.operator import Operator, Options
 from raddle.operator.pods import Site
 from raddle.telemetry.logging import configure_logging
-from raddle.telemetry.metrics import turning, serve_metrics
+from raddle.telemetry.metrics import serve_metrics, turning
 from raddle.telemetry.settings import load_settings, require, setting
 from raddle.telemetry.tls import tls_files
 
 EXIT_REFUSED = 2
+#: What kopf says of running beside us.
+_ON_PURPOSE = "running not in the main thread"
+log = structlog.get_logger()
 _RANKS = ("pods", "processes")
 
 
@@ -105,6 +110,15 @@ def options(settings: Settings) -> Options:
     )
 
 
+class _ToOurLog(logging.Handler):
+    """What libraries have to say, in the form of our own lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if _ON_PURPOSE not in text:
+            log.log(record.levelno, text, library=record.name.partition(".")[0])
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT."""
     stop = asyncio.Event()
@@ -149,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(msgspec.yaml.encode(asdict(settings)).decode())
             return
         configure_logging("operator", json_lines=settings.log_json or None)
+        logging.basicConfig(handlers=[_ToOurLog()], level=logging.WARNING, force=True)
         asyncio.run(serve(settings))
     except RaddleError as error:
         sys.stderr.write(f"raddle-operator: {error}\n")

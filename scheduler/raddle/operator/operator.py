@@ -1,19 +1,15 @@
 """One term of the operator: who is told what, and what is looked after because of it.
 
-Watches of the API server (by kopf, which begins them again after anything, 410 included) and of
-the scheduler only mark what may have changed. What is done about it is in `jobs`, `machine` and
-`machine_resources`.
+Watches of the API server and of the scheduler only mark what may have changed. What is done about
+it is in `jobs`, `machine` and `machine_resources`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import kopf
 
 from raddle.operator.cluster import Cluster
 from raddle.operator.jobs import Jobs
@@ -22,6 +18,7 @@ from raddle.operator.machine_resources import MachineResources
 from raddle.operator.names import ASCEND_ANNOTATION, GROUP, KINDS, VERSION
 from raddle.operator.pods import Site
 from raddle.operator.scheduler_link import SchedulerLink
+from raddle.operator.watching import EVERYWHERE, Mark, Watch, follow
 from raddle.operator.work import Item, Work
 from raddle.telemetry.tls import TlsFiles
 
@@ -29,9 +26,6 @@ _JOB = "job"
 _MACHINE = "machine"
 _SUPERNODE = "supernode"
 _MAINTENANCE = "maintenance"
-_EVERYWHERE = "*"
-#: Nobody speaks on a watch for so long: the connection is taken for dead.
-_INACTIVITY_S = 70.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,36 +60,15 @@ class Operator:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.run())
                 group.create_task(term.work.run())
-                served = self._options.namespaces
-                group.create_task(self._watch(_registry(term, self._options), served))
+                kubeconfig, served = self._options.kubeconfig, self._options.namespaces
+                group.create_task(follow(_watches(term), served, kubeconfig))
                 if self._options.foreign_pods:
-                    foreign = _foreign_registry(term, self._options)
-                    group.create_task(self._watch(foreign, (_EVERYWHERE,)))
+                    foreign = follow(_foreign_watches(term), (EVERYWHERE,), kubeconfig)
+                    group.create_task(foreign)
         finally:
             self.done += term.work.done
             self.failed += term.work.failed
             await link.close()
-
-    async def _watch(self, registry: kopf.OperatorRegistry, namespaces: tuple[str, ...]) -> None:
-        """The API server's watches, by kopf."""
-        everywhere = _EVERYWHERE in namespaces
-        await kopf.operator(
-            registry=registry,
-            settings=_kopf_settings(),
-            standalone=True,
-            clusterwide=everywhere,
-            namespaces=() if everywhere else namespaces,
-        )
-
-
-def _kopf_settings() -> kopf.OperatorSettings:
-    """Watches and nothing else: no Events, no annotations, no look at definitions."""
-    settings = kopf.OperatorSettings()
-    settings.posting.enabled = False
-    settings.scanning.disabled = True
-    settings.watching.inactivity_timeout = _INACTIVITY_S
-    settings.queueing.exit_timeout = 0.1
-    return settings
 
 
 class _Term:
@@ -185,74 +158,51 @@ class _Term:
                 self.work.mark(item.kind, item.namespace, item.name)
 
 
-Mark = Callable[[kopf.Body, str], None]
+def _watches(term: _Term) -> list[Watch]:
+    """What is watched in the served namespaces, and whom it tells."""
 
-
-def _watch(registry: kopf.OperatorRegistry, group: str, plural: str, mark: Mark) -> None:
-    """Have `mark` called with each object and with what happened to it."""
-
-    @kopf.on.event(group, VERSION if group else "v1", plural, registry=registry, id=plural)
-    def told(body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002 - kopf's name
-        mark(body, type or "")
-
-
-def _registry(term: _Term, options: Options) -> kopf.OperatorRegistry:
-    """What kopf watches in the served namespaces, and whom it tells."""
-    registry = _connecting(options)
+    def ours(kind: str, mark: Mark) -> Watch:
+        return Watch(GROUP, VERSION, KINDS[kind].plural, mark)
 
     def of_kind(kind: str) -> Mark:
-        def mark(body: kopf.Body, _: str) -> None:
+        def mark(body: Mapping[str, Any], _: str) -> None:
             metadata = body["metadata"]
             term.told(kind, metadata.get("namespace", ""), metadata["name"])
 
         return mark
 
-    _watch(registry, GROUP, KINDS["InferenceJob"].plural, of_kind(_JOB))
-    _watch(registry, GROUP, KINDS["InferenceRole"].plural, lambda body, _: _role_told(term, body))
-    _watch(registry, GROUP, KINDS["SuperNode"].plural, of_kind(_SUPERNODE))
-    _watch(registry, GROUP, KINDS["Maintenance"].plural, of_kind(_MAINTENANCE))
-    _watch(registry, "", "nodes", lambda body, what: _node_told(term, body, what))
-    _watch(registry, "", "pods", lambda body, _: _pod_told(term, body))
-    return registry
+    return [
+        ours("InferenceJob", of_kind(_JOB)),
+        ours("InferenceRole", lambda body, _: _role_told(term, body)),
+        ours("SuperNode", of_kind(_SUPERNODE)),
+        ours("Maintenance", of_kind(_MAINTENANCE)),
+        Watch("", "v1", "nodes", lambda body, what: _node_told(term, body, what)),
+        Watch("", "v1", "pods", lambda body, _: _pod_told(term, body)),
+    ]
 
 
-def _foreign_registry(term: _Term, options: Options) -> kopf.OperatorRegistry:
+def _foreign_watches(term: _Term) -> list[Watch]:
     """Pods of all namespaces, for the dies that they hold."""
-    registry = _connecting(options)
 
-    def mark(body: kopf.Body, _: str) -> None:
+    def mark(body: Mapping[str, Any], _: str) -> None:
         if ASCEND_ANNOTATION in (body["metadata"].get("annotations") or {}):
             term.mark_machine()
 
-    _watch(registry, "", "pods", mark)
-    return registry
+    return [Watch("", "v1", "pods", mark)]
 
 
-def _connecting(options: Options) -> kopf.OperatorRegistry:
-    registry = kopf.OperatorRegistry()
-
-    @kopf.on.login(registry=registry)
-    def login(**more: Any) -> kopf.ConnectionInfo | None:
-        if not options.kubeconfig:
-            return kopf.login_with_service_account(**more)
-        os.environ["KUBECONFIG"] = options.kubeconfig
-        return kopf.login_with_kubeconfig(**more)
-
-    return registry
-
-
-def _role_told(term: _Term, body: kopf.Body) -> None:
+def _role_told(term: _Term, body: Mapping[str, Any]) -> None:
     """A role is looked after with its job."""
     term.told(_JOB, body["metadata"]["namespace"], body["spec"]["job"])
 
 
-def _node_told(term: _Term, body: kopf.Body, what: str) -> None:
+def _node_told(term: _Term, body: Mapping[str, Any], what: str) -> None:
     """Nodes report often, and mostly nothing that matters here."""
     if what == "DELETED" or term.machine.is_changed(body):
         term.mark_machine()
 
 
-def _pod_told(term: _Term, body: kopf.Body) -> None:
+def _pod_told(term: _Term, body: Mapping[str, Any]) -> None:
     metadata = body["metadata"]
     job = (metadata.get("labels") or {}).get(f"{GROUP}/job")
     if job:
