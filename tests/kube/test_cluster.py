@@ -18,6 +18,8 @@ from tools.build import cache_folder
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster, CommandError
 
+from tests.support import eventually
+
 IMAGE = "localhost/raddle:dev"
 #: What containerd, kubelet and kube-proxy would make or change on a machine that is theirs.
 FOLDERS = ("/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/etc/cni", "/opt/containerd")
@@ -166,7 +168,15 @@ async def test_a_service_is_reached_from_the_machine(
     wait_for_pod(cluster, namespace, "web")
     service = cluster.get("service", "web", "--namespace", namespace)["spec"]["clusterIP"]
     local = await forward(f"{service}:80")
-    assert "pyvenv.cfg" in await asyncio.to_thread(fetch, local)
+
+    async def answers() -> bool:
+        # A Service refuses until the nodes' proxies have heard of its pod.
+        try:
+            return "pyvenv.cfg" in await asyncio.to_thread(fetch, local)
+        except OSError:
+            return False
+
+    await eventually(answers, "the Service leads to its pod")
 
 
 def test_names_are_resolved_in_pods(cluster: Cluster, namespace: str) -> None:
@@ -176,8 +186,17 @@ def test_names_are_resolved_in_pods(cluster: Cluster, namespace: str) -> None:
     for name in ("web", "asks"):
         wait_for_pod(cluster, namespace, name)
     program = "import urllib.request as u; print(u.urlopen('http://web/', timeout=20).status)"
-    said = cluster.kubectl("exec", "--namespace", namespace, "asks", "--", "python3", "-c", program)
-    assert said == "200\n"
+    ask = ("exec", "--namespace", namespace, "asks", "--", "python3", "-c", program)
+
+    def answers() -> bool:
+        # A Service refuses until the nodes' proxies have heard of its pod.
+        try:
+            return cluster.kubectl(*ask) == "200\n"
+        except CommandError as error:
+            assert "exit code 1" in str(error)
+            return False
+
+    wait_until(answers, "a name leads to a Service")
 
 
 def test_a_process_of_a_container_is_killed(cluster: Cluster, namespace: str) -> None:

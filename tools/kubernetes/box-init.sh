@@ -33,6 +33,7 @@ mount --bind "$folder" "$folder"
 mount --bind "$folder/log" /var/log
 mount -t tmpfs -o mode=755 tmpfs /var/lib
 mount -t tmpfs -o mode=755 tmpfs /run
+mount -t tmpfs -o mode=1777 tmpfs /tmp
 mkdir -p /run/lock /run/netns
 mount -o remount,bind,ro /
 

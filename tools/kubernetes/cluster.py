@@ -261,6 +261,9 @@ class Cluster:
         box.run("ip", "link", "add", "nodes", "type", "bridge")
         box.run("ip", "address", "add", f"{servers.CONTROL_PLANE_ADDRESS}/24", "dev", "nodes")
         box.run("ip", "link", "set", "nodes", "up")
+        # Any route will do: kube-proxy rewrites the address, but a packet without a route never
+        # gets that far.
+        box.run("ip", "route", "add", servers.SERVICES, "dev", "nodes")
         self._write_commands(box.pid)
         box.spawn("etcd", *servers.etcd(built("etcd") / "etcd", box.folder / "etcd"))
         box.spawn("apiserver", *servers.api_server_for_nodes(self.tools, self.pki))

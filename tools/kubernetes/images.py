@@ -80,12 +80,13 @@ class Builder:
         return bool(self.run("images", "--quiet", "--filter", f"reference={reference}"))
 
     def from_files(self, reference: str, source: Path, target: str, *config: str) -> Image:
-        """An image without a Dockerfile: some files on nothing."""
+        """An image without a Dockerfile: some files on nothing. The same files give the same id."""
         container = self.run("from", "scratch")
         try:
             self.run("add", "--quiet", container, str(source), target)
             self.run("config", *config, container)
-            return Image(reference, self.run("commit", "--quiet", container, reference))
+            commit = ("commit", "--quiet", "--timestamp", "0")
+            return Image(reference, self.run(*commit, container, reference))
         finally:
             self.run("rm", container)
 
@@ -133,9 +134,7 @@ def build_images(builder: Builder, tag: str) -> list[Image]:
     return images
 
 
-def write_archive(
-    builder: Builder, images: Sequence[Image], archive: Path, *, gzip: bool
-) -> list[str]:
+def write_archive(builder: Builder, images: Sequence[Image], archive: Path) -> list[str]:
     """One OCI archive; a layer that images share is in it once.
 
     Returns:
@@ -143,10 +142,9 @@ def write_archive(
     """
     with tempfile.TemporaryDirectory(dir=builder.folder) as temporary:
         layout, partial = Path(temporary) / "layout", Path(temporary) / "archive.tar"
-        layers = [] if gzip else ["--disable-compression"]
         for image in images:
             place = f"oci:{layout}:{image.reference}"
-            builder.run("push", "--quiet", *layers, image.identity, place)
+            builder.run("push", "--quiet", image.identity, place)
         lines = list(_contents(layout))
         with tarfile.open(partial, "w") as tar:
             tar.add(layout, arcname=".")
@@ -172,7 +170,7 @@ def cluster_archives() -> list[Path]:
     key = hashlib.sha256(" ".join(image.identity for image in images).encode()).hexdigest()[:16]
     archive = builder.folder / f"cluster-{key}.tar"
     if not archive.exists():
-        write_archive(builder, images, archive, gzip=False)
+        write_archive(builder, images, archive)
     archive.touch()
     old = sorted(builder.folder.glob("cluster-*.tar"), key=lambda path: path.stat().st_mtime)
     for path in old[:-CACHED_ARCHIVES_MAX]:
@@ -198,7 +196,7 @@ def main() -> None:
     images = build_images(builder, options.tag)
     stem = f"raddle-images-{options.tag}-{platform.machine()}"
     archive, listing = options.folder / f"{stem}.tar", options.folder / f"{stem}.txt"
-    lines = write_archive(builder, images, archive, gzip=True)
+    lines = write_archive(builder, images, archive)
     listing.write_text("".join(f"{line}\n" for line in lines))
     print("\n".join(lines))
     print(f"{archive}: {archive.stat().st_size / 1e6:.0f} MB")
