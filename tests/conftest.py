@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 
+# Fixtures of the tests on Kubernetes: `cluster`, `namespace`, `forward`, `api_server`.
+pytest_plugins = ["tests.kubernetes"]
+
 # Until a loop was set once, Python 3.11's `get_event_loop` makes one for whoever asks.
 # pytest-asyncio asks before its first test, and nobody would ever close that loop.
 asyncio.set_event_loop(None)

@@ -117,9 +117,9 @@ class CuttingProxy:
             self.refused += 1
             writer.close()
             return
+        host, _, port = self.target.rpartition(":")
         try:
-            host, _, port = self.target.rpartition(":")
-            up_reader, up_writer = await asyncio.open_connection(host, int(port))
+            up_reader, up_writer = await self._connect(host, int(port))
         except OSError:
             writer.close()
             return
@@ -130,6 +130,11 @@ class CuttingProxy:
             task = asyncio.create_task(self._pump(source, sink, limited, spared))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    async def _connect(
+        self, host: str, port: int
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(host, port)
 
     async def _pump(
         self,

@@ -59,6 +59,18 @@ def test_modules_and_tests_say_what_they_are() -> None:
 def test_the_repository_speaks_of_the_project_alone() -> None:
     """No machine paths, no unfinished marks, no addresses in lock files."""
     forbidden = re.compile(r"(?<![\w.])/(?:work|root|home)/\w|\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b")
-    for path in tracked(".py", ".md", ".toml", ".yaml", ".proto", ".txt"):
+    for path in tracked(".py", ".md", ".toml", ".yaml", ".proto", ".txt", ".sh"):
         assert forbidden.findall(path.read_text()) == [], path
-    assert "://" not in (ROOT / "requirements-dev.txt").read_text()
+    for path in (ROOT / "requirements-dev.txt", *(ROOT / "requirements").iterdir()):
+        assert "://" not in path.read_text(), path
+
+
+def test_images_have_the_versions_that_are_tested() -> None:
+    """What images pin is what the development environment pins, hashes included."""
+
+    def pins(path: Path) -> set[str]:
+        whole = path.read_text().replace("\\\n", "")
+        return set(re.sub(r" ; [^\n]*?(?= +--hash)", "", whole).splitlines())
+
+    for path in (ROOT / "requirements").iterdir():
+        assert pins(path) <= pins(ROOT / "requirements-dev.txt"), path

@@ -93,6 +93,7 @@ class Served:
             Nobody(),
             self.replica.metrics,
             make_machine=self._make_machine,
+            decided=self.watches.decided,
         )
         self.replica.leader = self.leader
         self._tasks.append(asyncio.create_task(self.leader.run()))

@@ -21,6 +21,9 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Names are looked up again at most this often; the default of 30 s is longer than it takes to
+    # replace all that a name stood for.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # Two servers on one port would share its connections silently.
     ("grpc.so_reuseport", 0),
 )

@@ -41,7 +41,7 @@ class _WatchKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WatchKind.V
     DESCRIPTOR: _descriptor.EnumDescriptor
     WATCH_KIND_UNSPECIFIED: _WatchKind.ValueType  # 0
     WATCH_KIND_SNAPSHOT: _WatchKind.ValueType  # 1
-    """One job of the snapshot."""
+    """One item of the snapshot."""
     WATCH_KIND_SYNCED: _WatchKind.ValueType  # 2
     """The snapshot is complete at this revision."""
     WATCH_KIND_CHANGED: _WatchKind.ValueType  # 3
@@ -54,7 +54,7 @@ class WatchKind(_WatchKind, metaclass=_WatchKindEnumTypeWrapper):
 
 WATCH_KIND_UNSPECIFIED: WatchKind.ValueType  # 0
 WATCH_KIND_SNAPSHOT: WatchKind.ValueType  # 1
-"""One job of the snapshot."""
+"""One item of the snapshot."""
 WATCH_KIND_SYNCED: WatchKind.ValueType  # 2
 """The snapshot is complete at this revision."""
 WATCH_KIND_CHANGED: WatchKind.ValueType  # 3
@@ -627,6 +627,7 @@ class NodeStatus(_message.Message):
     DIES_FAULTY_FIELD_NUMBER: _builtins.int
     DRIVERS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     state: _builtins.str
     """READY, SUSPECT, UNKNOWN, LOST or ABSENT (never registered)."""
@@ -635,6 +636,8 @@ class NodeStatus(_message.Message):
     dies_held: _builtins.int
     dies_faulty: _builtins.int
     version: _builtins.str
+    ranks: _builtins.int
+    """Seats of all jobs here, those in host memory too."""
     @_builtins.property
     def why(self) -> _types_pb2.Why: ...
     @_builtins.property
@@ -651,10 +654,11 @@ class NodeStatus(_message.Message):
         dies_faulty: _builtins.int = ...,
         drivers: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
+        ranks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dies", b"dies", "dies_faulty", b"dies_faulty", "dies_free", b"dies_free", "dies_held", b"dies_held", "drivers", b"drivers", "node", b"node", "state", b"state", "version", b"version", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dies", b"dies", "dies_faulty", b"dies_faulty", "dies_free", b"dies_free", "dies_held", b"dies_held", "drivers", b"drivers", "node", b"node", "ranks", b"ranks", "state", b"state", "version", b"version", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -681,6 +685,62 @@ class ListNodesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListNodesResponse: _TypeAlias = ListNodesResponse  # noqa: Y015
+
+@_typing.final
+class WatchNodesRequest(_message.Message):
+    """What is believed of a node is in the leader's memory alone: each watch begins with a snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIES_FIELD_NUMBER: _builtins.int
+    dies: _builtins.bool
+    """Tell the dies of each node too; a change of a die is a change of its node."""
+    def __init__(
+        self,
+        *,
+        dies: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dies", b"dies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchNodesRequest: _TypeAlias = WatchNodesRequest  # noqa: Y015
+
+@_typing.final
+class WatchNodesResponse(_message.Message):
+    """One message of the watch; changes within a moment are told as one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    DIES_FIELD_NUMBER: _builtins.int
+    kind: Global___WatchKind.ValueType
+    revision: _builtins.int
+    @_builtins.property
+    def node(self) -> Global___NodeStatus:
+        """Of a deleted node the name alone."""
+
+    @_builtins.property
+    def dies(self) -> _containers.RepeatedCompositeFieldContainer[Global___DieStatus]: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___WatchKind.ValueType = ...,
+        revision: _builtins.int = ...,
+        node: Global___NodeStatus | None = ...,
+        dies: _abc.Iterable[Global___DieStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dies", b"dies", "kind", b"kind", "node", b"node", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchNodesResponse: _TypeAlias = WatchNodesResponse  # noqa: Y015
 
 @_typing.final
 class ListDiesRequest(_message.Message):
@@ -718,6 +778,7 @@ class DieStatus(_message.Message):
     RANK_STATE_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     HOLDS_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     die: _builtins.str
     hold: _builtins.str
     """Empty, or CORDON, DRAIN, FAULT, SEPARATION."""
@@ -734,6 +795,10 @@ class DieStatus(_message.Message):
     def holds(self) -> _containers.RepeatedCompositeFieldContainer[_health_pb2.Hold]:
         """All holds on the die and on what it is part of, the nearest first; `hold` is the first's kind."""
 
+    @_builtins.property
+    def part(self) -> _topology_pb2.PartIdentity:
+        """The silicon that the node's agent found there."""
+
     def __init__(
         self,
         *,
@@ -746,10 +811,11 @@ class DieStatus(_message.Message):
         rank_state: _builtins.str = ...,
         why: _types_pb2.Why | None = ...,
         holds: _abc.Iterable[_health_pb2.Hold] | None = ...,
+        part: _topology_pb2.PartIdentity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "why", b"why"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "rank", b"rank", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "faults", b"faults", "health", b"health", "hold", b"hold", "holds", b"holds", "job_uid", b"job_uid", "rank", b"rank", "rank_state", b"rank_state", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "faults", b"faults", "health", b"health", "hold", b"hold", "holds", b"holds", "job_uid", b"job_uid", "part", b"part", "rank", b"rank", "rank_state", b"rank_state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -785,17 +851,21 @@ class CordonRequest(_message.Message):
 
     SUBJECT_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     subject: _builtins.str
     message: _builtins.str
+    reason: _builtins.str
+    """A code for programs, in capitals; empty means CORDON."""
     def __init__(
         self,
         *,
         subject: _builtins.str = ...,
         message: _builtins.str = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1050,6 +1120,55 @@ class ListMaintenancesResponse(_message.Message):
 Global___ListMaintenancesResponse: _TypeAlias = ListMaintenancesResponse  # noqa: Y015
 
 @_typing.final
+class WatchMaintenancesRequest(_message.Message):
+    """Where to begin, as in WatchJobsRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_REVISION_FIELD_NUMBER: _builtins.int
+    after_revision: _builtins.int
+    def __init__(
+        self,
+        *,
+        after_revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchMaintenancesRequest: _TypeAlias = WatchMaintenancesRequest  # noqa: Y015
+
+@_typing.final
+class WatchMaintenancesResponse(_message.Message):
+    """One message of the watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    MAINTENANCE_FIELD_NUMBER: _builtins.int
+    kind: Global___WatchKind.ValueType
+    revision: _builtins.int
+    @_builtins.property
+    def maintenance(self) -> _incident_pb2.Maintenance: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___WatchKind.ValueType = ...,
+        revision: _builtins.int = ...,
+        maintenance: _incident_pb2.Maintenance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["maintenance", b"maintenance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "maintenance", b"maintenance", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchMaintenancesResponse: _TypeAlias = WatchMaintenancesResponse  # noqa: Y015
+
+@_typing.final
 class CancelMaintenanceRequest(_message.Message):
     """Which one."""
 
@@ -1181,6 +1300,58 @@ class ListIncidentsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListIncidentsResponse: _TypeAlias = ListIncidentsResponse  # noqa: Y015
+
+@_typing.final
+class WatchIncidentsRequest(_message.Message):
+    """Of one job, or all; where to begin as in WatchJobsRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_UID_FIELD_NUMBER: _builtins.int
+    AFTER_REVISION_FIELD_NUMBER: _builtins.int
+    job_uid: _builtins.str
+    after_revision: _builtins.int
+    def __init__(
+        self,
+        *,
+        job_uid: _builtins.str = ...,
+        after_revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision", "job_uid", b"job_uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchIncidentsRequest: _TypeAlias = WatchIncidentsRequest  # noqa: Y015
+
+@_typing.final
+class WatchIncidentsResponse(_message.Message):
+    """One message of the watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    INCIDENT_FIELD_NUMBER: _builtins.int
+    kind: Global___WatchKind.ValueType
+    revision: _builtins.int
+    @_builtins.property
+    def incident(self) -> _incident_pb2.Incident: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___WatchKind.ValueType = ...,
+        revision: _builtins.int = ...,
+        incident: _incident_pb2.Incident | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["incident", b"incident"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incident", b"incident", "kind", b"kind", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchIncidentsResponse: _TypeAlias = WatchIncidentsResponse  # noqa: Y015
 
 @_typing.final
 class ListEventsRequest(_message.Message):

@@ -91,6 +91,11 @@ class SchedulerStub(object):
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=raddle_dot_v1_dot_scheduler__pb2.ListNodesResponse.FromString,
                 _registered_method=True)
+        self.WatchNodes = channel.unary_stream(
+                '/raddle.v1.Scheduler/WatchNodes',
+                request_serializer=raddle_dot_v1_dot_scheduler__pb2.WatchNodesRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_scheduler__pb2.WatchNodesResponse.FromString,
+                _registered_method=True)
         self.ListDies = channel.unary_unary(
                 '/raddle.v1.Scheduler/ListDies',
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.ListDiesRequest.SerializeToString,
@@ -126,6 +131,11 @@ class SchedulerStub(object):
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.ListMaintenancesRequest.SerializeToString,
                 response_deserializer=raddle_dot_v1_dot_scheduler__pb2.ListMaintenancesResponse.FromString,
                 _registered_method=True)
+        self.WatchMaintenances = channel.unary_stream(
+                '/raddle.v1.Scheduler/WatchMaintenances',
+                request_serializer=raddle_dot_v1_dot_scheduler__pb2.WatchMaintenancesRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_scheduler__pb2.WatchMaintenancesResponse.FromString,
+                _registered_method=True)
         self.CancelMaintenance = channel.unary_unary(
                 '/raddle.v1.Scheduler/CancelMaintenance',
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.CancelMaintenanceRequest.SerializeToString,
@@ -140,6 +150,11 @@ class SchedulerStub(object):
                 '/raddle.v1.Scheduler/ListIncidents',
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.ListIncidentsRequest.SerializeToString,
                 response_deserializer=raddle_dot_v1_dot_scheduler__pb2.ListIncidentsResponse.FromString,
+                _registered_method=True)
+        self.WatchIncidents = channel.unary_stream(
+                '/raddle.v1.Scheduler/WatchIncidents',
+                request_serializer=raddle_dot_v1_dot_scheduler__pb2.WatchIncidentsRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_scheduler__pb2.WatchIncidentsResponse.FromString,
                 _registered_method=True)
         self.ListEvents = channel.unary_unary(
                 '/raddle.v1.Scheduler/ListEvents',
@@ -255,6 +270,13 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchNodes(self, request, context):
+        """All nodes as the leader sees them, then every change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListDies(self, request, context):
         """Dies with hold, health and work.
         """
@@ -305,6 +327,13 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchMaintenances(self, request, context):
+        """All maintenances at a revision, then every change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelMaintenance(self, request, context):
         """End a maintenance; the part takes work again.
         """
@@ -321,6 +350,13 @@ class SchedulerServicer(object):
 
     def ListIncidents(self, request, context):
         """Read incidents, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchIncidents(self, request, context):
+        """All incidents at a revision, then every change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -426,6 +462,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.ListNodesRequest.FromString,
                     response_serializer=raddle_dot_v1_dot_scheduler__pb2.ListNodesResponse.SerializeToString,
             ),
+            'WatchNodes': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchNodes,
+                    request_deserializer=raddle_dot_v1_dot_scheduler__pb2.WatchNodesRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_scheduler__pb2.WatchNodesResponse.SerializeToString,
+            ),
             'ListDies': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDies,
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.ListDiesRequest.FromString,
@@ -461,6 +502,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.ListMaintenancesRequest.FromString,
                     response_serializer=raddle_dot_v1_dot_scheduler__pb2.ListMaintenancesResponse.SerializeToString,
             ),
+            'WatchMaintenances': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchMaintenances,
+                    request_deserializer=raddle_dot_v1_dot_scheduler__pb2.WatchMaintenancesRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_scheduler__pb2.WatchMaintenancesResponse.SerializeToString,
+            ),
             'CancelMaintenance': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelMaintenance,
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.CancelMaintenanceRequest.FromString,
@@ -475,6 +521,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.ListIncidents,
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.ListIncidentsRequest.FromString,
                     response_serializer=raddle_dot_v1_dot_scheduler__pb2.ListIncidentsResponse.SerializeToString,
+            ),
+            'WatchIncidents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchIncidents,
+                    request_deserializer=raddle_dot_v1_dot_scheduler__pb2.WatchIncidentsRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_scheduler__pb2.WatchIncidentsResponse.SerializeToString,
             ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
@@ -817,6 +868,33 @@ class Scheduler(object):
             _registered_method=True)
 
     @staticmethod
+    def WatchNodes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/raddle.v1.Scheduler/WatchNodes',
+            raddle_dot_v1_dot_scheduler__pb2.WatchNodesRequest.SerializeToString,
+            raddle_dot_v1_dot_scheduler__pb2.WatchNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListDies(request,
             target,
             options=(),
@@ -1006,6 +1084,33 @@ class Scheduler(object):
             _registered_method=True)
 
     @staticmethod
+    def WatchMaintenances(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/raddle.v1.Scheduler/WatchMaintenances',
+            raddle_dot_v1_dot_scheduler__pb2.WatchMaintenancesRequest.SerializeToString,
+            raddle_dot_v1_dot_scheduler__pb2.WatchMaintenancesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CancelMaintenance(request,
             target,
             options=(),
@@ -1076,6 +1181,33 @@ class Scheduler(object):
             '/raddle.v1.Scheduler/ListIncidents',
             raddle_dot_v1_dot_scheduler__pb2.ListIncidentsRequest.SerializeToString,
             raddle_dot_v1_dot_scheduler__pb2.ListIncidentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchIncidents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/raddle.v1.Scheduler/WatchIncidents',
+            raddle_dot_v1_dot_scheduler__pb2.WatchIncidentsRequest.SerializeToString,
+            raddle_dot_v1_dot_scheduler__pb2.WatchIncidentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,8 @@ class SchedulerStub:
     """Add or change the description of a supernode."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListNodesRequest, _scheduler_pb2.ListNodesResponse]
     """Nodes with the state of their agents."""
+    WatchNodes: _grpc.UnaryStreamMultiCallable[_scheduler_pb2.WatchNodesRequest, _scheduler_pb2.WatchNodesResponse]
+    """All nodes as the leader sees them, then every change."""
     ListDies: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListDiesRequest, _scheduler_pb2.ListDiesResponse]
     """Dies with hold, health and work."""
     Cordon: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.CordonRequest, _scheduler_pb2.CordonResponse]
@@ -73,12 +75,16 @@ class SchedulerStub:
     """Read one maintenance."""
     ListMaintenances: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListMaintenancesRequest, _scheduler_pb2.ListMaintenancesResponse]
     """Read all maintenances."""
+    WatchMaintenances: _grpc.UnaryStreamMultiCallable[_scheduler_pb2.WatchMaintenancesRequest, _scheduler_pb2.WatchMaintenancesResponse]
+    """All maintenances at a revision, then every change."""
     CancelMaintenance: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.CancelMaintenanceRequest, _scheduler_pb2.CancelMaintenanceResponse]
     """End a maintenance; the part takes work again."""
     GetIncident: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetIncidentRequest, _scheduler_pb2.GetIncidentResponse]
     """Read one incident with plan and timeline."""
     ListIncidents: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListIncidentsRequest, _scheduler_pb2.ListIncidentsResponse]
     """Read incidents, newest first."""
+    WatchIncidents: _grpc.UnaryStreamMultiCallable[_scheduler_pb2.WatchIncidentsRequest, _scheduler_pb2.WatchIncidentsResponse]
+    """All incidents at a revision, then every change."""
     ListEvents: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ListEventsRequest, _scheduler_pb2.ListEventsResponse]
     """Read the history, newest last."""
     InjectFault: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.InjectFaultRequest, _scheduler_pb2.InjectFaultResponse]
@@ -121,6 +127,8 @@ class SchedulerAsyncStub(SchedulerStub):
     """Add or change the description of a supernode."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListNodesRequest, _scheduler_pb2.ListNodesResponse]  # type: ignore[assignment]
     """Nodes with the state of their agents."""
+    WatchNodes: _aio.UnaryStreamMultiCallable[_scheduler_pb2.WatchNodesRequest, _scheduler_pb2.WatchNodesResponse]  # type: ignore[assignment]
+    """All nodes as the leader sees them, then every change."""
     ListDies: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListDiesRequest, _scheduler_pb2.ListDiesResponse]  # type: ignore[assignment]
     """Dies with hold, health and work."""
     Cordon: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.CordonRequest, _scheduler_pb2.CordonResponse]  # type: ignore[assignment]
@@ -137,12 +145,16 @@ class SchedulerAsyncStub(SchedulerStub):
     """Read one maintenance."""
     ListMaintenances: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListMaintenancesRequest, _scheduler_pb2.ListMaintenancesResponse]  # type: ignore[assignment]
     """Read all maintenances."""
+    WatchMaintenances: _aio.UnaryStreamMultiCallable[_scheduler_pb2.WatchMaintenancesRequest, _scheduler_pb2.WatchMaintenancesResponse]  # type: ignore[assignment]
+    """All maintenances at a revision, then every change."""
     CancelMaintenance: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.CancelMaintenanceRequest, _scheduler_pb2.CancelMaintenanceResponse]  # type: ignore[assignment]
     """End a maintenance; the part takes work again."""
     GetIncident: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.GetIncidentRequest, _scheduler_pb2.GetIncidentResponse]  # type: ignore[assignment]
     """Read one incident with plan and timeline."""
     ListIncidents: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListIncidentsRequest, _scheduler_pb2.ListIncidentsResponse]  # type: ignore[assignment]
     """Read incidents, newest first."""
+    WatchIncidents: _aio.UnaryStreamMultiCallable[_scheduler_pb2.WatchIncidentsRequest, _scheduler_pb2.WatchIncidentsResponse]  # type: ignore[assignment]
+    """All incidents at a revision, then every change."""
     ListEvents: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ListEventsRequest, _scheduler_pb2.ListEventsResponse]  # type: ignore[assignment]
     """Read the history, newest last."""
     InjectFault: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.InjectFaultRequest, _scheduler_pb2.InjectFaultResponse]  # type: ignore[assignment]
@@ -250,6 +262,14 @@ class SchedulerServicer(metaclass=_abc_1.ABCMeta):
         """Nodes with the state of their agents."""
 
     @_abc_1.abstractmethod
+    def WatchNodes(
+        self,
+        request: _scheduler_pb2.WatchNodesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scheduler_pb2.WatchNodesResponse], _abc.AsyncIterator[_scheduler_pb2.WatchNodesResponse]]:
+        """All nodes as the leader sees them, then every change."""
+
+    @_abc_1.abstractmethod
     def ListDies(
         self,
         request: _scheduler_pb2.ListDiesRequest,
@@ -308,6 +328,14 @@ class SchedulerServicer(metaclass=_abc_1.ABCMeta):
         """Read all maintenances."""
 
     @_abc_1.abstractmethod
+    def WatchMaintenances(
+        self,
+        request: _scheduler_pb2.WatchMaintenancesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scheduler_pb2.WatchMaintenancesResponse], _abc.AsyncIterator[_scheduler_pb2.WatchMaintenancesResponse]]:
+        """All maintenances at a revision, then every change."""
+
+    @_abc_1.abstractmethod
     def CancelMaintenance(
         self,
         request: _scheduler_pb2.CancelMaintenanceRequest,
@@ -330,6 +358,14 @@ class SchedulerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.ListIncidentsResponse, _abc.Awaitable[_scheduler_pb2.ListIncidentsResponse]]:
         """Read incidents, newest first."""
+
+    @_abc_1.abstractmethod
+    def WatchIncidents(
+        self,
+        request: _scheduler_pb2.WatchIncidentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scheduler_pb2.WatchIncidentsResponse], _abc.AsyncIterator[_scheduler_pb2.WatchIncidentsResponse]]:
+        """All incidents at a revision, then every change."""
 
     @_abc_1.abstractmethod
     def ListEvents(

@@ -57,6 +57,7 @@ def root(
 
 
 def _register() -> None:
+    from raddle.cli.commands_certificates import register as certificates
     from raddle.cli.commands_demo import register as demo
     from raddle.cli.commands_experts import register as experts
     from raddle.cli.commands_history import register as history
@@ -64,7 +65,7 @@ def _register() -> None:
     from raddle.cli.commands_kv import register as kv
     from raddle.cli.commands_machine import register as machine
 
-    for register in (jobs, machine, history, experts, kv, demo):
+    for register in (jobs, machine, history, experts, kv, certificates, demo):
         register(app)
 
 

@@ -27,8 +27,8 @@ SPEC_BYTES_MAX = 64 * 1024
 JOB_BYTES_MAX = 900_000
 # Buffers of dispatch and combine: about 645 MB a die (CloudMatrix384, section 4.2.1).
 ENGINE_BUFFER_BYTES = 645_000_000
-_DRIVERS = ("reference", "simulated")
-_COUNTS_MAX = {
+DRIVERS = ("reference", "simulated")
+COUNTS_MAX = {
     "instances": INSTANCES_MAX,
     "ranks": RANKS_MAX,
     "slots_per_rank": SLOTS_MAX,
@@ -155,7 +155,7 @@ def _check_roles(spec: JobSpec) -> None:
 
 
 def _check_role(path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape) -> None:
-    for name, most in _COUNTS_MAX.items():
+    for name, most in COUNTS_MAX.items():
         value = getattr(role, name)
         least = 1 if name in ("instances", "ranks") else 0
         if value > most:
@@ -168,10 +168,10 @@ def _check_role(path: str, spec: JobSpec, role: RoleSpec, shape: ModelShape) -> 
             raise _invalid(f"{path}.{name}", f"is {value}; it must be at least {least}")
     if role.tp != 1:
         raise _invalid(f"{path}.tp", f"is {role.tp}; only 1 is supported: each rank takes one die")
-    if role.engine.driver not in _DRIVERS:
+    if role.engine.driver not in DRIVERS:
         raise _invalid(
             f"{path}.engine.driver",
-            f"{role.engine.driver[:40]!r} is unknown; known are {', '.join(_DRIVERS)}",
+            f"{role.engine.driver[:40]!r} is unknown; known are {', '.join(DRIVERS)}",
         )
     _check_engine(f"{path}.engine", role.engine)
     if role.kind is RoleKind.CACHE:

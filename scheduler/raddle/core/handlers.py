@@ -267,7 +267,9 @@ def _require_dies(context: Context, new: SuperNode) -> None:
 @answer.register
 def cordon(request: Cordon, context: Context, identity: str) -> Hold:
     """Forbid new work on a part of the machine."""
-    return put_hold(context, request.subject, HoldKind.CORDON, request.message, identity)
+    return put_hold(
+        context, request.subject, HoldKind.CORDON, request.message, identity, request.reason
+    )
 
 
 @answer.register

@@ -6,6 +6,8 @@ uncordon; a drain is a maintenance's and ends with it.
 
 from __future__ import annotations
 
+import re
+
 from raddle.core.context import Context, note
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
@@ -14,16 +16,26 @@ from raddle.model.incident import Maintenance, MaintenanceState
 from raddle.model.kinds import HoldKind
 
 HOLDS_MAX = 10_000
+_CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}\Z")
 #: States in which a maintenance keeps work away from its subject.
 _HOLDING = (MaintenanceState.DRAINING, MaintenanceState.DRAINED)
 
 
-def put_hold(context: Context, subject: str, kind: HoldKind, message: str, identity: str) -> Hold:
+def put_hold(
+    context: Context, subject: str, kind: HoldKind, message: str, identity: str, reason: str = ""
+) -> Hold:
     """The hold of this kind on the subject, made if there is none.
 
     Raises:
-        PermanentError: INVALID_ARGUMENT or NOT_FOUND for the subject, LIMIT_EXCEEDED.
+        PermanentError: INVALID_ARGUMENT or NOT_FOUND for the subject, LIMIT_EXCEEDED,
+            INVALID_ARGUMENT for a reason that is no code.
     """
+    if reason and not _CODE.match(reason):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            "reason must be 1 to 64 capitals, digits and underscores, or left out.",
+            field="reason",
+        )
     context.cluster.require_subject(subject)
     old = context.holds.get((subject, kind))
     if old is not None:
@@ -33,7 +45,7 @@ def put_hold(context: Context, subject: str, kind: HoldKind, message: str, ident
     hold = Hold(
         subject=subject,
         kind=kind,
-        reason=kind,
+        reason=reason or kind,
         message=message or f"{kind.lower()} by {identity}",
         created_by=identity,
         create_time=context.now,

@@ -65,6 +65,8 @@ class Cordon:
     # A position of any level.
     subject: str
     message: str = ""
+    # A code for programs; empty: CORDON.
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 
 from raddle.core.context import is_ended
 from raddle.core.nodes import NodeTracker
@@ -15,11 +17,12 @@ from raddle.model.types import RankKey
 from raddle.scheduler.mirror import Mirror
 from raddle.scheduler.replica import Replica
 from raddle.scheduler.view import Records
-from raddle.v1 import health_pb2, scheduler_pb2, types_pb2
+from raddle.v1 import health_pb2, scheduler_pb2, topology_pb2, types_pb2
 from raddle.wire.codec import to_message
 
 _LEVELS = list(FaultLevel)
 _HOLD_KINDS = list(HoldKind)
+_TAKEN = (SeatState.ACTIVE, SeatState.SPARE)
 
 
 def _supernodes(mirror: Mirror) -> list[SuperNode]:
@@ -33,10 +36,21 @@ def _work(mirror: Mirror) -> dict[str, tuple[str, RankKey, str]]:
         assert isinstance(placement, Placement)
         for part in placement.instances:
             for rank in part.ranks:
-                if rank.die and rank.state in (SeatState.ACTIVE, SeatState.SPARE):
+                if rank.die and rank.state in _TAKEN:
                     key = RankKey(role=part.role, instance=part.instance, rank=rank.rank)
                     found[rank.die] = (placement.job_uid, key, str(rank.state))
     return found
+
+
+def _seats(mirror: Mirror) -> Counter[str]:
+    """Node -> seats of all placements there, those in host memory too."""
+    return Counter(
+        rank.node
+        for _, placement in mirror.under(keys.PLACEMENTS)
+        for part in placement.instances
+        for rank in part.ranks
+        if rank.state in _TAKEN
+    )
 
 
 def holds_by_subject(mirror: Records) -> dict[str, list[Hold]]:
@@ -63,15 +77,26 @@ def _faults_of(health: AgentHealth | None, die: str) -> list[ActiveFault]:
 
 def dies(mirror: Mirror, node: str) -> list[scheduler_pb2.DieStatus]:
     """Dies of one node, or all, in order."""
-    work, holds = _work(mirror), holds_by_subject(mirror)
-    found = []
-    for supernode in _supernodes(mirror):
-        for number in range(supernode.dies):
-            position = supernode.die_position(number)
-            if node and node_of(position) != node:
-                continue
-            found.append(_die(mirror, position, work, holds_over(holds, position)))
-    return found
+    names = node_names(mirror)
+    wanted = names if not node else [node] if node in names else []
+    return [die for found in dies_of(mirror, wanted).values() for die in found]
+
+
+def node_names(mirror: Mirror) -> dict[str, SuperNode]:
+    """Names of all nodes, in order, and the supernode that each is part of."""
+    return {name: s for s in _supernodes(mirror) for name in s.node_names()}
+
+
+def dies_of(mirror: Mirror, wanted: Iterable[str]) -> dict[str, list[scheduler_pb2.DieStatus]]:
+    """The dies of nodes that exist, each in order."""
+    names, work, holds = node_names(mirror), _work(mirror), holds_by_subject(mirror)
+    return {
+        name: [
+            _die(mirror, position, work, holds_over(holds, position))
+            for position in names[name].node_positions(name)
+        ]
+        for name in wanted
+    }
 
 
 def _die(
@@ -90,16 +115,30 @@ def _die(
     if position in work:
         status.job_uid, key, status.rank_state = work[position]
         status.rank.CopyFrom(to_message(key, types_pb2.RankKey))
+    registration: AgentRegistration | None = mirror.get(keys.registration(node_of(position)))
+    for part in registration.parts if registration is not None else ():
+        if part.position == position:
+            status.part.CopyFrom(to_message(part, topology_pb2.PartIdentity))
     return status
 
 
 def nodes(mirror: Mirror, replica: Replica) -> list[scheduler_pb2.NodeStatus]:
     """All nodes of all supernodes, in order, with what the leader believes of them."""
     tracker = replica.leader.nodes() if replica.leader is not None else None
-    by_node: dict[str, list[scheduler_pb2.DieStatus]] = {}
-    for die in dies(mirror, ""):
-        by_node.setdefault(node_of(die.die), []).append(die)
-    return [_node(mirror, name, found, tracker) for name, found in by_node.items()]
+    return [status for status, _ in pictures(mirror, node_names(mirror), tracker)]
+
+
+def pictures(
+    mirror: Mirror, wanted: Iterable[str], tracker: NodeTracker | None
+) -> list[tuple[scheduler_pb2.NodeStatus, list[scheduler_pb2.DieStatus]]]:
+    """Nodes that exist, each with its dies and what the leader believes of it."""
+    seats = _seats(mirror)
+    found = []
+    for name, dies_here in dies_of(mirror, wanted).items():
+        status = _node(mirror, name, dies_here, tracker)
+        status.ranks = seats[name]
+        found.append((status, dies_here))
+    return found
 
 
 def _node(

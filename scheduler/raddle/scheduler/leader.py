@@ -78,7 +78,9 @@ class Leader:
         *,
         clock: Callable[[], float] | None = None,
         make_machine: Callable[..., Machine] = Machine,
+        decided: Callable[[], None] = lambda: None,
     ) -> None:
+        self._decided = decided
         self._store = store
         self._mirror = mirror
         self._term = term
@@ -194,6 +196,7 @@ class Leader:
             try:
                 for instruction, writes in steps:
                     await self._carry_out(instruction, writes)
+                self._decided()
             except TemporaryError as error:
                 log.warning("a commit is not settled; the machine is built anew", why=str(error))
                 machine = await self._recover()

@@ -214,7 +214,14 @@ class SchedulerProcess:
 
     def _leader(self, term: Term) -> Leader:
         calm_collector()
-        return Leader(self.store, self.mirror, term, Prober(self.tls), self.replica.metrics)
+        return Leader(
+            self.store,
+            self.mirror,
+            term,
+            Prober(self.tls),
+            self.replica.metrics,
+            decided=self.watches.decided,
+        )
 
     async def _leads(self, leader: Leader | None) -> None:
         """What the process says of itself follows who leads in it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,9 +25,11 @@ from raddle.model.stats import RankStats
 from raddle.model.types import Why
 from raddle.scheduler import explain, inventory, kv_service
 from raddle.scheduler.interceptor import caller_of, refuse_foreign_node, time_left
+from raddle.scheduler.node_watch import NodeWatch
+from raddle.scheduler.record_watch import RecordWatch
 from raddle.scheduler.replica import Replica
 from raddle.scheduler.view import View
-from raddle.scheduler.watches import Seen, Watches
+from raddle.scheduler.watches import Watches
 from raddle.v1 import (
     health_pb2,
     incident_pb2,
@@ -43,7 +45,6 @@ from raddle.wire.codec import from_message, to_message
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
 DRAIN_TIMEOUT_S = 3600.0
-_BOOKMARK_S = 10.0
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         self._replica = replica
         self._mirror = replica.mirror
         self._watches = watches
+        self._record_watch = RecordWatch(replica.mirror, watches)
 
     async def _ask(self, request: requests.Request, context: Context) -> Any:
         return await self._replica.ask(request, caller_of(context), time_left(context))
@@ -153,50 +155,18 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     ) -> AsyncIterator[scheduler_pb2.WatchJobsResponse]:
         view = self._view(context)
 
-        def is_wanted(job: Job) -> bool:
-            return request.namespace in ("", job.spec.namespace) and view.shows(job.spec.namespace)
+        def shown(key: str, job: Job) -> Job | None:
+            is_wanted = request.namespace in ("", job.spec.namespace)
+            return view.shown(key, job) if is_wanted else None
 
-        await self._watches.require_reached(request.after_revision)
-        stream = self._watches.follow(keys.JOBS, _BOOKMARK_S)
-        # From here on nothing is missed; what the first part tells is skipped in the second.
-        await anext(stream)
-        told = request.after_revision or self._mirror.revision
-        if request.after_revision:
-            for seen in self._watches.since(keys.JOBS, request.after_revision):
-                told = seen.revision
-                for message in self._seen(seen, is_wanted):
-                    yield message
-        else:
-            jobs = [job for _, job in self._mirror.under(keys.JOBS) if is_wanted(job)]
-            revisions = [self._mirror.mod_revision(keys.job(job.uid)) for job in jobs]
-            for job, revision in zip(jobs, revisions, strict=True):
-                yield self._watch_message(scheduler_pb2.WATCH_KIND_SNAPSHOT, told, job, revision)
-            yield self._watch_message(scheduler_pb2.WATCH_KIND_SYNCED, told)
-        async for item in stream:
-            if item is None:
-                revision = self._mirror.revision
-                yield self._watch_message(scheduler_pb2.WATCH_KIND_BOOKMARK, revision)
-            elif item.revision > told:
-                for message in self._seen(item, is_wanted):
-                    yield message
-
-    def _seen(
-        self, seen: Seen, is_wanted: Callable[[Job], bool]
-    ) -> list[scheduler_pb2.WatchJobsResponse]:
-        job = seen.value or seen.old
-        if job is None or not is_wanted(job):
-            return []
-        changed = seen.value is not None
-        kind = scheduler_pb2.WATCH_KIND_CHANGED if changed else scheduler_pb2.WATCH_KIND_DELETED
-        return [self._watch_message(kind, seen.revision, job, seen.revision)]
-
-    def _watch_message(
-        self, kind: Any, revision: int, job: Job | None = None, job_revision: int = 0
-    ) -> scheduler_pb2.WatchJobsResponse:
-        message = scheduler_pb2.WatchJobsResponse(kind=kind, revision=revision)
-        if job is not None:
-            message.job.CopyFrom(self._job_message(job, job_revision))
-        return message
+        told = self._record_watch.follow(keys.JOBS, request.after_revision, shown)
+        async for told_one in told:
+            message = scheduler_pb2.WatchJobsResponse(
+                kind=told_one.kind, revision=told_one.revision
+            )
+            if told_one.value is not None:
+                message.job.CopyFrom(self._job_message(told_one.value, told_one.record_revision))
+            yield message
 
     async def ScaleJob(self, request: Any, context: Context) -> scheduler_pb2.ScaleJobResponse:
         job = await self._ask(
@@ -248,6 +218,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     async def ListNodes(self, _request: Any, _context: Context) -> scheduler_pb2.ListNodesResponse:
         return scheduler_pb2.ListNodesResponse(nodes=inventory.nodes(self._mirror, self._replica))
 
+    async def WatchNodes(
+        self, request: Any, _context: Context
+    ) -> AsyncIterator[scheduler_pb2.WatchNodesResponse]:
+        watch = NodeWatch(self._replica, with_dies=request.dies)
+        async for message in watch.follow(self._watches):
+            yield message
+
     async def ListDies(self, request: Any, _context: Context) -> scheduler_pb2.ListDiesResponse:
         dies = inventory.dies(self._mirror, request.node)
         if request.node and not dies:
@@ -258,7 +235,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
 
     async def Cordon(self, request: Any, context: Context) -> scheduler_pb2.CordonResponse:
         hold = await self._ask(
-            requests.Cordon(subject=request.subject, message=request.message), context
+            requests.Cordon(
+                subject=request.subject, message=request.message, reason=request.reason
+            ),
+            context,
         )
         return scheduler_pb2.CordonResponse(hold=to_message(hold, health_pb2.Hold))
 
@@ -307,6 +287,19 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             maintenances=[_maintenance(record) for record in found]
         )
 
+    async def WatchMaintenances(
+        self, request: Any, context: Context
+    ) -> AsyncIterator[scheduler_pb2.WatchMaintenancesResponse]:
+        shown = self._view(context).shown
+        told = self._record_watch.follow(keys.MAINTENANCE, request.after_revision, shown)
+        async for told_one in told:
+            message = scheduler_pb2.WatchMaintenancesResponse(
+                kind=told_one.kind, revision=told_one.revision
+            )
+            if told_one.value is not None:
+                message.maintenance.CopyFrom(_maintenance(told_one.value))
+            yield message
+
     async def CancelMaintenance(
         self, request: Any, context: Context
     ) -> scheduler_pb2.CancelMaintenanceResponse:
@@ -333,13 +326,30 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         self, request: Any, context: Context
     ) -> scheduler_pb2.ListIncidentsResponse:
         view = self._view(context)
-        found: list[Incident] = [record for _, record in view.under(keys.INCIDENTS)]
-        if request.job_uid:
-            found = [i for i in found if any(p.job_uid == request.job_uid for p in i.plans)]
+        found: list[Incident] = [
+            record for _, record in view.under(keys.INCIDENTS) if _is_about(record, request.job_uid)
+        ]
         newest = sorted(found, key=lambda i: i.id, reverse=True)[: page_size(request.page_size)]
         return scheduler_pb2.ListIncidentsResponse(
             incidents=[to_message(record, incident_pb2.Incident) for record in newest]
         )
+
+    async def WatchIncidents(
+        self, request: Any, context: Context
+    ) -> AsyncIterator[scheduler_pb2.WatchIncidentsResponse]:
+        view = self._view(context)
+
+        def shown(key: str, incident: Incident) -> Incident | None:
+            return view.shown(key, incident) if _is_about(incident, request.job_uid) else None
+
+        told = self._record_watch.follow(keys.INCIDENTS, request.after_revision, shown)
+        async for told_one in told:
+            message = scheduler_pb2.WatchIncidentsResponse(
+                kind=told_one.kind, revision=told_one.revision
+            )
+            if told_one.value is not None:
+                message.incident.CopyFrom(to_message(told_one.value, incident_pb2.Incident))
+            yield message
 
     async def ListEvents(self, request: Any, context: Context) -> scheduler_pb2.ListEventsResponse:
         found = [
@@ -417,6 +427,11 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
 def _maintenance(record: Any) -> incident_pb2.Maintenance:
     message: incident_pb2.Maintenance = to_message(record, incident_pb2.Maintenance)
     return message
+
+
+def _is_about(incident: Incident, job_uid: str) -> bool:
+    """Is a plan of the incident for this job? The empty uid stands for all."""
+    return not job_uid or any(plan.job_uid == job_uid for plan in incident.plans)
 
 
 def page_size(asked: int) -> int:

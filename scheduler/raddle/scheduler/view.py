@@ -44,16 +44,16 @@ class View:
         return self._known[namespace]
 
     def get(self, key: str) -> Any:
-        return self._seen(key, self._records.get(key))
+        return self.shown(key, self._records.get(key))
 
     def under(self, prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in self._records.under(prefix):
-            seen = self._seen(key, value)
+            seen = self.shown(key, value)
             if seen is not None:
                 yield key, seen
 
-    def _seen(self, key: str, value: Any) -> Any:
-        """The record, the part of it that the caller may see, or None."""
+    def shown(self, key: str, value: Any) -> Any:
+        """A version of a record, the part of it that the caller may see, or None."""
         if value is None or self.shows(""):
             return value
         if key.startswith(keys.JOBS):

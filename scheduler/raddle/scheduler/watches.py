@@ -1,4 +1,4 @@
-"""Watchers of jobs and routes: a bounded history, and a queue for each stream.
+"""Watchers of records: a bounded history, and a queue for each stream.
 
 Changes reach a stream only after their commit. A stream that does not keep up is ended rather
 than let grow. A complete list of the store tells no history: what it brings goes to the streams
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from raddle.scheduler.mirror import Mirror
 
 HISTORY_MAX = 10_000
 QUEUE_MAX = 10_000
+#: What streams may begin with at a revision of before.
+_REMEMBERED = (keys.JOBS, keys.ROUTES, keys.INCIDENTS, keys.MAINTENANCE)
+#: What is told as it changes, and no history kept: what is made of it has no revision.
+_TOLD = (*_REMEMBERED, keys.TOPOLOGY, keys.AGENTS, keys.HOLDS, keys.PLACEMENTS)
 # A new leader's picture may be a moment behind what its predecessor told.
 _CATCH_UP_S = 2.0
 
@@ -36,11 +41,17 @@ class Seen:
 class _Stream:
     """What one stream has still to tell, and why it ends after that, if it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefixes: tuple[str, ...]) -> None:
+        self.prefixes = prefixes
         self.queue: asyncio.Queue[Seen | None] = asyncio.Queue()
         self.end: RaddleError | None = None
+        #: Set with each change, and when the leader decided.
+        self.woken = asyncio.Event()
 
     def tell(self, seen: Seen) -> None:
+        self.woken.set()
+        if not seen.key.startswith(self.prefixes):
+            return
         if self.queue.qsize() >= QUEUE_MAX:
             self.finish(
                 PermanentError(Reason.LIMIT_EXCEEDED, "the watch did not keep up; begin it again.")
@@ -51,11 +62,27 @@ class _Stream:
     def finish(self, why: RaddleError) -> None:
         if self.end is None:
             self.end = why
+            self.woken.set()
             self.queue.put_nowait(None)
+
+    def take(self) -> list[Seen]:
+        """All that is queued, in order.
+
+        Raises:
+            RaddleError: the stream's end, once everything before it was taken.
+        """
+        taken: list[Seen] = []
+        while not self.queue.empty():
+            seen = self.queue.get_nowait()
+            if seen is not None:
+                taken.append(seen)
+        if not taken and self.end is not None:
+            raise self.end
+        return taken
 
 
 class Watches:
-    """Changes under `jobs/` and `routes/` for streams."""
+    """Changes of records for streams."""
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
@@ -80,6 +107,11 @@ class Watches:
         for stream in self._streams:
             stream.finish(why)
 
+    def decided(self) -> None:
+        """The leader took a decision: what it believes, and stores nowhere, may have changed."""
+        for stream in self._streams:
+            stream.woken.set()
+
     def _read_anew(self, revision: int) -> None:
         """All of the store was read at this revision; its changes are told next."""
         if self._mirror.set_backs > self._set_backs:
@@ -92,13 +124,13 @@ class Watches:
         self._forgotten = revision
 
     def _changed(self, key: str, value: Any, revision: int) -> None:
-        if not key.startswith((keys.JOBS, keys.ROUTES)):
+        if not key.startswith(_TOLD):
             return
         old = self._last.pop(key, None)
         if value is not None:
             self._last[key] = value
         seen = Seen(key, value, old, revision)
-        if revision > self._forgotten:
+        if revision > self._forgotten and key.startswith(_REMEMBERED):
             self._remember(seen)
         for stream in self._streams:
             stream.tell(seen)
@@ -138,11 +170,7 @@ class Watches:
                 store was set back.
             TemporaryError: NO_LEADER when this process ends.
         """
-        stream = _Stream()
-        self._streams[stream] = None
-        if self._stopped is not None:
-            stream.finish(self._stopped)
-        try:
+        with self._opened((prefix,)) as stream:
             # The first answer says that everything from here on will be told.
             yield None
             while True:
@@ -154,8 +182,36 @@ class Watches:
                 if seen is None:
                     assert stream.end is not None, "only an end is told without a change"
                     raise stream.end
-                if seen.key.startswith(prefix):
-                    yield seen
+                yield seen
+
+    async def batches(
+        self, prefixes: tuple[str, ...], gather_s: float, idle_s: float
+    ) -> AsyncIterator[list[Seen] | None]:
+        """What changed since the last batch, gathered for a moment; None after `idle_s` of silence.
+
+        The first batch is empty and comes at once, and so is one that tells that the leader
+        decided and may believe something else. Raises as `follow` does.
+        """
+        with self._opened(prefixes) as stream:
+            yield []
+            while True:
+                try:
+                    await asyncio.wait_for(stream.woken.wait(), idle_s)
+                except TimeoutError:
+                    yield None
+                    continue
+                await asyncio.sleep(gather_s)
+                stream.woken.clear()
+                yield stream.take()
+
+    @contextmanager
+    def _opened(self, prefixes: tuple[str, ...]) -> Iterator[_Stream]:
+        stream = _Stream(prefixes)
+        self._streams[stream] = None
+        if self._stopped is not None:
+            stream.finish(self._stopped)
+        try:
+            yield stream
         finally:
             self._streams.pop(stream, None)
 

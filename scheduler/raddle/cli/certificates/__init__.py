@@ -1,0 +1,1 @@
+"""Certificates of a cluster: one authority, one certificate an identity."""

@@ -1,0 +1,216 @@
+"""What runs of a job: Pods of ranks, rank tables, front door and Service."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from raddle.model.errors import PermanentError, Reason, TemporaryError
+from raddle.operator import job_status, pods
+from raddle.operator.cluster import Cluster
+from raddle.operator.conditions import camel
+from raddle.operator.machine import Machine
+from raddle.operator.names import GROUP, MANAGER
+from raddle.v1 import job_pb2, scheduler_pb2
+
+_HASH = f"{GROUP}/hash"
+Object = dict[str, Any]
+Answer = scheduler_pb2.GetJobResponse
+
+
+class JobPods:
+    """Makes and removes what a placement asks for."""
+
+    def __init__(
+        self, cluster: Cluster, machine: Machine, site: pods.Site, *, ranks_in_pods: bool
+    ) -> None:
+        self._cluster = cluster
+        self._machine = machine
+        self._site = site
+        self._ranks_in_pods = ranks_in_pods
+
+    async def run(
+        self,
+        resource: Object,
+        roles: Mapping[str, Object],
+        answer: Answer,
+        present: list[Object],
+    ) -> list[job_status.Problem]:
+        """Pods, rank tables, front door and Service of a job; gives what does not come up."""
+        if not self._ranks_in_pods or job_status.is_ended(answer.job):
+            await self.withdraw(resource, present)
+            return []
+        await self._machine.wait_known()
+        ranks = [pod for pod in present if _component(pod) == "rank"]
+        if answer.job.state == job_pb2.JOB_STATE_STOPPING:
+            return []
+        seats = list(pods.seats(answer))
+        await self._secrets(resource["metadata"]["namespace"])
+        problems = await self._rank_pods(resource, roles, answer, ranks, seats)
+        await self._rank_tables(roles, answer, ranks, seats)
+        if pods.is_served(answer.job):
+            for item in pods.front_door(self._site, answer.job, resource):
+                await self._ensure(item, resource)
+        wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
+        for pod in present:
+            is_wanted = pod["metadata"]["name"] in wanted or _component(pod) != "rank"
+            problem = job_status.pod_problem(pod) if is_wanted else None
+            if problem is not None:
+                problems.append(problem)
+        return problems
+
+    async def _rank_pods(
+        self,
+        resource: Object,
+        roles: Mapping[str, Object],
+        answer: Answer,
+        present: list[Object],
+        seats: list[pods.Seat],
+    ) -> list[job_status.Problem]:
+        name = answer.job.spec.name
+        wanted = {pods.pod_name(name, seat) for seat in seats}
+        there = {pod["metadata"]["name"] for pod in present}
+        was_up = pods.started(answer)
+        templates = {role["name"]: role.get("template") or {} for role in resource["spec"]["roles"]}
+        problems: list[job_status.Problem] = []
+        making = []
+        for seat in seats:
+            pod = pods.pod_name(name, seat)
+            if pod in there or pods.seat_key(seat) in was_up:
+                # Once started never started again: the scheduler gives another start instead.
+                continue
+            host = self._machine.host_of(seat.rank.node)
+            if host is None:
+                message = f"no Kubernetes node plays {seat.rank.node}"
+                problems.append(job_status.Problem(f"Pod {pod}", "NoKubernetesNode", message))
+                continue
+            item = pods.rank_pod(
+                self._site,
+                answer,
+                seat,
+                host=host.name,
+                role_resource=roles[seat.role],
+                template=templates[seat.role],
+                device=self._machine.device_of(seat.rank.die),
+            )
+            making.append(self._make(item, problems))
+        await asyncio.gather(
+            *making,
+            *(
+                self._cluster.delete(pod)
+                for pod in pods.to_delete(present, wanted)
+                if not pod["metadata"].get("deletionTimestamp")
+            ),
+        )
+        return problems
+
+    async def _make(self, item: Object, problems: list[job_status.Problem]) -> None:
+        """Create a Pod; what the API server refuses is told in the job's status."""
+        try:
+            await self._cluster.create(item)
+        except PermanentError as error:
+            name = f"Pod {item['metadata']['name']}"
+            problems.append(job_status.Problem(name, camel(error.reason), error.message))
+
+    async def _rank_tables(
+        self,
+        roles: Mapping[str, Object],
+        answer: Answer,
+        present: list[Object],
+        seats: list[pods.Seat],
+    ) -> None:
+        addresses = {
+            pod["metadata"]["name"]: (pod.get("status") or {}).get("podIP", "") for pod in present
+        }
+        groups: dict[tuple[str, int], list[tuple[pods.Seat, pods.RankFacts]]] = {}
+        for seat in seats:
+            name = pods.pod_name(answer.job.spec.name, seat)
+            facts = self._machine.rank_facts(seat.rank, addresses.get(name, ""))
+            if facts is not None:
+                groups.setdefault((seat.role, seat.instance), []).append((seat, facts))
+        for (role, _), members in groups.items():
+            item = pods.rank_table(self._site, answer.job, roles[role], members)
+            await self._ensure(item, roles[role])
+
+    async def _ensure(self, item: Object, owner: Object) -> None:
+        """Apply an object, if it is not that already and nobody else's.
+
+        Raises:
+            PermanentError: ALREADY_EXISTS when it is somebody else's.
+        """
+        text = json.dumps(item, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        metadata = item["metadata"]
+        known = await self._cluster.get(item["kind"], metadata["namespace"], metadata["name"])
+        if known is not None and not is_owned(known, owner):
+            refuse_foreign(known, owner)
+        if known is None or (known["metadata"].get("annotations") or {}).get(_HASH) != digest:
+            annotated = {**metadata, "annotations": {_HASH: digest}}
+            await self._cluster.apply({**item, "metadata": annotated})
+
+    async def _secrets(self, namespace: str) -> None:
+        """Copies of the certificates that ranks and front doors show, where they run."""
+        if not self._site.tls or namespace == self._site.namespace:
+            return
+        for name in (self._site.rank_secret, self._site.front_door_secret):
+            source = await self._cluster.get("Secret", self._site.namespace, name)
+            if source is None:
+                raise TemporaryError(
+                    Reason.NOT_FOUND, f"Secret {self._site.namespace}/{name} is not there yet"
+                )
+            known = await self._cluster.get("Secret", namespace, name)
+            if known is None or known.get("data") != source.get("data"):
+                await self._cluster.apply(
+                    {
+                        "apiVersion": "v1",
+                        "kind": "Secret",
+                        "type": source["type"],
+                        "metadata": {
+                            "name": name,
+                            "namespace": namespace,
+                            "labels": {"app.kubernetes.io/managed-by": MANAGER},
+                        },
+                        "data": source["data"],
+                    }
+                )
+
+    async def withdraw(self, resource: Object, present: list[Object]) -> None:
+        """Nothing of the job runs: Pods and front door go."""
+        for pod in present:
+            if _component(pod) == "rank" and not pod["metadata"].get("deletionTimestamp"):
+                await self._cluster.delete(pod)
+        metadata = resource["metadata"]
+        for kind, name in pods.front_door_names(metadata["name"]):
+            known = await self._cluster.get(kind, metadata["namespace"], name)
+            if known is not None and is_owned(known, resource):
+                await self._cluster.delete(known)
+
+
+def refuse_foreign(known: Object | None, resource: Mapping[str, Any]) -> None:
+    if known is None or known["metadata"].get("deletionTimestamp"):
+        return
+    metadata = known["metadata"]
+    if metadata.get("ownerReferences"):
+        # An older resource of the same name; it goes with its owner.
+        raise TemporaryError(
+            Reason.ALREADY_EXISTS,
+            f"{known['kind']} {metadata['name']} belongs to an older resource and goes with it",
+        )
+    name = resource["metadata"]["name"]
+    raise PermanentError(
+        Reason.ALREADY_EXISTS,
+        f"{known['kind']} {metadata['name']} is there and is not of InferenceJob {name}:"
+        " delete it, or choose another name for the job.",
+    )
+
+
+def is_owned(item: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
+    references = item["metadata"].get("ownerReferences") or ()
+    return any(reference["uid"] == owner["metadata"]["uid"] for reference in references)
+
+
+def _component(pod: Mapping[str, Any]) -> str:
+    return str((pod["metadata"].get("labels") or {}).get("app.kubernetes.io/component", ""))

@@ -1,0 +1,224 @@
+"""What the status of an InferenceJob and of its roles says. Pure.
+
+In go the scheduler's answer about the job, its newest incident and what the API server says of the
+ranks' Pods; out come conditions and numbers. Reasons are the scheduler's codes in Kubernetes'
+spelling, messages its sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from raddle.model.errors import RaddleError, TemporaryError
+from raddle.model.kinds import RoleKind, SeatState
+from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition, camel
+from raddle.v1 import health_pb2, incident_pb2, job_pb2, scheduler_pb2
+
+_CLOSED = incident_pb2.INCIDENT_PHASE_CLOSED
+_NAMED_RANKS_MAX = 5
+_ENDED = (job_pb2.JOB_STATE_CANCELLED, job_pb2.JOB_STATE_FAILED)
+_PLACED = (job_pb2.JOB_STATE_STARTING, job_pb2.JOB_STATE_READY, job_pb2.JOB_STATE_RECOVERING)
+_TYPES = ("Queued", "Placed", "Ready", "Degraded", "Recovering")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What keeps a job's objects from coming up: a Pod mostly, and what the API server says."""
+
+    subject: str
+    reason: str
+    message: str
+
+
+def refused(error: RaddleError) -> list[Condition]:
+    """The scheduler did not take the job, or could not be asked."""
+    status = UNKNOWN if isinstance(error, TemporaryError) else FALSE
+    said = [(name, status) for name in _TYPES]
+    return [Condition(name, value, camel(error.reason), error.message) for name, value in said]
+
+
+def suspended() -> list[Condition]:
+    """The job is not submitted, because its resource says so."""
+    message = "spec.suspend is true: the job has no dies; set it to false to submit it again"
+    return [Condition(name, FALSE, "Suspended", message) for name in _TYPES]
+
+
+def ending(message: str) -> list[Condition]:
+    """An older job of this name has to end first."""
+    return [Condition(name, FALSE, "Replaced", message) for name in _TYPES]
+
+
+def conditions(
+    answer: scheduler_pb2.GetJobResponse,
+    incident: incident_pb2.Incident | None,
+    problems: Sequence[Problem],
+) -> list[Condition]:
+    """All conditions of a job that the scheduler has."""
+    job = answer.job
+    reason, message = camel(job.why.reason), job.why.message or "no more is known"
+    placed = job.state in _PLACED
+    ready = job.state == job_pb2.JOB_STATE_READY
+    recovering = job.state == job_pb2.JOB_STATE_RECOVERING
+    why_placed = answer.placement.why.message if placed else message
+    return [
+        _condition("Queued", job.state == job_pb2.JOB_STATE_PENDING, reason, message),
+        _condition("Placed", placed, "Placed" if placed else reason, why_placed or message),
+        _ready(ready, reason, message, problems),
+        _degraded(answer.placement, placed, reason, message),
+        _condition("Recovering", recovering, *_recovery(recovering, incident, reason, message)),
+    ]
+
+
+def _condition(name: str, holds: bool, reason: str, message: str) -> Condition:
+    return Condition(name, TRUE if holds else FALSE, reason, message)
+
+
+def _ready(ready: bool, reason: str, message: str, problems: Sequence[Problem]) -> Condition:
+    """A Pod that cannot come up says more than that the job waits for it."""
+    if ready or not problems:
+        return _condition("Ready", ready, reason, message)
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _condition("Ready", False, first.reason, f"{first.subject}: {first.message}{more}")
+
+
+def _degraded(placement: job_pb2.Placement, placed: bool, reason: str, message: str) -> Condition:
+    if not placed:
+        return _condition("Degraded", False, reason, message)
+    lost = [
+        f"{part.role}/{part.instance}/{rank.rank}"
+        for part in placement.instances
+        for rank in part.ranks
+        if rank.state in (SeatState.LOST, SeatState.DRAINED)
+    ]
+    if not lost:
+        return _condition("Degraded", False, "AllRanksActive", "every rank of the job is active")
+    total = sum(len(part.ranks) for part in placement.instances)
+    named = ", ".join(lost[:_NAMED_RANKS_MAX]) + (", ..." if len(lost) > _NAMED_RANKS_MAX else "")
+    return _condition(
+        "Degraded", True, "RanksLost", f"{len(lost)} of {total} ranks are not there: {named}"
+    )
+
+
+def _recovery(
+    recovering: bool, incident: incident_pb2.Incident | None, reason: str, message: str
+) -> tuple[str, str]:
+    if not recovering or incident is None:
+        return reason, message
+    said = f"incident {incident.id} on {incident.subject}: {incident.why.message}"
+    return camel(incident.why.reason or reason), said
+
+
+def status(
+    answer: scheduler_pb2.GetJobResponse, incident: incident_pb2.Incident | None
+) -> dict[str, Any]:
+    """The numbers of a job's status; conditions come beside them."""
+    job = answer.job
+    active, live = _counts(answer)
+    return {
+        "jobUid": job.uid,
+        "state": job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_"),
+        "epoch": job.epoch,
+        "liveEpoch": job.live_epoch,
+        "restarts": job.restarts,
+        "ranks": f"{live}/{active}",
+        "incident": incident.id if incident is not None else None,
+        "readyTime": _time(job.ready_time) if job.HasField("ready_time") else None,
+    }
+
+
+def _time(moment: Timestamp) -> str | None:
+    return f"{moment.ToDatetime().isoformat(timespec='seconds')}Z" if moment.seconds else None
+
+
+def _live(answer: scheduler_pb2.GetJobResponse) -> set[tuple[str, int, int]]:
+    """Ranks that serve at the newest epoch."""
+    return {
+        (rank.role, rank.instance, rank.rank)
+        for rank in answer.ranks
+        if rank.stage == health_pb2.RANK_STAGE_LIVE and rank.epoch == answer.job.epoch
+    }
+
+
+def _counts(answer: scheduler_pb2.GetJobResponse) -> tuple[int, int]:
+    """(active ranks of the placement, those of them that serve)."""
+    live = _live(answer)
+    active = [
+        (part.role, part.instance, rank.rank)
+        for part in answer.placement.instances
+        for rank in part.ranks
+        if rank.state == SeatState.ACTIVE
+    ]
+    return len(active), sum(key in live for key in active)
+
+
+def role_status(answer: scheduler_pb2.GetJobResponse, role: str, kind: str) -> tuple[int, int]:
+    """(replicas, ready replicas) of a role: instances, or ranks of a cache."""
+    live = _live(answer)
+    instances = [
+        [
+            (part.role, part.instance, rank.rank) in live
+            for rank in part.ranks
+            if rank.state == SeatState.ACTIVE
+        ]
+        for part in answer.placement.instances
+        if part.role == role
+    ]
+    if kind == RoleKind.CACHE:
+        ranks = [rank for instance in instances for rank in instance]
+        return len(ranks), sum(ranks)
+    return len(instances), sum(bool(instance) and all(instance) for instance in instances)
+
+
+def role_conditions(replicas: int, ready: int, job: Iterable[Condition]) -> list[Condition]:
+    """A role is ready when all its replicas serve."""
+    if replicas and ready == replicas:
+        return [Condition("Ready", TRUE, "Ready", f"all {replicas} replicas serve")]
+    of_job = next(c for c in job if c.type == "Ready")
+    message = f"{ready} of {replicas} replicas serve; the job: {of_job.message}"
+    return [Condition("Ready", FALSE, of_job.reason, message)]
+
+
+def newest(
+    incidents: Mapping[str, incident_pb2.Incident], job_uid: str
+) -> incident_pb2.Incident | None:
+    """The newest incident with a plan for the job; their ids grow."""
+    about = [
+        incident
+        for incident in incidents.values()
+        if any(plan.job_uid == job_uid for plan in incident.plans)
+    ]
+    return max(about, key=lambda incident: incident.id, default=None)
+
+
+def is_closed(incident: incident_pb2.Incident) -> bool:
+    return incident.phase == _CLOSED
+
+
+def is_ended(job: job_pb2.Job) -> bool:
+    return job.state in _ENDED
+
+
+def pod_problem(pod: Mapping[str, Any]) -> Problem | None:
+    """Why a Pod does not come up; None for one that runs, ended well or only begins."""
+    name, status_ = f"Pod {pod['metadata']['name']}", pod.get("status") or {}
+    for container in status_.get("containerStatuses") or ():
+        state = container.get("state") or {}
+        waiting, ended = state.get("waiting") or {}, state.get("terminated") or {}
+        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            return Problem(name, waiting["reason"], waiting.get("message") or "it waits")
+        if ended.get("exitCode"):
+            text = ended.get("message") or f"ended with exit code {ended['exitCode']}"
+            return Problem(name, ended.get("reason") or "Error", text.strip())
+    if status_.get("phase") == "Failed":
+        return Problem(
+            name, status_.get("reason") or "Failed", status_.get("message") or "it failed"
+        )
+    for condition in status_.get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return Problem(name, condition.get("reason") or "Unschedulable", condition["message"])
+    return None

@@ -1,0 +1,336 @@
+"""The machine: which Kubernetes node plays which of its nodes, and what both sides say of them.
+
+In go Kubernetes nodes, foreign Pods and the scheduler's picture of its nodes; out go the ConfigMap
+that agents read, cordons, drains and words about lost nodes, and the state of dies where
+Kubernetes' own tools see it. Everything is read anew each time; nothing depends on what was told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import structlog
+
+from raddle.model.errors import PermanentError, Reason, TemporaryError
+from raddle.model.kinds import HoldKind, NodeState
+from raddle.model.topology import node_of
+from raddle.operator import machine_view
+from raddle.operator.cluster import Cluster
+from raddle.operator.hosts import Host, devices_of, host_of, selected
+from raddle.operator.names import GROUP
+from raddle.operator.pods import RankFacts
+from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
+from raddle.operator.shares import Shares, shares
+from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
+
+HELD_BY_OTHER = "HELD_BY_OTHER"
+HOST_CORDONED = "HOST_CORDONED"
+_DRAIN_TIMEOUT_S = 86_400
+_OPEN = (
+    incident_pb2.MAINTENANCE_STATE_DRAINING,
+    incident_pb2.MAINTENANCE_STATE_DRAINED,
+)
+_SILENT = (NodeState.SUSPECT, NodeState.UNKNOWN)
+_QUIET = (NodeState.LOST, NodeState.ABSENT)
+#: Refusals that mean that somebody else was faster, or will be told by the next picture.
+_OVERTAKEN = (Reason.NOT_FOUND, Reason.INVALID_ARGUMENT, Reason.MANAGED_BY_OTHER)
+log = structlog.get_logger()
+Object = dict[str, Any]
+
+
+class Machine:
+    """One operator's view of Kubernetes nodes and the machine's nodes."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        link: SchedulerLink,
+        *,
+        namespace: str,
+        release: str,
+        simulated: bool,
+        selector: Mapping[str, str],
+        tolerated: Collection[str],
+        foreign_pods: bool,
+    ) -> None:
+        self._cluster = cluster
+        self._link = link
+        self._namespace = namespace
+        self._release = release
+        self._simulated = simulated
+        self._selector = selector
+        self._tolerated = tolerated
+        self._foreign_pods = foreign_pods
+        #: All Kubernetes nodes, and those among them that are part of the machine.
+        self._all_hosts: dict[str, Host] = {}
+        self._hosts: dict[str, Host] = {}
+        #: Node of the machine -> Kubernetes node.
+        self._carriers: dict[str, str] = {}
+        self._known = asyncio.Event()
+        #: What was written where last, so that it is not written again.
+        self._written: dict[str, Any] = {}
+
+    # --- what others ask -------------------------------------------------------------------------
+
+    async def wait_known(self) -> None:
+        """Return once it is known who plays which node."""
+        await self._known.wait()
+
+    def host_of(self, node: str) -> Host | None:
+        """The Kubernetes node that plays a node of the machine."""
+        return self._hosts.get(self._carriers.get(node, ""))
+
+    def is_changed(self, resource: Mapping[str, Any]) -> bool:
+        """Does this Node say anything that matters here and is new?"""
+        host = host_of(resource, self._tolerated)
+        return self._all_hosts.get(host.name) != host
+
+    def device_of(self, die: str) -> int | None:
+        """Number of a die on its node, as its agent found it; None for simulated devices."""
+        part = self._die(die)
+        return part.part.logic_id if part is not None and not self._simulated else None
+
+    def rank_facts(self, rank: job_pb2.RankPlacement, pod_ip: str) -> RankFacts | None:
+        """What a rank table says of a rank; None for one without a die or a host."""
+        host, die = self.host_of(rank.node), self._die(rank.die)
+        if host is None or die is None or not die.HasField("part"):
+            return None
+        part = die.part
+        return RankFacts(
+            supernode=rank.node.partition("/")[0],
+            host_ip=host.address,
+            pod_ip=pod_ip,
+            device=part.logic_id,
+            device_ip=part.device_ip,
+            super_device_id=part.super_device_id,
+        )
+
+    def _die(self, die: str) -> scheduler_pb2.DieStatus | None:
+        message = self._link.nodes.values.get(node_of(die)) if die else None
+        dies = message.dies if message is not None else ()
+        return next((found for found in dies if found.die == die), None)
+
+    # --- the procedure ---------------------------------------------------------------------------
+
+    async def bring(self) -> bool:
+        """Bring both sides together; True if another node plays some node than before."""
+        await self._link.nodes.synced.wait()
+        await self._link.maintenances.synced.wait()
+        found = [host_of(item, self._tolerated) for item in await self._cluster.find("Node")]
+        self._all_hosts = {host.name: host for host in found}
+        self._hosts = {host.name: host for host in found if self._is_managed(host)}
+        now = await self._shares_now()
+        wanted = self._wanted(now)
+        carriers = {node: host for host, nodes in wanted.items() for node in nodes}
+        moved = carriers != self._carriers or not self._known.is_set()
+        self._carriers = carriers
+        if wanted != now:
+            await self._write_shares(now, wanted)
+        self._known.set()
+        await self._tell_lost(now)
+        await self._order()
+        await self._show()
+        return moved
+
+    def _is_managed(self, host: Host) -> bool:
+        if self._simulated:
+            return selected(host, self._selector)
+        return bool(host.node)
+
+    @property
+    def _map_name(self) -> str:
+        return f"{self._release}-nodes"
+
+    async def _shares_now(self) -> Shares:
+        found = await self._cluster.get("ConfigMap", self._namespace, self._map_name)
+        data = (found or {}).get("data") or {}
+        return {host: tuple(text.split(",")) for host, text in data.items() if text}
+
+    def _state(self, node: str) -> str:
+        message = self._link.nodes.values.get(node)
+        return str(message.node.state) if message is not None else NodeState.ABSENT
+
+    def _busy(self) -> set[str]:
+        """Nodes with ranks on them."""
+        return {name for name, told in self._link.nodes.values.items() if told.node.ranks}
+
+    def _wanted(self, now: Shares) -> Shares:
+        nodes = list(self._link.nodes.values)
+        if not self._simulated:
+            named = {host.name: host.node for host in self._hosts.values()}
+            return {host: (node,) for host, node in sorted(named.items())}
+        silent = {node for node in nodes if self._state(node) in _QUIET}
+        # A Kubernetes node that went keeps its share until what ran there is known to be lost.
+        leaving = {
+            host for host, share in now.items() if any(n not in silent for n in share if n in nodes)
+        }
+        return shares(
+            now,
+            nodes=sorted(nodes),
+            usable=[host.name for host in self._hosts.values() if host.usable],
+            present=self._hosts.keys() | leaving,
+            busy=self._busy(),
+            heard=[node for node in nodes if node not in silent],
+        )
+
+    async def _write_shares(self, now: Shares, wanted: Shares) -> None:
+        data: dict[str, str | None] = {host: ",".join(nodes) for host, nodes in wanted.items()}
+        data |= {host: None for host in now if host not in wanted}
+        log.info("shares", **{host: text or "none" for host, text in data.items()})
+        await self._write_map(self._map_name, data)
+
+    async def _write_map(self, name: str, data: Mapping[str, str | None]) -> None:
+        """Set keys of a ConfigMap of ours, made if it is not there; None takes a key away."""
+        about: Object = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {
+                "name": name,
+                "namespace": self._namespace,
+                "labels": {
+                    "app.kubernetes.io/name": "raddle",
+                    "app.kubernetes.io/instance": self._release,
+                    "app.kubernetes.io/managed-by": "raddle-operator",
+                },
+            },
+        }
+        if await self._cluster.patch(about, {"data": dict(data)}) is None:
+            present = {key: text for key, text in data.items() if text is not None}
+            if await self._cluster.create({**about, "data": present}) is None:
+                raise TemporaryError(Reason.STALE_REVISION, f"ConfigMap {name} was just made")
+
+    # --- words to the scheduler ------------------------------------------------------------------
+
+    async def _tell_lost(self, now: Shares) -> None:
+        """A second witness against silent nodes: their Kubernetes node is gone, or plays another.
+
+        A Kubernetes node that is only not ready proves nothing: the API server may be cut off from
+        it while ranks there go on.
+        """
+        for host, nodes in now.items():
+            known = self._hosts.get(host)
+            if known is None or known.gone:
+                for node in nodes:
+                    if self._state(node) in _SILENT:
+                        await self._lost(node, f"its Kubernetes node {host} is gone")
+        played = {node for nodes in now.values() for node in nodes} | self._carriers.keys()
+        busy = self._busy()
+        for node in self._link.nodes.values:
+            if node not in played and node not in busy and self._state(node) in _SILENT:
+                await self._lost(node, "no Kubernetes node plays it any more")
+
+    async def _lost(self, node: str, message: str) -> None:
+        request = scheduler_pb2.DeclareNodeLostRequest(node=node, message=message)
+        await self._ask("DeclareNodeLost", request)
+
+    async def _ask(self, method: str, request: Any) -> None:
+        """A call whose refusal means that the picture is a moment old: the next one tells."""
+        try:
+            await self._link.call(method, request)
+        except PermanentError as error:
+            if error.reason not in _OVERTAKEN:
+                raise
+            log.info("not done", call=method, why=error.message)
+
+    async def _order(self) -> None:
+        """Cordons and drains of Kubernetes nodes, and dies that other Pods hold."""
+        wanted = self._wanted_cordons() | await self._wanted_die_holds()
+        have = self._own_cordons()
+        for subject, (reason, message) in wanted.items():
+            if subject not in have:
+                await self._ask(
+                    "Cordon",
+                    scheduler_pb2.CordonRequest(subject=subject, message=message, reason=reason),
+                )
+        for subject in have:
+            if subject not in wanted:
+                await self._ask("Uncordon", scheduler_pb2.UncordonRequest(subject=subject))
+        await self._drain()
+
+    def _own_cordons(self) -> set[str]:
+        """Subjects that this operator cordoned, by the reason that only it gives."""
+        return {
+            hold.subject
+            for message in self._link.nodes.values.values()
+            for die in message.dies
+            for hold in die.holds
+            if hold.kind == HoldKind.CORDON and hold.reason in (HELD_BY_OTHER, HOST_CORDONED)
+        }
+
+    def _wanted_cordons(self) -> dict[str, tuple[str, str]]:
+        found = {}
+        for node in self._link.nodes.values:
+            host = self.host_of(node)
+            if host is not None and host.cordon:
+                found[node] = (HOST_CORDONED, host.cordon)
+        return found
+
+    async def _wanted_die_holds(self) -> dict[str, tuple[str, str]]:
+        """Dies that Pods of others were given by the device plugin."""
+        if not self._foreign_pods:
+            return {}
+        by_host = {host: node for node, host in self._carriers.items()}
+        found = {}
+        for pod in await self._cluster.find("Pod"):
+            node = by_host.get((pod.get("spec") or {}).get("nodeName", ""), "")
+            told = self._link.nodes.values.get(node)
+            is_ours = f"{GROUP}/job-uid" in (pod["metadata"].get("labels") or {})
+            numbers = () if told is None or is_ours else devices_of(pod)
+            name = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
+            for die in told.dies if told is not None and numbers else ():
+                if die.HasField("part") and die.part.logic_id in numbers:
+                    found[die.die] = (HELD_BY_OTHER, f"Pod {name} holds it")
+        return found
+
+    async def _drain(self) -> None:
+        """A NoExecute taint drains a node, and its end ends the drain."""
+        open_drains = {
+            m.maintenance.subject: m.maintenance
+            for m in self._link.maintenances.values.values()
+            if m.maintenance.state in _OPEN and m.maintenance.created_by == IDENTITY
+        }
+        resources = await self._cluster.find("Maintenance") if open_drains else []
+        of_resources = {(item.get("status") or {}).get("id") for item in resources}
+        for node in self._link.nodes.values:
+            host = self.host_of(node)
+            record = open_drains.get(node)
+            if host is not None and host.drain and record is None:
+                request = scheduler_pb2.CreateMaintenanceRequest(subject=node, message=host.drain)
+                request.timeout.seconds = _DRAIN_TIMEOUT_S
+                await self._ask("CreateMaintenance", request)
+            elif (
+                record is not None
+                and host is not None
+                and not host.drain
+                and record.id not in of_resources
+                and not any(item["spec"]["subject"] == node for item in resources)
+            ):
+                gone = scheduler_pb2.CancelMaintenanceRequest(id=record.id)
+                await self._ask("CancelMaintenance", gone)
+
+    # --- what Kubernetes' tools see --------------------------------------------------------------
+
+    async def _show(self) -> None:
+        """The state of dies: a condition of each Kubernetes node, and a ConfigMap a supernode."""
+        told = self._link.nodes.values
+        for host in self._hosts.values():
+            played = [n for n, carrier in self._carriers.items() if carrier == host.name]
+            nodes = [told[node] for node in played if node in told]
+            if not nodes:
+                continue
+            condition = machine_view.node_condition(nodes)
+            if self._written.get(host.name) != condition:
+                await self._cluster.patch_node_condition(
+                    host.name, machine_view.stamped(condition, self._written.get(host.name))
+                )
+                self._written[host.name] = condition
+        for supernode, data in machine_view.die_maps(told.values()).items():
+            name = f"{self._release}-dies-{supernode}"
+            old = self._written.get(name, {})
+            changed: dict[str, str | None] = {k: v for k, v in data.items() if old.get(k) != v}
+            changed |= {key: None for key in old if key not in data}
+            if changed:
+                await self._write_map(name, changed)
+                self._written[name] = data

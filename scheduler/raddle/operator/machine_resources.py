@@ -1,0 +1,195 @@
+"""SuperNodes and Maintenances: resources of the whole cluster, each one call to the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf import json_format
+
+from raddle import machines
+from raddle.machines import load_machine
+from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
+from raddle.model.kinds import NodeState
+from raddle.operator.cluster import Cluster
+from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition, camel
+from raddle.operator.names import FINALIZER
+from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
+from raddle.operator.telling import write_status
+from raddle.v1 import incident_pb2, scheduler_pb2, topology_pb2
+from raddle.wire.codec import to_message
+
+Object = dict[str, Any]
+_OVER = (incident_pb2.MAINTENANCE_STATE_CANCELLED, incident_pb2.MAINTENANCE_STATE_EXPIRED)
+
+
+def supernode_message(resource: Mapping[str, Any]) -> topology_pb2.SuperNode:
+    """The description of a resource: its own fields over those of the machine that it names.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming what is wrong.
+    """
+    spec = resource["spec"]
+    message = topology_pb2.SuperNode()
+    if spec.get("machine") in machines.names():
+        message = to_message(load_machine(spec["machine"]), topology_pb2.SuperNode)
+    try:
+        json_format.ParseDict(spec, message)
+    except (json_format.ParseError, TypeError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"spec: {text}") from error
+    message.name = resource["metadata"]["name"]
+    return message
+
+
+def maintenance_request(resource: Mapping[str, Any]) -> scheduler_pb2.CreateMaintenanceRequest:
+    """The drain of a resource.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming what is wrong.
+    """
+    request = scheduler_pb2.CreateMaintenanceRequest()
+    try:
+        json_format.ParseDict(dict(resource["spec"]), request)
+    except (json_format.ParseError, TypeError) as error:
+        text = " ".join(str(error).split())[:400]
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"spec: {text}") from error
+    return request
+
+
+def drained(record: incident_pb2.Maintenance) -> Condition:
+    """The condition of a drain."""
+    done = record.state == incident_pb2.MAINTENANCE_STATE_DRAINED
+    message = record.why.message or "no more is known"
+    return Condition("Drained", TRUE if done else FALSE, camel(record.why.reason), message)
+
+
+def refused(name: str, error: RaddleError) -> Condition:
+    status = UNKNOWN if isinstance(error, TemporaryError) else FALSE
+    return Condition(name, status, camel(error.reason), error.message)
+
+
+def supernode_numbers(name: str, nodes: Sequence[scheduler_pb2.NodeStatus]) -> dict[str, int]:
+    """What the status of a supernode counts, over its nodes."""
+    ours = [node for node in nodes if node.node.startswith(f"{name}/")]
+    return {
+        "nodes": len(ours),
+        "nodesReady": sum(node.state == NodeState.READY for node in ours),
+        "dies": sum(node.dies for node in ours),
+        "diesFree": sum(node.dies_free for node in ours),
+        "diesHeld": sum(node.dies_held for node in ours),
+        "diesFaulty": sum(node.dies_faulty for node in ours),
+    }
+
+
+class MachineResources:
+    """Both kinds, brought to where they belong."""
+
+    def __init__(self, cluster: Cluster, link: SchedulerLink) -> None:
+        self._cluster = cluster
+        self._link = link
+
+    async def bring_supernode(self, name: str) -> bool:
+        """Have the scheduler know the description; False if there is no such resource."""
+        resource = await self._cluster.get("SuperNode", "", name)
+        if resource is None or resource["metadata"].get("deletionTimestamp"):
+            return False
+        try:
+            request = scheduler_pb2.ApplySuperNodeRequest(supernode=supernode_message(resource))
+            await self._link.call("ApplySuperNode", request)
+        except RaddleError as error:
+            await write_status(self._cluster, resource, {}, [refused("Applied", error)])
+            raise
+        nodes = [told.node for told in self._link.nodes.values.values()]
+        applied = Condition("Applied", TRUE, "Applied", "the scheduler knows this description")
+        await write_status(self._cluster, resource, supernode_numbers(name, nodes), [applied])
+        return True
+
+    async def bring_maintenance(self, name: str) -> bool:
+        """Begin the drain, follow it, end it with the resource; False if there is none."""
+        resource = await self._cluster.get("Maintenance", "", name)
+        if resource is None:
+            return False
+        finalizers = resource["metadata"].get("finalizers") or []
+        if resource["metadata"].get("deletionTimestamp"):
+            if FINALIZER in finalizers:
+                await self._cancel((resource.get("status") or {}).get("id", ""))
+                await self._set_finalizers(resource, [f for f in finalizers if f != FINALIZER])
+            return True
+        if FINALIZER not in finalizers:
+            await self._set_finalizers(resource, [*finalizers, FINALIZER])
+        try:
+            record = await self._record(resource)
+        except RaddleError as error:
+            await write_status(self._cluster, resource, {}, [refused("Drained", error)])
+            raise
+        await write_status(self._cluster, resource, _maintenance_numbers(record), [drained(record)])
+        return True
+
+    async def _record(self, resource: Object) -> incident_pb2.Maintenance:
+        """The scheduler's record of this resource, made if there is none."""
+        await self._link.maintenances.synced.wait()
+        known: str = (resource.get("status") or {}).get("id") or ""
+        told = self._link.maintenances.values.get(known)
+        if told is not None:
+            found: incident_pb2.Maintenance = told.maintenance
+            return found
+        if known:
+            return await self._get(known)
+        answer = await self._link.call("CreateMaintenance", maintenance_request(resource))
+        record: incident_pb2.Maintenance = answer.maintenance
+        await self._refuse_foreign(resource, record)
+        # Written at once: it is by this that the drain ends with the resource.
+        await self._cluster.patch(resource, {"status": {"id": record.id}}, part="status")
+        return record
+
+    async def _get(self, maintenance_id: str) -> incident_pb2.Maintenance:
+        request = scheduler_pb2.GetMaintenanceRequest(id=maintenance_id)
+        record: incident_pb2.Maintenance = (
+            await self._link.call("GetMaintenance", request)
+        ).maintenance
+        return record
+
+    async def _refuse_foreign(self, resource: Object, record: incident_pb2.Maintenance) -> None:
+        """The subject is drained already: by somebody else, or for another resource?"""
+        if record.created_by != IDENTITY:
+            raise PermanentError(
+                Reason.MANAGED_BY_OTHER,
+                f"{record.subject} is drained already by {record.created_by} ({record.id}).",
+            )
+        for other in await self._cluster.find("Maintenance"):
+            is_other = other["metadata"]["uid"] != resource["metadata"]["uid"]
+            if is_other and (other.get("status") or {}).get("id") == record.id:
+                raise PermanentError(
+                    Reason.ALREADY_EXISTS,
+                    f"{record.subject} is drained already for Maintenance"
+                    f" {other['metadata']['name']} ({record.id}).",
+                )
+
+    async def _cancel(self, maintenance_id: str) -> None:
+        if not maintenance_id:
+            return
+        try:
+            record = await self._get(maintenance_id)
+            if record.state not in _OVER:
+                request = scheduler_pb2.CancelMaintenanceRequest(id=maintenance_id)
+                await self._link.call("CancelMaintenance", request)
+        except PermanentError as error:
+            if error.reason is not Reason.NOT_FOUND:
+                raise
+
+    async def _set_finalizers(self, resource: Object, finalizers: list[str]) -> None:
+        version = resource["metadata"]["resourceVersion"]
+        change = {"metadata": {"finalizers": finalizers, "resourceVersion": version}}
+        await self._cluster.patch(resource, change)
+
+
+def _maintenance_numbers(record: incident_pb2.Maintenance) -> Object:
+    name = incident_pb2.MaintenanceState.Name(record.state).removeprefix("MAINTENANCE_STATE_")
+    return {
+        "id": record.id,
+        "state": name,
+        "ranksTotal": record.ranks_total,
+        "ranksMoved": record.ranks_moved,
+        "deadline": record.deadline.ToJsonString(),
+    }

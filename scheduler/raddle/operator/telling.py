@@ -1,0 +1,118 @@
+"""What people read of a job: the status of its resource and of its roles, and Events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+from raddle.model.errors import RaddleError
+from raddle.operator import job_status, pods
+from raddle.operator.cluster import Cluster
+from raddle.operator.conditions import TRUE, Condition, event, merged, turned
+from raddle.v1 import incident_pb2, scheduler_pb2
+
+#: Conditions that are bad news when they are true.
+_WARNINGS = ("Degraded", "Recovering")
+log = structlog.get_logger()
+Object = dict[str, Any]
+Answer = scheduler_pb2.GetJobResponse
+
+
+def now_text() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+async def write_status(
+    cluster: Cluster, resource: Object, numbers: Mapping[str, Any], conditions: list[Condition]
+) -> list[Mapping[str, Any]]:
+    """Patch the status if it differs; gives the conditions that turned."""
+    old = resource.get("status") or {}
+    generation = resource["metadata"]["generation"]
+    before = old.get("conditions") or []
+    after = merged(before, conditions, generation, now_text())
+    wanted = {**numbers, "observedGeneration": generation, "conditions": after}
+    if any(old.get(name) != value for name, value in wanted.items()):
+        await cluster.patch(resource, {"status": wanted}, part="status")
+    return turned(before, after)
+
+
+class Teller:
+    """Writes what was seen of jobs."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    async def say(
+        self,
+        resource: Object,
+        answer: Answer | None,
+        conditions: list[Condition],
+        incident: incident_pb2.Incident | None,
+        roles: list[Object],
+    ) -> None:
+        """Write the status of the resource and of its roles, and Events for what turned."""
+        numbers: Object = dict.fromkeys(_has_job_fields(resource))
+        if answer is not None:
+            numbers |= job_status.status(answer, incident)
+        written = await write_status(self._cluster, resource, numbers, conditions)
+        for condition in written:
+            warning = condition["type"] in _WARNINGS and condition["status"] == TRUE
+            name = condition["type"] if condition["status"] == TRUE else f"Not{condition['type']}"
+            await self._tell(
+                resource,
+                name,
+                f"{condition['reason']}: {condition['message']}",
+                warning=warning,
+                once=f"{condition['lastTransitionTime']}/{condition['reason']}",
+            )
+        if incident is not None:
+            await self._tell_incident(resource, incident)
+        for role in roles:
+            await self._say_role(role, answer, conditions)
+
+    async def _say_role(
+        self, role: Object, answer: Answer | None, conditions: list[Condition]
+    ) -> None:
+        spec = role["spec"]
+        placed, ready = (
+            job_status.role_status(answer, spec["role"], spec["kind"]) if answer else (0, 0)
+        )
+        numbers = {
+            "replicas": placed,
+            "readyReplicas": ready,
+            "selector": pods.selector(spec["job"], spec["role"], spec["kind"]),
+        }
+        said = job_status.role_conditions(placed, ready, conditions)
+        await write_status(self._cluster, role, numbers, said)
+
+    async def _tell_incident(self, resource: Object, incident: incident_pb2.Incident) -> None:
+        closed = job_status.is_closed(incident)
+        await self._tell(
+            resource,
+            "IncidentClosed" if closed else "IncidentOpened",
+            f"{incident.id} on {incident.subject_kind} {incident.subject}: {incident.why.message}",
+            warning=not closed,
+            once=incident.id,
+        )
+
+    async def _tell(
+        self, resource: Object, reason: str, message: str, *, warning: bool, once: str
+    ) -> None:
+        """One Event; the same one again is one that the server has."""
+        item = event(
+            resource, reason=reason, message=message, warning=warning, now=now_text(), once=once
+        )
+        try:
+            await self._cluster.create(item)
+        except RaddleError as error:
+            # An Event is a courtesy: a namespace that goes takes none.
+            log.info("an Event was not taken", why=str(error))
+
+
+def _has_job_fields(resource: Mapping[str, Any]) -> list[str]:
+    """Fields of the status that speak of a job, to be emptied when there is none."""
+    kept = ("conditions", "observedGeneration")
+    return [name for name in resource.get("status") or {} if name not in kept]

@@ -1,0 +1,221 @@
+"""InferenceJobs from apply to delete, on a real API server and a real scheduler."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
+from tests.operator.conftest import Stage, simulated
+from tests.operator.resources import role
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+READY = job_pb2.JOB_STATE_READY
+LEVEL = health_pb2.FAULT_LEVEL_SEPARATE_NPU
+
+
+async def ready(stage: Stage, name: str, *roles: dict[str, Any], **more: Any) -> None:
+    await stage.apply_job(name, *roles, **more)
+    await stage.until_condition(name, "Ready", "True")
+
+
+async def deleted(stage: Stage, name: str) -> None:
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", name)
+    assert await stage.job(name) is None
+
+
+async def test_a_job_is_applied_watched_and_deleted(stage: Stage) -> None:
+    """It runs, its status says so, and it is gone from the scheduler before its resource is."""
+    await ready(stage, "first")
+    resource, found = await stage.resource("first"), await stage.job("first")
+    assert found is not None
+    job = found.job
+    assert (job.managed_by, job.idempotency_key) == (
+        "raddle-operator",
+        resource["metadata"]["uid"],
+    )
+    status = resource["status"]
+    assert (status["jobUid"], status["state"], status["ranks"]) == (job.uid, "READY", "4/4")
+    assert status["observedGeneration"] == resource["metadata"]["generation"]
+    await stage.kubectl(
+        "wait", "-n", stage.jobs, "--for=condition=Ready", "ij/first", "--timeout=5s"
+    )
+    assert {"Placed", "Ready"} <= {event["reason"] for event in await stage.events("first")}
+    child = await stage.resource("first-decode", "InferenceRole")
+    assert child["status"]["readyReplicas"] == 1
+    assert child["metadata"]["ownerReferences"][0]["name"] == "first"
+    await deleted(stage, "first")
+    assert await stage.resource("first") == {}
+
+
+async def test_a_role_is_scaled_and_the_last_word_counts(stage: Stage) -> None:
+    """`kubectl scale` reaches the scheduler; another size in the job goes over it later."""
+    await ready(stage, "scaled")
+    await stage.kubectl("scale", "-n", stage.jobs, "ir/scaled-decode", "--replicas=2")
+    await stage.until_job("scaled", lambda j: j.spec.roles[0].instances == 2, "has two instances")
+    await stage.apply_job("scaled", simulated(), priority=3)
+    await stage.until_job("scaled", lambda j: j.spec.priority == 3, "has its priority")
+    found = await stage.job("scaled")
+    assert found is not None
+    assert found.job.spec.roles[0].instances == 2
+    await stage.apply_job("scaled", simulated(instances=3), priority=3)
+    await stage.until_job("scaled", lambda j: j.spec.roles[0].instances == 3, "has three")
+    assert (await stage.resource("scaled-decode", "InferenceRole"))["spec"]["replicas"] == 3
+    await stage.until_condition("scaled", "Ready", "True")
+    await stage.until_condition("scaled-decode", "Ready", "True", of="InferenceRole")
+    await deleted(stage, "scaled")
+
+
+async def test_a_suspended_job_gives_its_dies_back_and_may_change(stage: Stage) -> None:
+    """The resource stays; when it is resumed it is another job, with the new layout."""
+    await ready(stage, "paused")
+    first = (await stage.resource("paused"))["status"]["jobUid"]
+    await stage.apply_job("paused", suspend=True)
+    await stage.until_no_job("paused")
+    await stage.until_condition("paused", "Ready", "False", reason="Suspended")
+    assert "jobUid" not in (await stage.resource("paused"))["status"]
+    await stage.apply_job("paused", simulated(slotsPerRank=12), suspend=True)
+    await stage.apply_job("paused", simulated(slotsPerRank=12))
+    await stage.until_condition("paused", "Ready", "True")
+    found = await stage.job("paused")
+    assert found is not None
+    assert found.job.uid != first
+    assert found.job.spec.roles[0].slots_per_rank == 12
+    await deleted(stage, "paused")
+
+
+async def test_a_job_that_cannot_fit_says_so(stage: Stage) -> None:
+    """The scheduler's refusal is the condition's reason; a changed size is tried at once."""
+    await stage.apply_job("large", simulated(ranks=1000))
+    await stage.until_condition("large", "Ready", "False", reason="DoesNotFit")
+    assert "dies" in (await stage.condition("large", "Ready"))["message"]
+    assert await stage.job("large") is None
+    await stage.apply_job("large", simulated())
+    await stage.until_condition("large", "Ready", "True")
+    await deleted(stage, "large")
+
+
+async def test_a_job_of_somebody_else_is_left_alone(stage: Stage) -> None:
+    """The resource says whose the name is, and its deletion does not touch that job."""
+    spec = job_pb2.JobSpec(namespace=stage.jobs, name="taken")
+    spec.model.config = (await stage_config()).config
+    spec.model.kv_block_tokens = 16
+    only = spec.roles.add(name="decode", kind="decode", ranks=4, slots_per_rank=10)
+    only.engine.driver = "simulated"
+    await stage.call("SubmitJob", scheduler_pb2.SubmitJobRequest(spec=spec))
+    await stage.apply_job("taken")
+    await stage.until_condition("taken", "Ready", "False", reason="AlreadyExists")
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", "taken")
+    found = await stage.job("taken")
+    assert found is not None
+    assert found.job.managed_by == ""
+    assert found.job.state not in (job_pb2.JOB_STATE_CANCELLED, job_pb2.JOB_STATE_STOPPING)
+    await stage.call("CancelJob", scheduler_pb2.CancelJobRequest(job_uid=found.job.uid))
+
+
+async def stage_config() -> job_pb2.ModelSpec:
+    from raddle.models import config_text
+
+    return job_pb2.ModelSpec(config=config_text("raddle-demo"))
+
+
+async def test_a_job_that_was_cancelled_behind_its_resource_comes_back(stage: Stage) -> None:
+    """The resource says that it runs."""
+    await ready(stage, "managed")
+    found = await stage.job("managed")
+    assert found is not None
+    cancel = scheduler_pb2.CancelJobRequest(job_uid=found.job.uid, managed_by="raddle-operator")
+    await stage.call("CancelJob", cancel)
+    await stage.until_job(
+        "managed", lambda j: j.uid != found.job.uid and j.state == READY, "is submitted again"
+    )
+    await deleted(stage, "managed")
+
+
+async def test_a_fault_shows_as_conditions_and_events(stage: Stage) -> None:
+    """The incident is named, the condition returns to Ready, and both are told as Events."""
+    await ready(stage, "faulty", simulated(ranks=6))
+    found = await stage.job("faulty")
+    assert found is not None
+    die = found.placement.instances[0].ranks[0].die
+    request = scheduler_pb2.InjectFaultRequest(subject=die, code="80E18005", level=LEVEL)
+    await stage.call("InjectFault", request)
+
+    async def told() -> bool:
+        return "IncidentOpened" in {event["reason"] for event in await stage.events("faulty")}
+
+    await stage.until(told, "the incident is told")
+    await stage.until_condition("faulty", "Ready", "True")
+    status = (await stage.resource("faulty"))["status"]
+    assert status["incident"].startswith("i-")
+
+    async def closed() -> bool:
+        return "IncidentClosed" in {event["reason"] for event in await stage.events("faulty")}
+
+    await stage.until(closed, "its end is told")
+    request.clear = True
+    await stage.call("InjectFault", request)
+    await deleted(stage, "faulty")
+
+
+async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage: Stage) -> None:
+    """With rank tables, front door and Service; all of it goes with the job."""
+    await stage.apply_job("served", role("decode", ranks=4, slotsPerRank=10))
+    await stage.until_condition("served", "Placed", "True")
+
+    async def has_pods() -> bool:
+        return len(await stage.cluster.find("Pod", stage.jobs, "raddle.dev/job=served")) == 4
+
+    await stage.until(has_pods, "four Pods")
+    carriers = {
+        node: host
+        for host, text in (await stage.data("raddle-nodes")).items()
+        for node in text.split(",")
+    }
+    for pod in await stage.cluster.find("Pod", stage.jobs, "raddle.dev/job=served"):
+        node = pod["metadata"]["annotations"]["raddle.dev/node"]
+        assert pod["spec"]["nodeName"] == carriers[node]
+        assert pod["metadata"]["ownerReferences"][0]["kind"] == "InferenceRole"
+
+    async def has_the_rest() -> bool:
+        table = await stage.resource("served-decode-0-ranktable", "ConfigMap")
+        door = await stage.resource("served-frontdoor", "Deployment")
+        return bool(table and door and await stage.resource("served", "Service"))
+
+    await stage.until(has_the_rest, "rank table, front door and Service")
+    table = await stage.resource("served-decode-0-ranktable", "ConfigMap")
+    assert json.loads(table["data"]["hccl-2.0.json"])["rank_count"] == 4
+    await stage.apply_job("served", role("decode", ranks=4, slotsPerRank=10), suspend=True)
+    await stage.until_no_job("served")
+
+    async def is_withdrawn() -> bool:
+        left = await stage.cluster.find("Pod", stage.jobs, "raddle.dev/job=served")
+        running = [p for p in left if not p["metadata"].get("deletionTimestamp")]
+        return not running and not await stage.resource("served", "Service")
+
+    await stage.until(is_withdrawn, "Pods and Service are withdrawn")
+    await deleted(stage, "served")
+
+
+async def test_a_service_of_somebody_else_is_not_taken(stage: Stage) -> None:
+    """The job says which object stands in its way."""
+    await stage.kubectl("create", "service", "-n", stage.jobs, "clusterip", "mine", "--tcp=80")
+    await stage.apply_job("mine", role("decode", ranks=4, slotsPerRank=10))
+    await stage.until_condition("mine", "Ready", "False", reason="AlreadyExists")
+    service = await stage.resource("mine", "Service")
+    assert "ownerReferences" not in service["metadata"]
+    await deleted(stage, "mine")
+
+
+async def test_a_bad_template_is_told(stage: Stage) -> None:
+    """What the API server says of the Pod is the reason why the job is not ready."""
+    bad = {"spec": {"containers": [{"name": "rank", "resources": {"limits": {"cpu": "lots"}}}]}}
+    await stage.apply_job("template", role("decode", ranks=4, slotsPerRank=10, template=bad))
+
+    async def is_told() -> bool:
+        return "quantities must match" in (await stage.condition("template", "Ready"))["message"]
+
+    await stage.until(is_told, "the quantity is refused in words")
+    await deleted(stage, "template")

@@ -1,0 +1,153 @@
+"""What the status says: conditions from job, placement, incidents and Pods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raddle.model.errors import PermanentError, Reason, TemporaryError
+from raddle.operator import job_status
+from raddle.operator.conditions import Condition, camel, event, merged, turned
+from raddle.v1 import incident_pb2
+from tests.operator.resources import answer, inference_job, seat
+
+
+def by_type(conditions: list[Condition]) -> dict[str, Condition]:
+    return {condition.type: condition for condition in conditions}
+
+
+def statuses(conditions: list[Condition]) -> dict[str, str]:
+    return {condition.type: condition.status for condition in conditions}
+
+
+def incident(name: str = "i-000001") -> incident_pb2.Incident:
+    found = incident_pb2.Incident(id=name, subject="sn0/n00/npu0/die1", subject_kind="die")
+    found.plans.add(job_uid="j-000000000001", epoch=2)
+    found.why.reason, found.why.message = "REMAP", "experts move to the survivors"
+    return found
+
+
+def test_a_ready_job() -> None:
+    """Placed and ready, nothing else."""
+    found = job_status.conditions(answer(seat(0), seat(1)), None, [])
+    expected = {"Queued": "False", "Placed": "True", "Ready": "True"}
+    assert statuses(found) == expected | {"Degraded": "False", "Recovering": "False"}
+
+
+def test_a_waiting_job_says_what_it_waits_for() -> None:
+    """The scheduler's reason in Kubernetes' spelling, and its sentence."""
+    told = answer(state="PENDING")
+    told.job.why.reason, told.job.why.message = "WAITS_FOR_TURN", "waits behind default/other"
+    queued = by_type(job_status.conditions(told, None, []))["Queued"]
+    assert queued == Condition("Queued", "True", "WaitsForTurn", "waits behind default/other")
+
+
+def test_a_lost_rank_degrades_the_job() -> None:
+    """It is named."""
+    told = answer(seat(0), seat(1, state="LOST"))
+    degraded = by_type(job_status.conditions(told, None, []))["Degraded"]
+    assert (degraded.status, degraded.reason) == ("True", "RanksLost")
+    assert degraded.message == "1 of 2 ranks are not there: decode/0/1"
+
+
+def test_a_recovery_names_its_incident() -> None:
+    """Ready turns false while it lasts."""
+    told = answer(seat(0), seat(1), state="RECOVERING")
+    found = by_type(job_status.conditions(told, incident(), []))
+    assert found["Ready"].status == "False"
+    assert found["Recovering"].status == "True"
+    assert found["Recovering"].reason == "Remap"
+    assert "i-000001 on sn0/n00/npu0/die1" in found["Recovering"].message
+
+
+def test_a_pod_that_does_not_come_up_is_the_reason() -> None:
+    """A missing image is named, not a time-out."""
+    waiting = {"reason": "ErrImagePull", "message": "localhost/raddle:dev: not found"}
+    pod = {
+        "metadata": {"name": "demo-decode-0-0-1"},
+        "status": {"phase": "Pending", "containerStatuses": [{"state": {"waiting": waiting}}]},
+    }
+    problem = job_status.pod_problem(pod)
+    assert problem is not None
+    told = answer(seat(0), state="STARTING", live=False)
+    ready = by_type(job_status.conditions(told, None, [problem]))["Ready"]
+    assert ready.reason == "ErrImagePull"
+    assert "localhost/raddle:dev: not found" in ready.message
+
+
+def test_pods_that_begin_or_run_are_no_problem() -> None:
+    """Only what stands in the way is told."""
+    states: list[dict[str, Any]] = [
+        {"waiting": {"reason": "ContainerCreating"}},
+        {"running": {}},
+        {"terminated": {"exitCode": 0}},
+    ]
+    for state in states:
+        pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [{"state": state}]}}
+        assert job_status.pod_problem(pod) is None
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [{"state": killed}]}}
+    problem = job_status.pod_problem(pod)
+    assert problem is not None
+    assert problem.reason == "OOMKilled"
+
+
+def test_a_refusal_is_false_and_an_absent_scheduler_unknown() -> None:
+    """Who waits for the condition can tell the two apart."""
+    unfit = PermanentError(Reason.DOES_NOT_FIT, "roles need 1000 dies together")
+    away = TemporaryError(Reason.NO_LEADER, "no scheduler answers")
+    assert {c.status for c in job_status.refused(unfit)} == {"False"}
+    assert {c.reason for c in job_status.refused(unfit)} == {"DoesNotFit"}
+    assert {c.status for c in job_status.refused(away)} == {"Unknown"}
+
+
+def test_numbers_of_a_job_and_of_a_role() -> None:
+    """Ranks that serve of those that are active; an instance is ready when all of it serves."""
+    told = answer(seat(0), seat(1), seat(2, state="SPARE", start_count=0))
+    assert job_status.status(told, None)["ranks"] == "2/2"
+    assert job_status.role_status(told, "decode", "decode") == (1, 1)
+    told.ranks[1].epoch = 1
+    assert job_status.status(told, incident())["ranks"] == "1/2"
+    assert job_status.role_status(told, "decode", "decode") == (1, 0)
+    assert job_status.role_status(told, "decode", "cache") == (2, 1)
+
+
+def test_the_newest_incident_of_the_job_counts() -> None:
+    """Those of other jobs do not."""
+    other = incident("i-000009")
+    other.plans[0].job_uid = "j-other"
+    told = {i.id: i for i in (incident("i-000002"), incident("i-000001"), other)}
+    newest = job_status.newest(told, "j-000000000001")
+    assert newest is not None
+    assert newest.id == "i-000002"
+
+
+def test_a_condition_keeps_its_time_while_its_status_stays() -> None:
+    """And turns with a new one; only that, or a new reason of a true one, is worth an Event."""
+    first = merged([], [Condition("Ready", "False", "A", "a")], 1, "t1")
+    again = merged(first, [Condition("Ready", "False", "B", "b")], 2, "t2")
+    assert (again[0]["lastTransitionTime"], again[0]["reason"]) == ("t1", "B")
+    done = merged(again, [Condition("Ready", "True", "C", "c")], 2, "t3")
+    assert done[0]["lastTransitionTime"] == "t3"
+    assert turned(first, again) == []
+    assert [c["status"] for c in turned(again, done)] == ["True"]
+    other = merged(done, [Condition("Ready", "True", "D", "d")], 2, "t4")
+    assert [c["reason"] for c in turned(done, other)] == ["D"]
+
+
+def test_an_event_is_told_once() -> None:
+    """Its name is made of what it tells, so the server has it only once."""
+    about = inference_job()
+
+    def made(once: str) -> dict[str, Any]:
+        return event(about, reason="Ready", message="m", warning=False, now="t", once=once)
+
+    assert made("1")["metadata"]["name"] == made("1")["metadata"]["name"]
+    assert made("1")["metadata"]["name"] != made("2")["metadata"]["name"]
+    assert made("1")["involvedObject"]["uid"] == about["metadata"]["uid"]
+
+
+def test_reasons_are_spelt_as_kubernetes_does() -> None:
+    """One reason enum, two spellings."""
+    assert camel("WAITS_FOR_TURN") == "WaitsForTurn"
+    assert camel("READY") == "Ready"
+    assert camel("") == "Unknown"
