@@ -197,3 +197,21 @@ def test_a_part_is_held_while_anything_holds_it(steps: list[tuple[str, str]]) ->
         assert {s for s in SUBJECTS if HoldKind.DRAIN in kinds(world, s)} == set(drained)
     world.new_leader()
     assert is_held(world) == bool(cordoned or drained)
+
+
+def reasons(world: World, subject: str = NODE) -> list[str]:
+    found = [v for k, v in world.store.items() if k.startswith(keys.HOLDS)]
+    return [hold.reason for hold in found if hold.subject == subject]
+
+
+def test_a_persons_cordon_goes_over_a_programs(world: World) -> None:
+    """So it stays when the program takes its own back; the other way round nothing changes."""
+    world.ask(Cordon(subject=NODE, reason="HOST_CORDONED"))
+    assert reasons(world) == ["HOST_CORDONED"]
+    world.ask(Cordon(subject=NODE, message="fan noise"))
+    world.ask(Cordon(subject=NODE, reason="HOST_CORDONED"))
+    assert reasons(world) == ["CORDON"]
+    left = world.ask(Uncordon(subject=NODE, reason="HOST_CORDONED"))
+    assert [hold.reason for hold in left] == ["CORDON"]
+    world.ask(Uncordon(subject=NODE))
+    assert world.ask(Uncordon(subject=NODE, reason="HOST_CORDONED")) == ()

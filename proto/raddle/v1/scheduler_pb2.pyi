@@ -855,7 +855,7 @@ class CordonRequest(_message.Message):
     subject: _builtins.str
     message: _builtins.str
     reason: _builtins.str
-    """A code for programs, in capitals; empty means CORDON."""
+    """A code for programs, in capitals; empty means CORDON, a person's, which goes over others."""
     def __init__(
         self,
         *,
@@ -900,15 +900,19 @@ class UncordonRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBJECT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     subject: _builtins.str
+    reason: _builtins.str
+    """Only a cordon with this reason, and no error without one; empty: whatever its reason."""
     def __init__(
         self,
         *,
         subject: _builtins.str = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -276,7 +276,10 @@ def cordon(request: Cordon, context: Context, identity: str) -> Hold:
 def uncordon(request: Uncordon, context: Context, identity: str) -> tuple[Hold, ...]:
     """Lift the cordon; gives the holds that still keep work away from the subject."""
     subject = request.subject
-    if (subject, HoldKind.CORDON) not in context.holds:
+    hold = context.holds.get((subject, HoldKind.CORDON))
+    if request.reason and (hold is None or hold.reason != request.reason):
+        return covering(context, subject)
+    if hold is None:
         raise _no_cordon(context, subject)
     lift_hold(context, subject, HoldKind.CORDON)
     left = covering(context, subject)

@@ -26,6 +26,8 @@ def put_hold(
 ) -> Hold:
     """The hold of this kind on the subject, made if there is none.
 
+    One without a reason is a person's: it takes the place of one that a program gave a reason.
+
     Raises:
         PermanentError: INVALID_ARGUMENT or NOT_FOUND for the subject, LIMIT_EXCEEDED,
             INVALID_ARGUMENT for a reason that is no code.
@@ -38,9 +40,9 @@ def put_hold(
         )
     context.cluster.require_subject(subject)
     old = context.holds.get((subject, kind))
-    if old is not None:
+    if old is not None and (reason or old.reason == kind):
         return old
-    if len(context.holds) >= HOLDS_MAX:
+    if old is None and len(context.holds) >= HOLDS_MAX:
         raise PermanentError(Reason.LIMIT_EXCEEDED, f"{HOLDS_MAX} holds exist: lift some first.")
     hold = Hold(
         subject=subject,

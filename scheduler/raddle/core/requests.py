@@ -72,6 +72,8 @@ class Cordon:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uncordon:
     subject: str
+    # Only a cordon with this reason; empty: any.
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

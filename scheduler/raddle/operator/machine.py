@@ -244,15 +244,16 @@ class Machine:
                     "Cordon",
                     scheduler_pb2.CordonRequest(subject=subject, message=message, reason=reason),
                 )
-        for subject in have:
+        for subject, reason in have.items():
             if subject not in wanted:
-                await self._ask("Uncordon", scheduler_pb2.UncordonRequest(subject=subject))
+                request = scheduler_pb2.UncordonRequest(subject=subject, reason=reason)
+                await self._ask("Uncordon", request)
         await self._drain()
 
-    def _own_cordons(self) -> set[str]:
-        """Subjects that this operator cordoned, by the reason that only it gives."""
+    def _own_cordons(self) -> dict[str, str]:
+        """Subjects that this operator cordoned, with the reason that only it gives."""
         return {
-            hold.subject
+            hold.subject: hold.reason
             for message in self._link.nodes.values.values()
             for die in message.dies
             for hold in die.holds

@@ -156,6 +156,41 @@ def rank_pod(
     )
     folder = f"{STATE_PATH}/{relative}"
     table = short_name(job.spec.name, seat.role, seat.instance, "ranktable")
+    container = _rank_container(site, job, seat, folder, device)
+    # The agent makes both folders, as the user that the rank runs as.
+    volumes = [
+        {"name": "folder", "hostPath": _folder(f"{site.host_path}/{relative}")},
+        {"name": "checkpoints", "hostPath": _folder(f"{site.host_path}/checkpoints")},
+        {"name": "ranktable", "configMap": {"name": table, "optional": True}},
+        {"name": "temporary", "emptyDir": {"sizeLimit": "1Gi"}},
+    ]
+    _mount_secret(site, container, volumes, site.rank_secret)
+    spec = {
+        "nodeName": host,
+        "restartPolicy": "Never",
+        # What a node's end takes with it is decided by the scheduler, not by taints.
+        "tolerations": [{"operator": "Exists"}],
+        "terminationGracePeriodSeconds": 10,
+        **_pod_basics(site),
+        "containers": [container],
+        "volumes": volumes,
+    }
+    metadata = {
+        "name": pod_name(job.spec.name, seat),
+        "namespace": role_resource["metadata"]["namespace"],
+        "labels": labels(site, "rank", job) | seat.label_values(),
+        "annotations": {f"{GROUP}/die": rank.die, f"{GROUP}/node": rank.node},
+        "ownerReferences": owner(role_resource),
+    }
+    return overlaid(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}, template
+    )
+
+
+def _rank_container(
+    site: Site, job: job_pb2.Job, seat: Seat, folder: str, device: int | None
+) -> Object:
+    rank = seat.rank
     environment = {
         "RADDLE_JOB_UID": job.uid,
         "RADDLE_RANK": f"{seat.role}/{seat.instance}/{rank.rank}",
@@ -190,34 +225,7 @@ def rank_pod(
     }
     if site.device_resource and rank.die:
         container["resources"]["limits"] = {site.device_resource: 1}
-    # The agent makes both folders, as the user that the rank runs as.
-    volumes = [
-        {"name": "folder", "hostPath": _folder(f"{site.host_path}/{relative}")},
-        {"name": "checkpoints", "hostPath": _folder(f"{site.host_path}/checkpoints")},
-        {"name": "ranktable", "configMap": {"name": table, "optional": True}},
-        {"name": "temporary", "emptyDir": {"sizeLimit": "1Gi"}},
-    ]
-    _mount_secret(site, container, volumes, site.rank_secret)
-    spec = {
-        "nodeName": host,
-        "restartPolicy": "Never",
-        # What a node's end takes with it is decided by the scheduler, not by taints.
-        "tolerations": [{"operator": "Exists"}],
-        "terminationGracePeriodSeconds": 10,
-        **_pod_basics(site),
-        "containers": [container],
-        "volumes": volumes,
-    }
-    metadata = {
-        "name": pod_name(job.spec.name, seat),
-        "namespace": role_resource["metadata"]["namespace"],
-        "labels": labels(site, "rank", job) | seat.label_values(),
-        "annotations": {f"{GROUP}/die": rank.die, f"{GROUP}/node": rank.node},
-        "ownerReferences": owner(role_resource),
-    }
-    return overlaid(
-        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}, template
-    )
+    return container
 
 
 def _field(path: str) -> Object:

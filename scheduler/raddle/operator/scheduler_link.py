@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import structlog
 
-from raddle.model.errors import RaddleError
+from raddle.model.errors import RaddleError, Reason, TemporaryError
 from raddle.telemetry.channels import make_channel
 from raddle.telemetry.tls import TlsFiles
 from raddle.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -107,6 +107,12 @@ class SchedulerLink:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 await self._leave(channel, "")
             raise error_from(error) from error
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            # Another call found the channel of no use and closed it under this one.
+            message = "the way to the scheduler was closed; another one is taken"
+            raise TemporaryError(Reason.NO_LEADER, message) from error
 
     async def _leave(self, channel: grpc.aio.Channel | None, leader: str) -> None:
         """This channel is of no use; the next one goes to the leader, if it is known."""
@@ -147,8 +153,7 @@ class SchedulerLink:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
                     await self._leave(channel, failure.details.get("leader_address", ""))
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
+                if _is_cancelled():
                     raise
                 # Another watch closed the channel under this one.
                 why = "its channel was closed"
@@ -161,3 +166,9 @@ class SchedulerLink:
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
+
+
+def _is_cancelled() -> bool:
+    """Is this very task to end?"""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

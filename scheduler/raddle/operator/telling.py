@@ -16,6 +16,7 @@ from raddle.v1 import incident_pb2, scheduler_pb2
 
 #: Conditions that are bad news when they are true.
 _WARNINGS = ("Degraded", "Recovering")
+_TOLD_MAX = 10_000
 log = structlog.get_logger()
 Object = dict[str, Any]
 Answer = scheduler_pb2.GetJobResponse
@@ -44,6 +45,8 @@ class Teller:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        #: Names of the newest Events that were told.
+        self._told: dict[str, None] = {}
 
     async def say(
         self,
@@ -89,14 +92,12 @@ class Teller:
         await write_status(self._cluster, role, numbers, said)
 
     async def _tell_incident(self, resource: Object, incident: incident_pb2.Incident) -> None:
-        closed = job_status.is_closed(incident)
-        await self._tell(
-            resource,
-            "IncidentClosed" if closed else "IncidentOpened",
-            f"{incident.id} on {incident.subject_kind} {incident.subject}: {incident.why.message}",
-            warning=not closed,
-            once=incident.id,
-        )
+        """Its beginning and its end, even if it was over before anybody looked."""
+        where = f"{incident.id} on {incident.subject_kind} {incident.subject}"
+        text = f"{where}: {incident.why.message}"
+        await self._tell(resource, "IncidentOpened", text, warning=True, once=incident.id)
+        if job_status.is_closed(incident):
+            await self._tell(resource, "IncidentClosed", text, warning=False, once=incident.id)
 
     async def _tell(
         self, resource: Object, reason: str, message: str, *, warning: bool, once: str
@@ -105,11 +106,18 @@ class Teller:
         item = event(
             resource, reason=reason, message=message, warning=warning, now=now_text(), once=once
         )
+        name = item["metadata"]["name"]
+        if name in self._told:
+            return
         try:
             await self._cluster.create(item)
         except RaddleError as error:
             # An Event is a courtesy: a namespace that goes takes none.
             log.info("an Event was not taken", why=str(error))
+            return
+        self._told[name] = None
+        if len(self._told) > _TOLD_MAX:
+            del self._told[next(iter(self._told))]
 
 
 def _has_job_fields(resource: Mapping[str, Any]) -> list[str]:

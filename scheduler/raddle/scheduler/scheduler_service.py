@@ -243,7 +243,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         return scheduler_pb2.CordonResponse(hold=to_message(hold, health_pb2.Hold))
 
     async def Uncordon(self, request: Any, context: Context) -> scheduler_pb2.UncordonResponse:
-        left = await self._ask(requests.Uncordon(subject=request.subject), context)
+        left = await self._ask(
+            requests.Uncordon(subject=request.subject, reason=request.reason), context
+        )
         return scheduler_pb2.UncordonResponse(
             holds=[to_message(hold, health_pb2.Hold) for hold in left]
         )

@@ -1,0 +1,56 @@
+"""The operator's way to the scheduler when it is cut, and the pictures that watches paint."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from raddle.model.errors import TemporaryError
+from raddle.operator.scheduler_link import Picture, SchedulerLink
+from raddle.v1 import scheduler_pb2
+from tests.support import CuttingProxy, eventually
+
+SNAPSHOT = scheduler_pb2.WATCH_KIND_SNAPSHOT
+SYNCED = scheduler_pb2.WATCH_KIND_SYNCED
+DELETED = scheduler_pb2.WATCH_KIND_DELETED
+
+
+async def test_a_call_under_which_the_way_is_closed_may_be_repeated() -> None:
+    """It is an error like any other, not the end of whoever called."""
+    silent = CuttingProxy("127.0.0.1:9")
+    silent.freeze()
+    address = await silent.start()
+    link = SchedulerLink([address], None)
+    calling = asyncio.create_task(link.call("GetStatus", scheduler_pb2.GetStatusRequest()))
+    await eventually(lambda: link._channel is not None, "the call is under way")
+    await asyncio.gather(link._leave(link._channel, ""))
+    with pytest.raises(TemporaryError):
+        await calling
+    await link.close()
+    await silent.stop()
+
+
+def told(kind: scheduler_pb2.WatchKind.ValueType, uid: str = "") -> scheduler_pb2.WatchJobsResponse:
+    message = scheduler_pb2.WatchJobsResponse(kind=kind)
+    message.job.uid = uid
+    return message
+
+
+def test_what_a_new_snapshot_does_not_have_is_told_as_gone() -> None:
+    """A deletion behind a broken watch is not missed."""
+    picture, heard = Picture("job", "uid"), list[str]()
+    picture.listeners.append(heard.append)
+    picture.begin()
+    for message in (told(SNAPSHOT, "a"), told(SNAPSHOT, "b"), told(SYNCED)):
+        picture.take(message)
+    assert picture.synced.is_set()
+    picture.begin()
+    picture.take(told(SNAPSHOT, "b"))
+    assert set(picture.values) == {"a", "b"}
+    heard.clear()
+    picture.take(told(SYNCED))
+    assert heard == ["a"]
+    assert set(picture.values) == {"b"}
+    picture.take(told(DELETED, "b"))
+    assert picture.values == {}
