@@ -48,7 +48,7 @@ def connect() -> Any:
         PermanentError: INVALID_ARGUMENT when there is neither.
     """
     try:
-        config.load_config()  # type: ignore[no-untyped-call]
+        config.load_config()
     except config.ConfigException as error:
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
