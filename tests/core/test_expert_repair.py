@@ -20,7 +20,15 @@ from raddle.core.experts.rebalance import rebalance_map
 from raddle.core.experts.repair import MapChange, repair_map
 from raddle.core.experts.sources import Bandwidths, choose_sources
 from raddle.model.types import WeightSource
-from tests.core.expert_cases import assert_sound, cases, held, lognormal, make_layout, zipf
+from tests.core.expert_cases import (
+    assert_sound,
+    cases,
+    held,
+    lognormal,
+    make_layout,
+    sharing,
+    zipf,
+)
 
 RATES = Bandwidths(44_040_192, 196e9, 151e9, 2.5e9)
 
@@ -126,6 +134,22 @@ def test_one_die_of_ep32_is_balanced_again_within_a_tenth_of_the_slots(
     assert_sound(change.table, 256, layout)
     assert balancedness(change.table, loads, layout) >= 0.95
     assert change.loads <= 0.1 * 58 * 32 * slots
+
+
+@pytest.mark.parametrize("kind", ["zipf", "lognormal"])
+@pytest.mark.parametrize("lost", [(17,), (3, 17)])
+def test_a_repaired_map_shares_no_npu_that_it_need_not(kind: str, lost: tuple[int, ...]) -> None:
+    """Copies that a repair had to put on one NPU are parted again by its exchanges."""
+    loads = zipf(58, 256) if kind == "zipf" else lognormal(58, 256, sigma=1.0)
+    table = place_experts(loads, make_layout(32, 12))
+    layout = make_layout(32, 12, lost=lost)
+    change = repair_map(table, loads, layout, swaps=None)
+    assert_sound(change.table, 256, layout)
+    assert [sharing(change.table, 256, layout, level) for level in (0, 1)] == [0, 0]
+    assert change.loads <= 0.1 * table.size
+    if kind == "zipf":
+        # Without exchanges the hottest expert's copies are left as the loss left them.
+        assert sharing(repair_map(table, loads, layout).table, 256, layout, 1) > 0
 
 
 def test_swaps_are_bounded() -> None:
