@@ -48,6 +48,7 @@ from raddle.core.events import (
     StoreLeaderChanged,
     Woken,
 )
+from raddle.core.expert_loads import LOOK_EVERY_S, ExpertLoads
 from raddle.core.handlers import answer
 from raddle.core.holds import lift_drain
 from raddle.core.instructions import Instruction, ProbeNode, ProbeRank, Reply, WakeAt
@@ -69,12 +70,20 @@ _LEDGER_MAX = 1_024
 class Machine:
     """Decisions of one leader's term over decoded records (`raddle.model` values by key)."""
 
-    def __init__(self, records: Mapping[str, Any], *, now: float) -> None:
+    def __init__(
+        self, records: Mapping[str, Any], *, now: float, rebalance_every_s: float = LOOK_EVERY_S
+    ) -> None:
         state = State(records)
         supernodes = state.supernodes()
         storm_nodes_max = max((s.nodes_per_rack for s in supernodes), default=1)
         nodes = NodeTracker(storm_nodes_max, now=now)
-        self.context = Context(state=state, cluster=Cluster(supernodes), nodes=nodes, now=now)
+        self.context = Context(
+            state=state,
+            cluster=Cluster(supernodes),
+            nodes=nodes,
+            now=now,
+            expert_loads=ExpertLoads(rebalance_every_s),
+        )
         self._first_loss_s: float | None = None
         self._wake_s: float | None = None
         self._begin_term()
