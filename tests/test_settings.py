@@ -18,6 +18,8 @@ AGENT = ("--etcd", "127.0.0.1:1", "--node", "sn0/n00", "--state-dir", "/tmp/none
 WRONG: tuple[tuple[Main, tuple[str, ...], str], ...] = (
     (scheduler, (), "--etcd"),
     (scheduler, (*SCHEDULER, "--policy", "/nope"), "/nope"),
+    (scheduler, (*SCHEDULER, "--rebalance-every-s", "-1"), "rebalance_every_s"),
+    (scheduler, (*SCHEDULER, "--rebalance-every-s", "nan"), "rebalance_every_s"),
     (scheduler, (*SCHEDULER, "--listen", "0.0.0.0:1"), "not loopback"),
     (scheduler, (*SCHEDULER, "--tls-ca", "/nope"), "--tls-ca, --tls-certificate, --tls-key"),
     (scheduler, (*SCHEDULER, "--etcd-ca", "/nope"), "--etcd-ca, --etcd-certificate, --etcd-key"),

@@ -103,6 +103,7 @@ def test_repair_moves_little_and_marks_what_is_lost(experts: Folder) -> None:
     assert said["loads"] == loaded
     assert sum(said["sources"].values()) == loaded
     assert said["predicted_s"] > 0
+    assert said["sources_cpu_ms"] > 0
     swapped = experts.json(*form, "--swaps", "4", "--out", "swapped.json")
     assert swapped["balancedness"] > said["balancedness"]
     experts("check", "new.json")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.sparse import coo_matrix
 
@@ -95,20 +96,42 @@ def test_two_big_experts_are_split_for_the_heaviest_die() -> None:
     assert max(slowest(table, loads, layout)) <= 200
 
 
-@pytest.mark.parametrize("slots", [9, 10, 12])
-@pytest.mark.parametrize("kind", ["uniform", "zipf", "lognormal"])
-def test_many_slots_a_die_come_within_one_percent_of_the_bound(slots: int, kind: str) -> None:
-    """58 layers of 256 experts on 32 dies, exact ties included, without two copies on an NPU."""
-    loads = {
-        "uniform": np.random.default_rng(1).uniform(0.8, 1.2, (58, 256)),
-        "zipf": zipf(58, 256),
-        "lognormal": lognormal(58, 256),
-    }[kind]
-    layout = make_layout(32, slots)
+def loads_of(kind: str) -> FloatArray:
+    """58 layers of 256 experts; zipf with exact ties, and twice as steep as usual."""
+    random = np.random.default_rng(1)
+    if kind == "uniform":
+        return random.uniform(0.8, 1.2, (58, 256))
+    if kind == "grouped":
+        groups = np.repeat(random.lognormal(0.0, 0.8, (58, 8)), 32, axis=1)
+        return groups * random.lognormal(0.0, 0.5, (58, 256))
+    return {"zipf": zipf(58, 256), "steep": zipf(58, 256) ** 1.5}.get(kind, lognormal(58, 256))
+
+
+@pytest.mark.parametrize("dies", [24, 32, 48, 64, 100])
+@pytest.mark.parametrize("slots", [9, 12])
+@pytest.mark.parametrize("kind", ["uniform", "zipf", "lognormal", "grouped"])
+def test_many_slots_a_die_come_within_one_percent_of_the_bound(
+    dies: int, slots: int, kind: str
+) -> None:
+    """58 layers of 256 experts, nodes and racks of one size or not: no two copies on an NPU."""
+    loads = loads_of(kind)
+    layout = make_layout(dies, max(slots, -(-256 // dies)))
     table = place_experts(loads, layout)
     assert_sound(table, 256, layout)
     assert balancedness(table, loads, layout) >= 0.99 * best_balancedness(loads, layout)
-    assert [sharing(table, 256, layout, level) for level in (0, 1, 2)] == [0, 0, 0]
+    kept_apart = (0, 1, 2) if dies < 100 else (0, 1)
+    assert [sharing(table, 256, layout, level) for level in kept_apart] == [0] * len(kept_apart)
+
+
+@pytest.mark.parametrize("slots", [9, 10, 12])
+def test_few_experts_that_carry_nearly_all_are_cut_to_fit(slots: int) -> None:
+    """The best counts for the heaviest copy would leave 20 % here: other counts pack better."""
+    loads = loads_of("steep")
+    layout = make_layout(32, slots)
+    table = place_experts(loads, layout)
+    assert_sound(table, 256, layout)
+    assert balancedness(table, loads, layout) >= 0.99
+    assert sharing(table, 256, layout, 1) == 0
 
 
 @pytest.mark.parametrize("dies", [288, 320])
@@ -129,8 +152,8 @@ def test_two_slots_a_die_beat_longest_first() -> None:
     layout = make_layout(192, 2)
     table = place_experts(loads, layout)
     assert_sound(table, 256, layout)
-    assert balancedness(table, loads, layout) > 0.93
-    assert sharing(table, 256, layout, 1) == 0
+    assert balancedness(table, loads, layout) > 0.94
+    assert [sharing(table, 256, layout, level) for level in (1, 2, 3)] == [0, 0, 0]
 
 
 def test_the_worked_example_is_at_least_as_balanced_as_published() -> None:
@@ -195,11 +218,12 @@ def test_bad_loads_are_named(loads: FloatArray, said: str) -> None:
         require_loads(loads)
 
 
-def test_permuting_the_dies_permutes_the_answer() -> None:
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(16)), slots=st.sampled_from([4, 5, 9]))
+def test_permuting_the_dies_permutes_the_answer(order: list[int], slots: int) -> None:
     """Dies in another order: the same contents by domain, so the same loads and spread."""
     loads = lognormal(4, 64)
-    layout = make_layout(16, 5, node=4)
-    order = np.random.default_rng(3).permutation(16)
+    layout = make_layout(16, slots, node=4)
     mixed = replace(layout, domains=layout.domains[:, order])
     one, other = place_experts(loads, layout), place_experts(loads, mixed)
     assert np.sort(die_loads(one, loads, layout)) == pytest.approx(

@@ -20,7 +20,15 @@ from raddle.core.experts.rebalance import rebalance_map
 from raddle.core.experts.repair import MapChange, repair_map
 from raddle.core.experts.sources import Bandwidths, choose_sources
 from raddle.model.types import WeightSource
-from tests.core.expert_cases import assert_sound, cases, held, lognormal, make_layout, zipf
+from tests.core.expert_cases import (
+    assert_sound,
+    cases,
+    held,
+    lognormal,
+    make_layout,
+    sharing,
+    zipf,
+)
 
 RATES = Bandwidths(44_040_192, 196e9, 151e9, 2.5e9)
 
@@ -128,6 +136,22 @@ def test_one_die_of_ep32_is_balanced_again_within_a_tenth_of_the_slots(
     assert change.loads <= 0.1 * 58 * 32 * slots
 
 
+@pytest.mark.parametrize("kind", ["zipf", "lognormal"])
+@pytest.mark.parametrize("lost", [(17,), (3, 17)])
+def test_a_repaired_map_shares_no_npu_that_it_need_not(kind: str, lost: tuple[int, ...]) -> None:
+    """Copies that a repair had to put on one NPU are parted again by its exchanges."""
+    loads = zipf(58, 256) if kind == "zipf" else lognormal(58, 256, sigma=1.0)
+    table = place_experts(loads, make_layout(32, 12))
+    layout = make_layout(32, 12, lost=lost)
+    change = repair_map(table, loads, layout, swaps=None)
+    assert_sound(change.table, 256, layout)
+    assert [sharing(change.table, 256, layout, level) for level in (0, 1)] == [0, 0]
+    assert change.loads <= 0.1 * table.size
+    if kind == "zipf":
+        # Without exchanges the hottest expert's copies are left as the loss left them.
+        assert sharing(repair_map(table, loads, layout).table, 256, layout, 1) > 0
+
+
 def test_swaps_are_bounded() -> None:
     """No swap, no exchange; each swap loads two experts a layer at most."""
     loads = lognormal(8, 256)
@@ -211,18 +235,18 @@ def test_repair_then_rejoin_converges(dies: int, slots: int) -> None:
     assert (again.table == back.table).all()
 
 
-def test_permuting_the_dies_permutes_the_repair() -> None:
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(range(16)), lost=st.integers(0, 15), swaps=st.sampled_from([0, 2]))
+def test_permuting_the_dies_permutes_the_repair(order: list[int], lost: int, swaps: int) -> None:
     """The same dies in another order: the same contents die for die, the same loads."""
     loads = lognormal(5, 64)
     layout = make_layout(16, 5, node=4)
     table = place_experts(loads, layout)
-    order = np.random.default_rng(4).permutation(16)
     mixed = replace(layout, domains=layout.domains[:, order])
     moved = mixed.to_table(layout.to_grid(table)[:, order])
-    lost = 6
-    one = repair_map(table, loads, replace(layout, hosts=~flags(16, lost)), swaps=2)
-    at = int(np.flatnonzero(order == lost)[0])
-    other = repair_map(moved, loads, replace(mixed, hosts=~flags(16, at)), swaps=2)
+    one = repair_map(table, loads, replace(layout, hosts=~flags(16, lost)), swaps=swaps)
+    at = order.index(lost)
+    other = repair_map(moved, loads, replace(mixed, hosts=~flags(16, at)), swaps=swaps)
     assert one.loads == other.loads
     assert (layout.to_grid(one.table)[:, order] == mixed.to_grid(other.table)).all()
 

@@ -137,6 +137,14 @@ def test_a_recovery_uses_the_loads(world: World) -> None:
     # The job is whole and sound again: `validate` ran after each step.
 
 
+def test_an_operator_may_forbid_rebalances() -> None:
+    """With 0 s between looks no job is ever looked at; its loads are known all the same."""
+    loads = ExpertLoads(look_every_s=0.0)
+    assert not any(loads.take_due("job", 1, now) for now in (0.0, 1.0, 1e9))
+    loads.take("job", RANK, rows(np.full((1, 4), 500.0)), (1, 4), 0.0)
+    assert loads.of("job", "decode", 0) is not None
+
+
 def test_old_tokens_fade() -> None:
     """After a half-life a token counts half; rows of another shape count nothing."""
     loads = ExpertLoads()

@@ -18,7 +18,7 @@ from raddle.model.types import RankKey
 HALF_LIFE_S = 120.0
 # Fewer tokens an expert on average, and chance alone moves a load by more than 10 %.
 TOKENS_AN_EXPERT_MIN = 100
-# After a new epoch, and after a look, an instance is left alone for so long.
+# After a new epoch, and after a look, a job is left alone for so long.
 LOOK_EVERY_S = 120.0
 
 
@@ -32,6 +32,8 @@ class _Seen:
 class ExpertLoads:
     """Loads by job, role and instance, and when each job is to be looked at."""
 
+    #: 0: nobody is looked at, recoveries use the loads all the same.
+    look_every_s: float = LOOK_EVERY_S
     seen: dict[tuple[str, str, int], _Seen] = field(
         default_factory=dict[tuple[str, str, int], _Seen]
     )
@@ -66,13 +68,15 @@ class ExpertLoads:
 
     def take_due(self, job_uid: str, epoch: int, now: float) -> bool:
         """Is it time to look at the job at this epoch? Then the next time is later."""
+        if not self.look_every_s:
+            return False
         known, at_s = self.due.get(job_uid, (0, 0.0))
         if known != epoch:
-            self.due[job_uid] = (epoch, now + LOOK_EVERY_S)
+            self.due[job_uid] = (epoch, now + self.look_every_s)
             return False
         if now < at_s:
             return False
-        self.due[job_uid] = (epoch, now + LOOK_EVERY_S)
+        self.due[job_uid] = (epoch, now + self.look_every_s)
         return True
 
     def forget(self, job_uid: str) -> None:

@@ -48,6 +48,7 @@ from raddle.core.events import (
     StoreLeaderChanged,
     Woken,
 )
+from raddle.core.expert_loads import LOOK_EVERY_S, ExpertLoads
 from raddle.core.handlers import answer
 from raddle.core.holds import lift_drain
 from raddle.core.instructions import Instruction, ProbeNode, ProbeRank, Reply, WakeAt
@@ -69,11 +70,23 @@ _LEDGER_MAX = 1_024
 class Machine:
     """Decisions of one leader's term over decoded records (`raddle.model` values by key)."""
 
-    def __init__(self, records: Mapping[str, Any], *, now: float, term: int = 0) -> None:
+    def __init__(
+        self,
+        records: Mapping[str, Any],
+        *,
+        now: float,
+        term: int = 0,
+        rebalance_every_s: float = LOOK_EVERY_S,
+    ) -> None:
         state = State(records)
-        cluster = Cluster(state.supernodes())
-        nodes = NodeTracker(now=now)
-        self.context = Context(state=state, cluster=cluster, nodes=nodes, now=now, term=term)
+        self.context = Context(
+            state=state,
+            cluster=Cluster(state.supernodes()),
+            nodes=NodeTracker(now=now),
+            now=now,
+            term=term,
+            expert_loads=ExpertLoads(rebalance_every_s),
+        )
         self._first_loss_s: float | None = None
         self._wake_s: float | None = None
         self._begin_term()

@@ -9,14 +9,17 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 import msgspec
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from raddle.core.expert_loads import LOOK_EVERY_S
+from raddle.core.machine import Machine
 from raddle.model.errors import RaddleError
 from raddle.model.incident import LeaderRecord
 from raddle.scheduler import kv_service
@@ -60,6 +63,9 @@ class Settings:
     identity: str = setting("", "name of this replica (default: host name and a random part)")
     allow_fault_injection: bool = setting(False, "let `raddle inject` set faults")
     reflection: bool = setting(False, "serve gRPC reflection")
+    rebalance_every_s: Annotated[float, msgspec.Meta(ge=0)] = setting(
+        LOOK_EVERY_S, "seconds from one look at a job's expert loads to the next; 0: no rebalance"
+    )
     policy: str = setting("", "YAML file with authorization rules")
     metrics_listen: str = setting(
         "", "address for Prometheus metrics, and for probes at /live and /ready; empty for none"
@@ -214,12 +220,14 @@ class SchedulerProcess:
 
     def _leader(self, term: Term) -> Leader:
         calm_collector()
+        make_machine = partial(Machine, rebalance_every_s=self.settings.rebalance_every_s)
         return Leader(
             self.store,
             self.mirror,
             term,
             Prober(self.tls),
             self.replica.metrics,
+            make_machine=make_machine,
             decided=self.watches.decided,
         )
 

@@ -23,7 +23,7 @@ from raddle.core.experts.maps import (
 )
 from raddle.core.experts.place import place_experts
 from raddle.core.experts.rebalance import rebalance_map
-from raddle.core.experts.repair import MapChange, repair_map
+from raddle.core.experts.repair import repair_map
 from raddle.core.experts.sources import Bandwidths, Sources, choose_sources
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.expert_map import MapDocument
@@ -78,16 +78,15 @@ def repair(
     table = before.physical_to_logical
     readable = readable_dies(after) & ~fresh
 
-    def work() -> tuple[MapChange, Sources]:
-        change = repair_map(table, wanted, layout, joined=fresh, swaps=swaps)
-        return change, choose_sources(change, table, layout, readable, rates)
-
-    (change, sources), cpu_ms = timed(work)
+    change, cpu_ms = timed(lambda: repair_map(table, wanted, layout, joined=fresh, swaps=swaps))
+    # Who sends the weights is asked once the map is known: another decision, told by itself.
+    sources, sources_cpu_ms = timed(lambda: choose_sources(change, table, layout, readable, rates))
     new = replace(after, physical_to_logical=change.table, experts=before.experts)
     more = {
         "balancedness_before": _rounded(balancedness(table, wanted, old)),
         "donor_slots": change.donor_slots,
         "kept": change.kept,
+        "sources_cpu_ms": sources_cpu_ms,
         **_sources(sources),
     }
     return Result(new, wanted, cpu_ms, change.loads, more)

@@ -19,13 +19,17 @@ def copy_loads(loads: FloatArray, copies: IntArray) -> FloatArray:
     return shared
 
 
+def slot_indices(grid: IntArray, columns: int) -> IntArray:
+    """Where each slot's expert is in a flat [layers, columns], in the shape of the grid."""
+    # -1 and -2 count from the end of their own layer.
+    index: IntArray = np.where(grid < 0, grid + columns, grid)
+    index += (numbers(len(grid)) * columns).reshape(-1, *[1] * (grid.ndim - 1))
+    return index
+
+
 def loads_of_slots(grid: IntArray, shared: FloatArray) -> FloatArray:
     """Load of each slot, in the shape of the grid."""
-    layers, columns = shared.shape
-    # Flat indices: -1 and -2 count from the end of their own layer.
-    index: IntArray = np.where(grid < 0, grid + columns, grid)
-    index += (numbers(layers) * columns).reshape(-1, *[1] * (grid.ndim - 1))
-    return shared.ravel()[index]
+    return shared.ravel()[slot_indices(grid, shared.shape[1])]
 
 
 def die_loads(table: IntArray, loads: FloatArray, layout: Layout) -> FloatArray:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from raddle.core.experts.layout import NO_SLOT, BoolArray, FloatArray, IntArray, Layout, numbers
+from raddle.core.experts.places import Places
 
 _TINY = 1e-12
-# Rounds of pairs: loads halve their distance to the mean in each, so 12 are plenty.
-_ROUNDS_MAX = 12
-# The best exchanges of a layer that are looked at until one keeps copies apart.
-_TRIES = 16
+# Rounds of pairs: most layers need 3 to 6, those whose copies hinder each other up to 20.
+_ROUNDS_MAX = 24
 # The slowest die may exchange with so many of the fastest, more if dies have few slots: about
 # so many exchanges a layer are compared.
 _PARTNERS_MIN = 12
@@ -26,10 +25,8 @@ _CANDIDATES = 1_000
 _LEAST_GAIN = 1e-9
 # An exchange of two experts that are loaded anyway costs nothing, but is not endlessly good.
 _OVERHEAD = 0.35
-# So many pairs of dies a round may exchange experts with copies.
-_SHARED_PAIRS = 4
 # A layer whose slowest die got no faster in so many rounds is left alone.
-_PATIENCE = 2
+_PATIENCE = 3
 
 
 @dataclass(slots=True)
@@ -42,22 +39,28 @@ class Working:
     weight: FloatArray
     #: [layers, dies]
     carried: FloatArray
-    #: [layers, experts + 2] expert (or no expert) without a second copy: it may go anywhere.
-    single: BoolArray
+    #: [layers, experts + 2] has the expert a second copy? No expert (-1) has none.
+    shared: BoolArray
+    places: Places
     layout: Layout
-    closeness: FloatArray
 
     @staticmethod
     def of(grid: IntArray, weight: FloatArray, copies: IntArray, layout: Layout) -> Working:
-        single = np.ones((copies.shape[0], copies.shape[1] + 2), dtype=bool)
-        single[:, :-2] = copies <= 1
-        single[:, NO_SLOT] = False
-        return Working(grid, weight, weight.sum(axis=2), single, layout, layout.closeness())
+        layers, experts = copies.shape
+        shared = np.zeros((layers, experts + 2), dtype=bool)
+        shared[:, :-2] = copies > 1
+        layer, die, place = np.nonzero(shared[numbers(layers)[:, None, None], grid])
+        pair = layer * experts + grid[layer, die, place]
+        places = Places.of(pair, die, copies, layout.domains)
+        return Working(grid, weight, weight.sum(axis=2), shared, places, layout)
 
     def swap(
         self, layer: IntArray, a: tuple[IntArray, IntArray], b: tuple[IntArray, IntArray]
     ) -> None:
-        """Exchange slots a and b, each (dies, places), one exchange a row; no die twice a layer."""
+        """Exchange slots a and b, each (dies, places), one exchange a row.
+
+        No die of a layer and no expert with copies is in two of them.
+        """
         here, there = (layer, *a), (layer, *b)
         for array in (self.grid, self.weight):
             kept = array[here]
@@ -66,18 +69,40 @@ class Working:
         gained = self.weight[here] - self.weight[there]
         self.carried[layer, a[0]] += gained
         self.carried[layer, b[0]] -= gained
+        for came, origin, target in ((self.grid[here], b[0], a[0]), (self.grid[there], a[0], b[0])):
+            moved = self.shared[layer, came]
+            pair = self.pairs(layer[moved], came[moved])
+            self.places.move(pair, origin[moved], target[moved])
 
-    def parts_worse(
+    def pairs(self, layer: IntArray, expert: IntArray) -> IntArray:
+        experts = self.shared.shape[1] - 2
+        return np.asarray(layer * experts + expert)
+
+    def apart(
         self, layer: IntArray, expert: IntArray, origin: IntArray, target: IntArray
-    ) -> FloatArray:
-        """How much closer to its other copies each expert comes by going from die to die."""
-        rows = numbers(len(layer))
-        holds = (self.grid[layer] == expert[:, None, None]).any(axis=2).astype(np.float64)
-        holds[rows, origin] = 0.0
-        closer = self.closeness[target] - self.closeness[origin]
-        found = np.einsum("ij,ij->i", holds, closer)
-        # No expert is never close to anything.
-        return np.where(expert >= 0, found, 0.0)
+    ) -> IntArray:
+        """How much farther from its other copies an expert comes by going from die to die.
+
+        Negative: it would share what it does not share now. All arrays broadcast.
+        """
+        layer, expert, origin, target = np.broadcast_arrays(layer, expert, origin, target)
+        found: IntArray = np.zeros(layer.shape, dtype=np.int64)
+        at = self.shared[layer, expert]
+        pair = self.pairs(layer[at], expert[at])
+        found[at] = self.places.gain(pair, origin[at], target[at])
+        return found
+
+    def may_move(self, layer: IntArray, origin: IntArray, target: IntArray) -> BoolArray:
+        """[..., width] may each slot's expert go from die to die, no closer to its copies?"""
+        expert = self.grid[layer, origin]
+        fine: BoolArray = (
+            np.ones(expert.shape, dtype=bool) if self.layout.is_even else expert != NO_SLOT
+        )
+        at = np.nonzero(self.shared[layer[..., None], expert])
+        row = at[:-1]
+        pair = self.pairs(layer[row], expert[at])
+        fine[at] = self.places.gain(pair, origin[row], target[row]) >= 0
+        return fine
 
 
 def even_out(work: Working, goal: FloatArray) -> None:
@@ -110,32 +135,34 @@ def even_out(work: Working, goal: FloatArray) -> None:
 def _exchange_pairs(work: Working, layers: IntArray, slow: IntArray, fast: IntArray) -> None:
     """One exchange in each pair of dies [layers, pairs] that brings both closest to each other.
 
-    Copies of one expert keep away from each other: only the pairs of the slowest dies may exchange
-    experts with copies, each expert once, and only if these come no closer.
+    Copies of one expert come no closer to each other, and none is in two exchanges of a round.
     """
-    row, width = layers[:, None], work.grid.shape[2]
-    speeds = work.layout.speeds
+    row, speeds = layers[:, None], work.layout.speeds
     slow_load, fast_load = work.carried[row, slow], work.carried[row, fast]
     wanted = (slow_load * speeds[fast] - fast_load * speeds[slow]) / (speeds[fast] + speeds[slow])
-    slow_weight, fast_weight = work.weight[row, slow], work.weight[row, fast]
-    slow_expert, fast_expert = work.grid[row, slow], work.grid[row, fast]
+    row = np.broadcast_to(row, slow.shape)
     # What must not move is infinitely far from any wish.
-    if not work.layout.is_even:
-        slow_weight[slow_expert == NO_SLOT] = np.inf
-        fast_weight[fast_expert == NO_SLOT] = -np.inf
-    few = min(_SHARED_PAIRS, slow.shape[1])
-    first, first_miss = _closest(slow_weight[:, :few], fast_weight[:, :few], wanted[:, :few])
-    taken = first_miss < wanted[:, :few] - _TINY
-    taken &= _may_part_pairs(work, layers, slow[:, :few], fast[:, :few], first)
-    free_slow = np.where(work.single[row[..., None], slow_expert], slow_weight, np.inf)
-    free_fast = np.where(work.single[row[..., None], fast_expert], fast_weight, -np.inf)
-    best, miss = _closest(free_slow, free_fast, wanted)
-    better = miss < wanted - _TINY
-    best[:, :few] = np.where(taken, first, best[:, :few])
-    better[:, :few] |= taken
-    layer, pair = np.nonzero(better)
-    at_slow, at_fast = divided(best[layer, pair], width)
-    work.swap(layers[layer], (slow[layer, pair], at_slow), (fast[layer, pair], at_fast))
+    slow_weight = np.where(work.may_move(row, slow, fast), work.weight[row, slow], np.inf)
+    fast_weight = np.where(work.may_move(row, fast, slow), work.weight[row, fast], -np.inf)
+    best, miss = _closest(slow_weight, fast_weight, wanted)
+    at, pair = np.nonzero(miss < wanted - _TINY)
+    at_slow, at_fast = divided(best[at, pair], work.grid.shape[2])
+    layer, here, there = layers[at], slow[at, pair], fast[at, pair]
+    once = _once(work, layer, work.grid[layer, here, at_slow], work.grid[layer, there, at_fast])
+    layer, here, there = layer[once], here[once], there[once]
+    work.swap(layer, (here, at_slow[once]), (there, at_fast[once]))
+
+
+def _once(work: Working, layer: IntArray, one: IntArray, other: IntArray) -> BoolArray:
+    """[exchanges] is each the first of its layer with these experts? Those without copies are."""
+    number = numbers(len(layer))
+    first = np.full(work.shared.shape, len(layer))
+    for expert in (one, other):
+        np.minimum.at(first, (layer, expert), number)
+    fine: BoolArray = np.ones(len(layer), dtype=bool)
+    for expert in (one, other):
+        fine &= (first[layer, expert] == number) | ~work.shared[layer, expert]
+    return fine
 
 
 def _closest(one: FloatArray, other: FloatArray, wanted: FloatArray) -> tuple[IntArray, FloatArray]:
@@ -150,45 +177,6 @@ def _closest(one: FloatArray, other: FloatArray, wanted: FloatArray) -> tuple[In
 def divided(flat: IntArray, width: int) -> tuple[IntArray, IntArray]:
     one, other = np.divmod(flat, width)
     return one, other
-
-
-def _may_part_pairs(
-    work: Working, layers: IntArray, slow: IntArray, fast: IntArray, best: IntArray
-) -> BoolArray:
-    """`_may_part` for some pairs of each layer, no expert with copies in two of them."""
-    pairs = slow.shape[1]
-    row = np.repeat(layers, pairs)
-    here, there = slow.ravel(), fast.ravel()
-    places = divided(best.ravel(), work.grid.shape[2])
-    fine = _may_part(work, row, (here, there), places).reshape(slow.shape)
-    one = work.grid[row, here, places[0]].reshape(slow.shape)
-    other = work.grid[row, there, places[1]].reshape(slow.shape)
-    for pair in range(1, pairs):
-        earlier = np.concatenate([one[:, :pair], other[:, :pair]], axis=1)
-        again = (earlier == one[:, pair, None]) | (earlier == other[:, pair, None])
-        fine[:, pair] &= ~again.any(axis=1)
-    return fine
-
-
-def _may_part(
-    work: Working,
-    layers: IntArray,
-    dies: tuple[IntArray, IntArray],
-    places: tuple[IntArray, IntArray],
-) -> BoolArray:
-    """Do the copies of the two experts of each exchange come no closer to each other?"""
-    one = work.grid[layers, dies[0], places[0]]
-    other = work.grid[layers, dies[1], places[1]]
-    fine = work.single[layers, one] & work.single[layers, other]
-    rest = np.flatnonzero(~fine)
-    if len(rest):
-        at, (here, there) = layers[rest], (dies[0][rest], dies[1][rest])
-        closer = np.maximum(
-            work.parts_worse(at, one[rest], here, there),
-            work.parts_worse(at, other[rest], there, here),
-        )
-        fine[rest] = (closer <= 0) & (one[rest] != other[rest])
-    return fine
 
 
 def exchange_best(work: Working, layers: IntArray, old: IntArray) -> BoolArray:
@@ -210,36 +198,26 @@ def _exchange_with(work: Working, layers: IntArray, old: IntArray, partners: int
     """The same with so many of the fastest dies."""
     if not len(layers):
         return np.zeros(0, dtype=bool)
-    rows = numbers(len(layers))
     order = np.argsort(work.carried[layers] / work.layout.speeds, axis=1, kind="stable")
     slow, fast = order[:, -1], order[:, : min(partners, order.shape[1] - 1)]
     worth = _worth(work, layers, slow, fast, old)
     flat = worth.reshape(len(layers), -1)
-    done = np.zeros(len(layers), dtype=bool)
-    left = rows
-    # An exchange that would bring copies together is passed over for the next best one.
-    for _ in range(_TRIES):
-        best = flat[left].argmax(axis=1)
-        better = flat[left, best] > 0
-        left, best = left[better], best[better]
-        place, rest = divided(best, worth[0, 0].size)
-        partner, other = divided(rest, work.layout.width)
-        at, here, die = layers[left], slow[left], fast[left, partner]
-        fine = _may_part(work, at, (here, die), (place, other))
-        work.swap(at[fine], (here[fine], place[fine]), (die[fine], other[fine]))
-        done[left[fine]] = True
-        flat[left, best] = 0.0
-        left = left[~fine]
-        if not len(left):
-            break
+    best = flat.argmax(axis=1)
+    done: BoolArray = flat[numbers(len(layers)), best] > 0
+    place, rest = divided(best[done], worth[0, 0].size)
+    partner, other = divided(rest, work.layout.width)
+    work.swap(layers[done], (slow[done], place), (fast[done, partner], other))
     return done
 
 
 def _worth(
     work: Working, layers: IntArray, slow: IntArray, fast: IntArray, old: IntArray
 ) -> FloatArray:
-    """[layers, own places, fast dies, places] time gained a load; 0 is no improvement."""
-    speeds, row = work.layout.speeds, layers[:, None]
+    """[layers, own places, fast dies, places] time gained a load.
+
+    0 is no improvement, or one that would bring copies of an expert closer to each other.
+    """
+    speeds, row = work.layout.speeds, np.broadcast_to(layers[:, None], fast.shape)
     mine, theirs = work.grid[layers, slow], work.grid[row, fast]
     # What the slowest die gets rid of.
     gain = work.weight[layers, slow][:, :, None, None] - work.weight[row, fast][:, None]
@@ -251,12 +229,7 @@ def _worth(
     worth[worth < slowest[:, None, None, None] * _LEAST_GAIN] = 0.0
     loads = (mine == old[layers, slow])[:, :, None, None] + _OVERHEAD
     worth /= loads + (theirs == old[row, fast])[:, None]
-    # No expert goes to a die that has it already; empty slots are nobody's double.
-    there = theirs[:, None] == mine[:, :, None, None]
-    there &= (mine >= 0)[:, :, None, None]
-    layer, place, die, other = np.nonzero(there)
-    worth[layer, place, die] = 0.0
-    worth[layer, :, die, other] = 0.0
-    if not work.layout.is_even:
-        worth[(theirs == NO_SLOT)[:, None] | (mine == NO_SLOT)[:, :, None, None]] = 0.0
+    away = work.may_move(row, np.broadcast_to(slow[:, None], fast.shape), fast)
+    worth *= away.transpose(0, 2, 1)[..., None]
+    worth *= work.may_move(row, fast, np.broadcast_to(slow[:, None], fast.shape))[:, None]
     return worth

@@ -5,9 +5,10 @@ die), evened out by exchanges, and kept apart: never two copies of an expert on 
 different NPUs, nodes and racks while the counts allow. Equal choices go to the lowest index.
 
 With many slots a die, experts with copies come first, in an order of dies whose runs differ in all
-domains; the others fill each row, the heaviest to the least loaded die. With few slots a die the
-rows are folded, heaviest copy with lightest (best possible for two), and some spread is restored
-afterwards; there the counts decide, so several ways to count are tried and the best is kept.
+domains; the others fill each row, the heaviest to the least loaded die. Layers that do not come
+close to their bound are tried with other counts. With few slots a die the rows are folded, heaviest
+copy with lightest (best possible for two), back and forth in that order of dies; there the counts
+decide, so several ways to count are compared first.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from raddle.core.experts.balance import copy_loads, loads_of_slots
 from raddle.core.experts.copies import by_load, copies_of_sorted, count_copies
 from raddle.core.experts.exchange import Working, even_out
 from raddle.core.experts.layout import EMPTY, NO_SLOT, FloatArray, IntArray, Layout, numbers
-from raddle.core.experts.part import part_copies
+from raddle.core.experts.part import LEVELS_ALWAYS_APART, part_copies
 from raddle.model.errors import PermanentError, Reason
 
 # Good enough: within this of the best possible time of the slowest die.
-_GOAL = 0.997
+_GOAL = 0.996
+# A layer that is this close to what it could be is not tried with other counts; one that is not
+# gives up spread over racks and nodes for balance.
+_GOOD_ENOUGH = 0.992
 # From here on packing is easy whatever the weights of the copies.
 FEW_SLOTS_MAX = 4
-# Powers of the counts that are tried with few slots a die (see `copies_of_sorted`).
-_POWERS = (1.0, 1.05, 1.1, 1.2, 1.35)
-# A layer may be this share as fast as it could be for the sake of spread over nodes and racks.
-_SPREAD_WORTH = 0.97
-# Dies and NPUs.
-_LEVELS_ALWAYS_APART = 2
+# Powers of the counts that are tried (see `copies_of_sorted`), with few slots a die and with many.
+_POWERS_FEW = (1.05, 1.1, 1.2, 1.35)
+_POWERS_MANY = (1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 
 
 def place_experts(loads: FloatArray, layout: Layout) -> IntArray:
@@ -101,50 +102,76 @@ def _place(loads: FloatArray, layout: Layout) -> IntArray:
     order = by_load(loads)
     heavy = np.take_along_axis(loads, order, 1)
     few = 1 < layout.width <= FEW_SLOTS_MAX
-    counts = (
-        _best_counts(heavy, layout)
-        if few
-        else copies_of_sorted(heavy, layout.host_slots, layout.dies)
-    )
-    queue = _queue(order, heavy / counts, counts, layout.host_slots, sort=few)
+    if few:
+        return _laid_out(order, heavy, _best_counts(heavy, layout), layout)[0]
+    counts = copies_of_sorted(heavy, layout.host_slots, layout.dies)
+    grid, times = _laid_out(order, heavy, counts, layout)
+    if layout.width == 1:
+        return grid
+    # A few copies, each a good part of what a die carries, may not pack well: other counts may.
+    bound = _least(heavy, counts, layout) / _GOOD_ENOUGH
+    for power in _POWERS_MANY:
+        behind = np.flatnonzero(times > bound)
+        if not len(behind):
+            break
+        some = heavy[behind]
+        counts = copies_of_sorted(some, layout.host_slots, layout.dies, power)
+        other, reached = _laid_out(order[behind], some, counts, layout)
+        better = reached < times[behind]
+        grid[behind[better]] = other[better]
+        times[behind[better]] = reached[better]
+    return grid
+
+
+def _least(heavy: FloatArray, counts: IntArray, layout: Layout) -> FloatArray:
+    """[layers] no map with these counts makes the slowest die faster."""
+    even = heavy.sum(axis=1) / layout.speeds.sum()
+    heaviest = (heavy / counts).max(axis=1) / layout.speeds.max()
+    return np.asarray(np.maximum(even, heaviest))
+
+
+def _laid_out(
+    order: IntArray, heavy: FloatArray, counts: IntArray, layout: Layout
+) -> tuple[IntArray, FloatArray]:
+    """Grid [layers, dies, width] with these counts, and the time of each layer's slowest die.
+
+    Args:
+        order: [layers, experts] experts, heaviest first.
+        heavy: [layers, experts] their loads.
+        counts: [layers, experts] their copies.
+    """
+    few = 1 < layout.width <= FEW_SLOTS_MAX
+    queue = _queue(order, heavy / counts, counts, layout.host_slots, layout.dies, sort=few)
     grid, weight = _rows(queue, layout, fold=few)
     if layout.width == 1 and _same_speed(layout):
-        return grid
-    copies = np.empty_like(counts)
+        return grid, weight.max(axis=(1, 2))
+    copies, loads = np.empty_like(counts), np.empty_like(heavy)
     np.put_along_axis(copies, order, counts, 1)
-    even = heavy.sum(axis=1) / layout.speeds.sum()
-    goal = np.maximum(even, (heavy / counts).max(axis=1) / layout.speeds.max()) / _GOAL
+    np.put_along_axis(loads, order, heavy, 1)
+    goal = _least(heavy, counts, layout) / _GOAL
     work = Working.of(grid, weight, copies, layout)
-    if not few and _is_regular(layout):
-        even_out(work, goal)
-        return work.grid
-    reference = np.minimum(_slowest(work), goal) if not few else _slowest(work)
-    found = _parted(work, loads, copies, goal, len(layout.domains))
-    # Where nodes or racks are of different sizes, keeping copies apart in them may cost more
-    # balance than it is worth: then only dies and NPUs are kept apart.
-    dear = np.flatnonzero(_slowest(found) * _SPREAD_WORTH > reference)
-    if len(dear):
-        again = Working.of(grid[dear], weight[dear], copies[dear], layout)
-        other = _parted(again, loads[dear], copies[dear], goal[dear], _LEVELS_ALWAYS_APART)
-        better = _slowest(other) < _slowest(found)[dear]
-        found.grid[dear[better]] = other.grid[better]
-    return found.grid
+    # Folding is the best that can be done with these counts and two slots a die.
+    folded = np.maximum(goal, _slowest(work)) if few else goal
+    if layout.width == 2 and _same_speed(layout):  # noqa: PLR2004 - two slots
+        goal = folded
+    if few or not _is_regular(layout):
+        part_copies(work, numbers(len(grid)), len(layout.domains))
+        work = _without_doubles(work, loads)
+    even_out(work, goal)
+    # Above all where nodes or racks are of different sizes, keeping copies apart in them may cost
+    # more balance than it is worth: first racks don't count any more, then nodes.
+    enough = folded / _GOOD_ENOUGH
+    for kept in range(len(layout.domains) - 1, LEVELS_ALWAYS_APART - 1, -1):
+        if (_slowest(work) <= enough).all():
+            break
+        del work.places.levels[kept:]
+        even_out(work, enough)
+    return work.grid, _slowest(work)
 
 
 def _slowest(work: Working) -> FloatArray:
     """[layers] time of the slowest die."""
     return np.asarray((work.carried / work.layout.speeds).max(axis=1))
-
-
-def _parted(
-    work: Working, loads: FloatArray, copies: IntArray, goal: FloatArray, levels: int
-) -> Working:
-    """A changed copy whose copies of experts keep apart on so many levels, evened out."""
-    found = Working.of(work.grid.copy(), work.weight.copy(), copies, work.layout)
-    part_copies(found, copies, levels)
-    found = _without_doubles(found, loads)
-    even_out(found, goal)
-    return found
 
 
 def _is_regular(layout: Layout) -> bool:
@@ -173,7 +200,7 @@ def _same_speed(layout: Layout) -> bool:
 
 
 def _queue(
-    order: IntArray, share: FloatArray, counts: IntArray, slots: int, *, sort: bool
+    order: IntArray, share: FloatArray, counts: IntArray, slots: int, dies: int, *, sort: bool
 ) -> _Queue:
     """Copies of the same expert stay side by side."""
     layers = len(order)
@@ -183,11 +210,32 @@ def _queue(
         by_weight = np.argsort(-weight, axis=1, kind="stable")
         expert = np.take_along_axis(expert, by_weight, 1)
         weight = np.take_along_axis(weight, by_weight, 1)
+        if dies < expert.shape[1]:
+            turned = _second_row_first(expert, dies)
+            expert = np.take_along_axis(expert, turned, 1)
+            weight = np.take_along_axis(weight, turned, 1)
     missing = slots - expert.shape[1]
     if missing:
         expert = np.pad(expert, ((0, 0), (0, missing)), constant_values=EMPTY)
         weight = np.pad(weight, ((0, 0), (0, missing)))
     return _Queue(expert, weight, np.where(counts > 1, counts, 0).sum(axis=1))
+
+
+def _second_row_first(expert: IntArray, dies: int) -> IntArray:
+    """[layers, copies] an order in which the second row does not begin on its own dies.
+
+    It is folded back over the end of the first row: copies of an expert that fills this end and
+    goes on would come to the same dies, so as many others go before them.
+    """
+    place = numbers(expert.shape[1])
+    split = expert == expert[:, dies - 1, None]
+    before = np.count_nonzero(split[:, :dies], axis=1)[:, None]
+    after = np.count_nonzero(split[:, dies:], axis=1)[:, None]
+    room = np.minimum(before, expert.shape[1] - dies - after)
+    found: IntArray = np.broadcast_to(place, expert.shape).copy()
+    found += after * ((place >= dies) & (place < dies + room))
+    found -= room * ((place >= dies + room) & (place < dies + room + after))
+    return found
 
 
 def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, FloatArray]:
@@ -204,7 +252,8 @@ def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, Float
         dies = order[layout.slots[order] > row].reshape(layers, -1)
         end = start + dies.shape[1]
         apart = dies.shape[1] if fold and row == 0 else 0 if fold else queue.shared - start
-        target = dies
+        # Folded back, equal dies come in the reverse order: copies stay side by side.
+        target = dies = dies[:, ::-1] if fold and row % 2 else dies
         if row or not _same_speed(layout):
             busy = np.take_along_axis(carried, dies, 1)
             turns = _turns(busy, layout.speeds[dies], np.broadcast_to(apart, layers))
@@ -252,7 +301,7 @@ def _best_counts(heavy: FloatArray, layout: Layout) -> IntArray:
     layers = len(heavy)
     best = copies_of_sorted(heavy, layout.host_slots, layout.dies)
     least = _heaviest_die(heavy, best, layout)
-    for power in _POWERS[1:]:
+    for power in _POWERS_FEW:
         counts = copies_of_sorted(heavy, layout.host_slots, layout.dies, power)
         heaviest = _heaviest_die(heavy, counts, layout)
         better = heaviest < least * (1 - 1e-9)

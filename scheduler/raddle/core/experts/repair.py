@@ -20,6 +20,7 @@ from raddle.core.experts.balance import (
     copy_loads,
     least_times,
     loads_of_slots,
+    slot_indices,
 )
 from raddle.core.experts.copies import count_copies, heaviest_copy
 from raddle.core.experts.exchange import Working, exchange_best
@@ -32,6 +33,7 @@ from raddle.core.experts.layout import (
     nearness,
     numbers,
 )
+from raddle.core.experts.part import LEVELS_ALWAYS_APART, ROUNDS_MAX, part_copies
 
 # Without a number of swaps: as many as reach this balance...
 BALANCE_GOAL = 0.95
@@ -172,6 +174,8 @@ class _Filling:
         self.carried = np.zeros(grid.shape[:2])
         #: [layers] the mean die, experts that are to be covered included.
         self.even = np.maximum(loads.sum(axis=1) / layout.dies, 1e-300)
+        #: The slots' experts in the two tables below, kept up to date with the grid.
+        self.index = slot_indices(grid, loads.shape[1] + 2)
         self.shared = np.zeros((len(grid), loads.shape[1] + 2))
         self.price = np.full(self.shared.shape, np.inf)
         self.price[:, EMPTY] = 0.0
@@ -191,8 +195,7 @@ class _Filling:
     def _weigh(self, layers: IntArray) -> None:
         """Loads of the dies. With one slot a die any donor does as well: nothing is weighed."""
         if self.layout.width > 1:
-            weight = loads_of_slots(self.grid[layers], self.shared[layers])
-            self.carried[layers] = weight.sum(axis=2)
+            self.carried[layers] = self.shared.ravel()[self.index[layers]].sum(axis=2)
 
     def _price(self, layer: IntArray, expert: IntArray) -> None:
         """What a copy weighs, and what it costs that it gives way: infinite if it is needed.
@@ -229,7 +232,7 @@ class _Filling:
             return
         grid = self.grid[layer]
         rows = numbers(len(layer))
-        score = loads_of_slots(grid, self.price[layer])
+        score: FloatArray = self.price.ravel()[self.index[layer]]
         score += self._harm(layer, expert, grid)[:, :, None]
         flat = score.reshape(len(layer), -1)
         best = flat.argmin(axis=1)
@@ -243,6 +246,7 @@ class _Filling:
         donor = given >= 0
         self.donor_slots += int(np.count_nonzero(donor))
         self.grid[layer, die, place] = expert
+        self.index[layer, die, place] = layer * self.shared.shape[1] + expert
         self.copies[layer, expert] += 1
         self.copies[layer[donor], given[donor]] -= 1
         self.burden += np.bincount(die, minlength=self.layout.dies)
@@ -333,13 +337,14 @@ def _improve(
     work = Working.of(grid, weight, copies, layout)
     bound = least_times(loads, layout) * _ROUNDING
     allowed = int(LOADS_SHARE_MAX * slots)
+    # Each exchange loads two experts at most. Copies that came to share an NPU are parted first.
+    rounds = (allowed - _count_loads(old, grid)) // (2 * len(rows)) if swaps is None else swaps
     left = rows.astype(np.int64)
-    turn = 0
+    turn = part_copies(work, left, LEVELS_ALWAYS_APART, min(rounds, ROUNDS_MAX))
     while len(left) and (swaps is None or turn < swaps):
         left = left[(work.carried[left] / layout.speeds).max(axis=1) > bound[left]]
         chosen = left
         if swaps is None:
-            # Each exchange loads two experts at most.
             exchanges = (allowed - _count_loads(old, grid)) // 2
             chosen = _worst_layers(balance_of_layers(work.carried, layout), left, exchanges)
             if not len(chosen):
