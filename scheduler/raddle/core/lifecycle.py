@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from raddle.core import timeline
+from raddle.core import pools, timeline
 from raddle.core.admission import model_shape
 from raddle.core.context import (
     Context,
@@ -134,6 +134,7 @@ def start(context: Context, job: Job, placed: PlacedJob) -> None:
     epoch = next_epoch(context, job)
     context.seen_since.pop(job.uid, None)
     placement = _with_starts(placed.placement(job.uid, epoch), epoch)
+    placement = pools.with_slots(context, job, placement)
     job = replace(
         job,
         epoch=epoch,
