@@ -15,7 +15,7 @@ import numpy as np
 
 from raddle.core.kvcache.index import BlockEvent, BlockIndex, block_keys
 from raddle.core.kvcache.restore import KvCosts, Pool, Survivor, plan_restores
-from raddle.core.kvcache.table import Keys
+from raddle.core.kvcache.rows import Keys
 from raddle.model.kv import BlockSpace, KvEventKind
 from raddle.model.routes import SequenceReport
 from raddle.model.types import RankKey
@@ -42,14 +42,15 @@ def measure() -> dict[str, Any]:
     before = resident_bytes()
     index = BlockIndex()
     writers = [_Writer(index, rank) for rank in range(MEMBERS)]
-    stored_s = _change(writers, keys, KvEventKind.STORED, BLOCKS)
+    stored_s, longest_s = _change(writers, keys, KvEventKind.STORED, BLOCKS)
     grown = resident_bytes() - before
     lookups = _lookups_per_s(index, keys)
     # Half of the blocks leave, so that both kinds of events count.
-    removed_s = _change(writers, keys, KvEventKind.REMOVED, BLOCKS // 2)
+    removed_s, _ = _change(writers, keys, KvEventKind.REMOVED, BLOCKS // 2)
     return {
         "index_bytes_per_location": round(grown / (BLOCKS * COPIES), 1),
         "events_per_s": round((BLOCKS + BLOCKS // 2) * COPIES / (stored_s + removed_s)),
+        "event_longest_ms": round(longest_s * 1e3, 2),
         "lookups_per_s": round(lookups),
         "plan_cpu_ms": round(_plan_cpu_ms(), 3),
         "shapes": {
@@ -87,14 +88,19 @@ class _Writer:
         assert self._index.apply(self._name, "a", event)
 
 
-def _change(writers: list[_Writer], keys: Keys, kind: KvEventKind, blocks: int) -> float:
-    """CPU seconds for that many blocks of each copy, an event at a time."""
-    began = time.process_time()
+def _change(
+    writers: list[_Writer], keys: Keys, kind: KvEventKind, blocks: int
+) -> tuple[float, float]:
+    """CPU seconds for that many blocks of each copy, an event at a time; and of the longest one."""
+    began = before = time.process_time()
+    longest = 0.0
     for copy in range(COPIES):
         for number, start in enumerate(range(0, blocks, BLOCKS_AN_EVENT)):
             writer = writers[(number + copy * MEMBERS // COPIES) % MEMBERS]
             writer.tell(kind, keys[start : min(start + BLOCKS_AN_EVENT, blocks)])
-    return time.process_time() - began
+            now = time.process_time()
+            longest, before = max(longest, now - before), now
+    return time.process_time() - began, longest
 
 
 def _lookups_per_s(index: BlockIndex, keys: Keys) -> float:

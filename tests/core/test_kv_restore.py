@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from raddle.core.kvcache.index import BlockEvent, BlockIndex, block_keys
 from raddle.core.kvcache.recoveries import Recoveries, Recovery
 from raddle.core.kvcache.restore import (
+    PEERS_A_SEQUENCE_MAX,
     RESTORE_S,
     KvCosts,
     Pool,
@@ -138,6 +139,42 @@ def test_a_rank_that_holds_blocks_already_is_preferred() -> None:
     assert found.predicted == pytest.approx(1)
 
 
+def prefill(rank: int) -> RankKey:
+    return RankKey(role="prefill", instance=0, rank=rank)
+
+
+def test_what_the_pool_lacks_comes_from_the_memory_of_peers() -> None:
+    """A prefill rank and another decode rank have the first blocks: the plan names them."""
+    held = replace(pool("c"), peers=[prefill(0), decode(2)])
+    hold(held.index, prefill(0), "a", KvTier.HBM)
+    hold(held.index, decode(2), "b", KvTier.HBM)
+    costs = replace(COSTS, peer_bytes_per_s=10)
+    (found,) = plan([sequence("s", 13, 0, "abc")], [survivor(1)], held, costs).restores
+    assert (found.target, found.tokens_restored) == (decode(1), 12)
+    assert set(found.peers) == {prefill(0), decode(2)}
+    assert found.predicted == pytest.approx(RESTORE_S + 8 / 10 + 4 / 100 + 1)
+
+
+def test_peers_are_not_asked_for_what_the_pool_has() -> None:
+    """A block in the pool comes from there, whoever else has it; a lost rank is no peer."""
+    held = replace(pool("ab"), peers=[prefill(0)])
+    hold(held.index, prefill(0), "ab", KvTier.HBM)
+    hold(held.index, decode(9), "abc", KvTier.HBM)
+    (found,) = plan([sequence("s", 13, 0, "abc")], [survivor(1)], held).restores
+    assert (found.tokens_restored, found.peers) == (8, ())
+
+
+def test_a_plan_names_few_peers() -> None:
+    """Of many ranks with a block each those that have most are asked, the rest is computed."""
+    letters = "abcdefgh"
+    held = replace(pool(), peers=[prefill(n) for n in range(len(letters))])
+    for number, letter in enumerate(letters):
+        hold(held.index, prefill(number), letter, KvTier.HBM)
+    (found,) = plan([sequence("s", 40, 0, letters)], [survivor(1)], held).restores
+    assert len(found.peers) == PEERS_A_SEQUENCE_MAX
+    assert set(found.peers) <= set(held.peers)
+
+
 def test_sequences_spread_by_the_time_they_take() -> None:
     """Each goes where it is back first, the longest first; equals go to the lower rank."""
     lost = [sequence("b", 5, 0), sequence("a", 2, 0), sequence("c", 9, 0), sequence("d", 1, 0)]
@@ -228,7 +265,7 @@ def test_a_sequence_is_back_when_it_sends_more() -> None:
     (one,) = seen.of(JOB)
     assert (one.median_s, one.last_s) == (2, 0)
     seen.reported("j-2", [sequence("c", 9, 9)], [], 13)
-    seen.reported(JOB, [sequence("c", 9, 9)], [], 14)
+    assert seen.reported(JOB, [sequence("c", 9, 9)], [], 14) == [one]
     assert (one.median_s, one.last_s) == (2, 4)
 
 

@@ -9,7 +9,7 @@ from raddle.core.requests import CancelJob
 from raddle.core.sequences import space_of, standing_of
 from raddle.core.state import State
 from raddle.model import keys
-from raddle.model.kv import KvEventKind
+from raddle.model.kv import KvEventKind, KvTier
 from raddle.model.routes import SequenceReport
 from raddle.model.stats import KvEvent, RankStats
 from raddle.model.types import RankKey
@@ -21,9 +21,15 @@ NAMES = tuple(f"{number + 1:016x}" for number in range(4))
 
 
 def store(
-    world: World, uid: str, key: RankKey, names: tuple[str, ...], incarnation: str = "a"
+    world: World,
+    uid: str,
+    key: RankKey,
+    names: tuple[str, ...],
+    incarnation: str = "a",
+    sequence: int = 0,
+    tier: KvTier = KvTier.DRAM,
 ) -> None:
-    event = KvEvent(kind=KvEventKind.STORED, block_hashes=names, sequence=0)
+    event = KvEvent(kind=KvEventKind.STORED, block_hashes=names, sequence=sequence, tier=tier)
     stats = RankStats(rank=key, incarnation=incarnation, kv_events=(event,))
     world.handle(StatsReported("sn0/n00", uid, (stats,)))
 
@@ -67,8 +73,13 @@ def test_a_lost_ranks_sequence_is_restored_from_what_members_said(world: World) 
     ]
     (recovery,) = world.machine.context.state.recoveries.of(uid)
     assert recovery.last_s == 0
+    world.now += 2.5
     report(world, uid, sequence(11))
     assert recovery.last_s > 0
+    stored = world.store[keys.incident(incident.id)].plans[0].instances
+    assert [(p.kv_median_actual, p.kv_last_actual) for p in stored if p.role == "decode"] == [
+        (pytest.approx(recovery.median_s, abs=1e-6), pytest.approx(recovery.last_s, abs=1e-6))
+    ]
 
 
 def test_a_sequence_whose_time_is_over_is_given_up(world: World) -> None:
@@ -96,6 +107,40 @@ def test_a_dead_incarnation_holds_nothing(world: World) -> None:
     kill(world, uid, DECODE)
     plan = world.machine.context.state.incidents()[-1].plans[-1].instances[0]
     assert plan.kv_tokens_restored == 16
+
+
+def test_the_last_words_of_a_lost_rank_count_no_more(world: World) -> None:
+    """They may reach the leader after the plan that its loss made: they bring no block back."""
+    uid = submit(world)
+    status = world.machine.context.state.rank_status
+    placement = world.store[keys.placement(uid)]
+    (node,) = [
+        rank.node
+        for part in placement.instances
+        if part.role == "cache"
+        for rank in part.ranks
+        if rank.rank == 0
+    ]
+    found = status(uid, node, CACHES[0])
+    assert found is not None
+    store(world, uid, CACHES[0], NAMES[:1], found.incarnation)
+    assert located(world, uid, NAMES[0]) == [0]
+    kill(world, uid, CACHES[0])
+    store(world, uid, CACHES[0], NAMES[1:], found.incarnation, sequence=1)
+    assert located(world, uid, NAMES[1]) == []
+
+
+def test_a_peers_own_blocks_bring_a_sequence_back(world: World) -> None:
+    """Without anything in the pool, what another decode rank reported is restored from there."""
+    uid = submit(world)
+    peer = RankKey(role="decode", instance=0, rank=1)
+    store(world, uid, peer, NAMES[:3], tier=KvTier.HBM)
+    store(world, uid, DECODE, NAMES, tier=KvTier.HBM)
+    report(world, uid, sequence(10))
+    kill(world, uid, DECODE)
+    (restore,) = world.store[keys.routes(uid)].restores
+    assert restore.tokens_restored == 48
+    assert restore.target == peer or restore.peers == (peer,)
 
 
 def test_protection_counts_copies_of_live_members(world: World) -> None:

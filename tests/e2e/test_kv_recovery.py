@@ -17,13 +17,17 @@ import pytest
 from raddle import models
 from raddle.agent.engine.reference.blocks import block_hashes, cache_key
 from raddle.agent.engine.reference.shape import parse_shape
-from raddle.v1 import scheduler_pb2
+from raddle.v1 import engine_pb2, incident_pb2, scheduler_pb2
 from tests.e2e.served import JOB, Served, serving
 
 POOL = (
     "{name: cache, kind: cache, ranks: 2, dram_bytes: 100000000,",
     "{name: cache, kind: cache, ranks: 3, dram_bytes: 100000000, kv_replicas: 2,",
 )
+
+
+ONE_COPY = POOL[1].replace("kv_replicas: 2", "kv_replicas: 1")
+NO_POOL = "\n".join(line for line in JOB.splitlines() if "kind: cache" not in line)
 
 
 @pytest.fixture
@@ -151,14 +155,97 @@ async def test_a_new_leader_learns_all_blocks_and_the_command_line_tells(served:
     assert int(status["blocks_below"]) == 0
     assert int(status["blocks"]) == after.blocks
     assert len(status["members"]) == 3
-    name = block_hashes(
-        cache_key(parse_shape(demo_config()).digest), served.requests[0].prompt, 16
-    )[0]
+    name = prompt_blocks(served)[0]
     found = await told(served, "kv", "locate", "small", name, "f" * 32)
     first, nowhere = found["blocks"]
-    assert len({place["node"] for place in first["places"]}) == 2
-    assert {place["tier"] for place in first["places"]} == {"KV_TIER_DRAM"}
+    pooled = [place for place in first["places"] if place["tier"] == "KV_TIER_DRAM"]
+    assert len({place["node"] for place in pooled}) == len(pooled) == 2
+    own = {place["rank"]["role"] for place in first["places"] if place not in pooled}
+    assert own <= {"prefill", "decode"}
     assert (nowhere["places"], found["prefix_blocks"]) == ([], 1)
+
+
+async def test_sequences_come_back_from_the_memory_of_peers(tmp_path: Path) -> None:
+    """A job without a pool: a killed rank's sequences continue from blocks of other ranks."""
+    async with serving(tmp_path, job=NO_POOL) as served:
+
+        async def kill_rank() -> None:
+            await served.kill_decode_rank()
+            await served.ready_at(2)
+
+        await served.same_tokens_while(kill_rank)
+        (incident,) = await served.incidents()
+        plan = incident.plans[0].instances[0]
+        assert plan.kv_tokens_restored > 0
+        ranks = (await served.job()).ranks
+        assert sum(rank.kv_tokens_restored for rank in ranks) > 0
+        found = await locate(served, prompt_blocks(served))
+        places = [place for block in found.blocks for place in block.places]
+        assert {place.tier for place in places} == {engine_pb2.KV_TIER_HBM}
+        assert {place.rank.role for place in places} == {"prefill", "decode"}
+
+        async def measured() -> bool:
+            (incident,) = await served.incidents()
+            plan = incident.plans[0].instances[0]
+            return bool(plan.kv_last_actual.ToNanoseconds() > 0)
+
+        await served.cluster.until(measured, "the incident tells when all were back")
+
+
+async def test_a_drained_pool_host_hands_its_blocks_on_before_it_ends(tmp_path: Path) -> None:
+    """Single copies, under load: the drain is done when all of them are on other hosts."""
+    async with serving(tmp_path, job=JOB.replace(POOL[0], ONE_COPY)) as served:
+        names = prompt_blocks(served)
+        await pooled(served, names)
+        node = (await placed(served, "cache"))[0]
+        before = {rank.incarnation for rank in await ranks_of(served, "cache")}
+
+        async def drain() -> None:
+            request = scheduler_pb2.CreateMaintenanceRequest(subject=node)
+            answer = await served.cluster.stub.CreateMaintenance(request, timeout=10.0)
+            asked = scheduler_pb2.GetMaintenanceRequest(id=answer.maintenance.id)
+
+            async def drained() -> bool:
+                found = await served.cluster.stub.GetMaintenance(asked, timeout=10.0)
+                state = found.maintenance.state
+                return bool(state == incident_pb2.MAINTENANCE_STATE_DRAINED)
+
+            await served.cluster.until(drained, "the node is drained")
+
+        await served.same_tokens_while(drain)
+        assert node not in await placed(served, "cache")
+        assert len(before & set(served.cluster.rank_processes())) == len(before) - 1
+        assert all(place != node for places in await pooled(served, names) for place in places)
+        told = [i.why.message for i in await served.incidents()]
+        assert any("hand their blocks on" in message for message in told)
+
+
+async def pooled(served: Served, names: list[str]) -> list[list[str]]:
+    """Wait until every block is in the pool; gives the nodes of each."""
+    found: list[list[str]] = []
+
+    async def all_there() -> bool:
+        answer = await locate(served, names)
+        found[:] = [
+            [place.node for place in block.places if place.tier == engine_pb2.KV_TIER_DRAM]
+            for block in answer.blocks
+        ]
+        return all(found)
+
+    await served.cluster.until(all_there, "every block is in the pool")
+    return found
+
+
+async def locate(served: Served, names: list[str]) -> Any:
+    request = scheduler_pb2.LocateKvBlocksRequest(job_uid=served.uid, block_hashes=names)
+    return await served.cluster.stub.LocateKvBlocks(request, timeout=10.0)
+
+
+def prompt_blocks(served: Served) -> list[str]:
+    """Names of the full blocks of all prompts."""
+    key = cache_key(parse_shape(demo_config()).digest)
+    names = [name for request in served.requests for name in block_hashes(key, request.prompt, 16)]
+    return list(dict.fromkeys(names))
 
 
 def demo_config() -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 
+from raddle.agent.engine.reference.block_store import BlockStore
 from raddle.agent.engine.reference.fences import Standing
-from raddle.agent.engine.reference.pool import BlockStore
 from raddle.agent.engine.reference.pool_service import PoolService
 from raddle.model.kinds import RoleKind
 from raddle.model.types import Fence, Member

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -147,3 +148,32 @@ def test_a_waiting_job_tells_the_newest_numbers(subject: str) -> None:
     now = Why(reason="W", message="5 are free")
     assert told(found, subject, now)[0] == now
     assert told(found, subject)[0] == job.why
+
+
+def test_what_became_of_sequences_is_told_beside_the_prediction() -> None:
+    """Predicted times first stand alone; when the sequences are back, what it took is told."""
+    part = InstancePlan(
+        role="decode",
+        option=RecoveryKind.REMAP,
+        sequences_restored=2,
+        sequences_given_up=1,
+        kv_median_predicted=0.1,
+        kv_last_predicted=0.25,
+    )
+
+    def story(of: InstancePlan) -> list[str]:
+        plan = JobPlan(job_uid="j-1", epoch=2, instances=(of,))
+        record = Incident(id="i-1", plans=(plan,), why=Why(reason="R", message="m"))
+        return told(mirror(**{keys.incident("i-1"): record}), "incident/i-1")[1]
+
+    before = story(part)
+    assert "  1 sequences are given up: their time is over" in before
+    assert before[-1] == (
+        "  sequences make tokens again: half not yet, or nobody saw it (0.100 s predicted),"
+        " all not yet, or nobody saw it (0.250 s predicted)"
+    )
+    after = story(replace(part, kv_median_actual=0.12, kv_last_actual=0.3))
+    assert after[-1] == (
+        "  sequences make tokens again: half after 0.120 s (0.100 s predicted),"
+        " all after 0.300 s (0.250 s predicted)"
+    )

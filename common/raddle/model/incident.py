@@ -83,6 +83,9 @@ class InstancePlan:
     # When half and all of the sequences make tokens again, counted from the plan.
     kv_median_predicted: float = 0.0
     kv_last_predicted: float = 0.0
+    # When half and all of them did make tokens again; 0 until all did, or when nobody saw it.
+    kv_median_actual: float = 0.0
+    kv_last_actual: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,6 +176,10 @@ class RankPlacement:
     why: Why = field(default_factory=Why)
     # The epoch at which this seat's process was last started; 0 for a seat without a process.
     start_count: int = 0
+    # Of a cache rank: the slots of the pool's map that it keeps, 16 bits each, little-endian.
+    kv_slots: bytes = b""
+    # It hands its blocks on and takes no new ones, until its process may end.
+    kv_draining: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ class ExpertLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvEvent:
-    """A pool member's change, numbered by the owner's incarnation."""
+    """A member's change, numbered by the owner's incarnation."""
 
     kind: KvEventKind = KvEventKind.UNSPECIFIED
     block_hashes: tuple[str, ...] = ()
@@ -67,6 +67,26 @@ class KvEvent:
     lora: str = ""
     tenant_salt: str = ""
     kv_group: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvRepair:
+    """Where a pool member's repair stands.
+
+    The copies of its blocks that others should have and lack.
+    """
+
+    # Since the process began.
+    copies_made: int = 0
+    bytes_made: int = 0
+    copies_left: int = 0
+    bytes_left: int = 0
+    # What is left takes so long at the member's budget.
+    left: float = 0.0
+    # At the report's epoch every block here has all its copies on other members that stay.
+    is_handed_on: bool = False
+    # Copies that found no room anywhere.
+    copies_without_room: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,3 +104,4 @@ class RankStats:
     tokens_generated: int = 0
     kv_tokens_restored: int = 0
     kv_tokens_recomputed: int = 0
+    kv_repair: KvRepair | None = None

@@ -77,6 +77,12 @@ class Member:
     # Of a cache member: copies that the pool keeps of each block, and the member's room.
     kv_replicas: int = 0
     dram_bytes: int = 0
+    # The epoch at which the process was started.
+    start_epoch: int = 0
+    # Of a cache member: the slots of the pool's map that it keeps, 16 bits each, little-endian.
+    kv_slots: bytes = b""
+    # It hands its blocks on and takes no new ones: its node is being drained.
+    kv_draining: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +125,7 @@ class SequenceRestore:
     sequence_id: str = ""
     source: RankKey = field(default_factory=RankKey)
     target: RankKey = field(default_factory=RankKey)
-    # Full KV blocks still held by pool members, oldest first, as hex hashes.
+    # Full KV blocks still held by pool members or peers, oldest first, as hex hashes.
     block_hashes: tuple[str, ...] = ()
     # Tokens of the sequence so far: the prompt and the tokens already sent.
     tokens: int = 0
@@ -129,3 +135,5 @@ class SequenceRestore:
     why: Why = field(default_factory=Why)
     # When it makes tokens again, counted from the plan.
     predicted: float = 0.0
+    # Ranks that hold blocks of it in their own memory, for what the pool lacks.
+    peers: tuple[RankKey, ...] = ()

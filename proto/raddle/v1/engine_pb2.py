@@ -22,64 +22,67 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from raddle.v1 import types_pb2 as raddle_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16raddle/v1/engine.proto\x12\traddle.v1\x1a\x15raddle/v1/types.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xc3\x01\n\x10\x44\x65scribeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\r\n\x05verbs\x18\x02 \x03(\t\x12\x0f\n\x07job_uid\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12 \n\x04rank\x18\x05 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12#\n\x05state\x18\x07 \x01(\x0e\x32\x14.raddle.v1.RankState\x12\x14\n\x0cmodel_digest\x18\x08 \x01(\t\"\r\n\x0bPingRequest\"h\n\x0cPingResponse\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.raddle.v1.RankState\"W\n\x0eQuiesceRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12$\n\x04mode\x18\x02 \x01(\x0e\x32\x16.raddle.v1.QuiesceMode\")\n\x0fQuiesceResponse\x12\x16\n\x0esequences_held\x18\x01 \x01(\x05\"X\n\x11SetMembersRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.raddle.v1.Member\"\x14\n\x12SetMembersResponse\"`\n\x13SetExpertMapRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12(\n\nexpert_map\x18\x02 \x01(\x0b\x32\x14.raddle.v1.ExpertMap\"\x16\n\x14SetExpertMapResponse\"[\n\x12LoadExpertsRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12$\n\x05moves\x18\x02 \x03(\x0b\x32\x15.raddle.v1.ExpertMove\"C\n\x13LoadExpertsResponse\x12\x16\n\x0e\x65xperts_loaded\x18\x01 \x01(\x05\x12\x14\n\x0c\x62ytes_loaded\x18\x02 \x01(\x03\"b\n\x10RestoreKvRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.raddle.v1.SequenceRestore\"W\n\x11RestoreKvResponse\x12\x11\n\tsequences\x18\x01 \x01(\x05\x12\x17\n\x0ftokens_restored\x18\x02 \x01(\x03\x12\x16\n\x0e\x62locks_missing\x18\x03 \x01(\x03\"0\n\rResumeRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\"\x10\n\x0eResumeResponse\"\x13\n\x11WatchStatsRequest\"\xc8\x02\n\x12WatchStatsResponse\x12 \n\x04rank\x18\x01 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12)\n\x0bpeer_faults\x18\x04 \x03(\x0b\x32\x14.raddle.v1.PeerFault\x12+\n\x0c\x65xpert_loads\x18\x05 \x03(\x0b\x32\x15.raddle.v1.ExpertLoad\x12%\n\tkv_events\x18\x06 \x03(\x0b\x32\x12.raddle.v1.KvEvent\x12\x19\n\x11sequences_running\x18\x07 \x01(\x05\x12\x18\n\x10tokens_generated\x18\x08 \x01(\x03\x12\x1a\n\x12kv_tokens_restored\x18\t \x01(\x03\x12\x1c\n\x14kv_tokens_recomputed\x18\n \x01(\x03\"f\n\tPeerFault\x12 \n\x04peer\x18\x01 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x18\n\x10peer_incarnation\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\"+\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\x03\"\x95\x01\n\x07KvEvent\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x1f\n\x04tier\x18\x04 \x01(\x0e\x32\x11.raddle.v1.KvTier\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x13\n\x0btenant_salt\x18\x06 \x01(\t\x12\x10\n\x08kv_group\x18\x07 \x01(\x05*\x89\x01\n\tRankState\x12\x1a\n\x16RANK_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RANK_STATE_STARTING\x10\x01\x12\x17\n\x13RANK_STATE_QUIESCED\x10\x02\x12\x16\n\x12RANK_STATE_SERVING\x10\x03\x12\x16\n\x12RANK_STATE_WAITING\x10\x04*Z\n\x0bQuiesceMode\x12\x1c\n\x18QUIESCE_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11QUIESCE_MODE_KEEP\x10\x01\x12\x16\n\x12QUIESCE_MODE_ABORT\x10\x02*Y\n\x06KvTier\x12\x17\n\x13KV_TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_TIER_HBM\x10\x01\x12\x10\n\x0cKV_TIER_DRAM\x10\x02\x12\x13\n\x0fKV_TIER_STORAGE\x10\x03\x32\x86\x05\n\x06\x45ngine\x12\x43\n\x08\x44\x65scribe\x12\x1a.raddle.v1.DescribeRequest\x1a\x1b.raddle.v1.DescribeResponse\x12\x37\n\x04Ping\x12\x16.raddle.v1.PingRequest\x1a\x17.raddle.v1.PingResponse\x12@\n\x07Quiesce\x12\x19.raddle.v1.QuiesceRequest\x1a\x1a.raddle.v1.QuiesceResponse\x12I\n\nSetMembers\x12\x1c.raddle.v1.SetMembersRequest\x1a\x1d.raddle.v1.SetMembersResponse\x12O\n\x0cSetExpertMap\x12\x1e.raddle.v1.SetExpertMapRequest\x1a\x1f.raddle.v1.SetExpertMapResponse\x12L\n\x0bLoadExperts\x12\x1d.raddle.v1.LoadExpertsRequest\x1a\x1e.raddle.v1.LoadExpertsResponse\x12\x46\n\tRestoreKv\x12\x1b.raddle.v1.RestoreKvRequest\x1a\x1c.raddle.v1.RestoreKvResponse\x12=\n\x06Resume\x12\x18.raddle.v1.ResumeRequest\x1a\x19.raddle.v1.ResumeResponse\x12K\n\nWatchStats\x12\x1c.raddle.v1.WatchStatsRequest\x1a\x1d.raddle.v1.WatchStatsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16raddle/v1/engine.proto\x12\traddle.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15raddle/v1/types.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xc3\x01\n\x10\x44\x65scribeResponse\x12\x0e\n\x06\x64river\x18\x01 \x01(\t\x12\r\n\x05verbs\x18\x02 \x03(\t\x12\x0f\n\x07job_uid\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\x12 \n\x04rank\x18\x05 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x13\n\x0bincarnation\x18\x06 \x01(\t\x12#\n\x05state\x18\x07 \x01(\x0e\x32\x14.raddle.v1.RankState\x12\x14\n\x0cmodel_digest\x18\x08 \x01(\t\"\r\n\x0bPingRequest\"h\n\x0cPingResponse\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.raddle.v1.RankState\"W\n\x0eQuiesceRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12$\n\x04mode\x18\x02 \x01(\x0e\x32\x16.raddle.v1.QuiesceMode\")\n\x0fQuiesceResponse\x12\x16\n\x0esequences_held\x18\x01 \x01(\x05\"X\n\x11SetMembersRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\"\n\x07members\x18\x02 \x03(\x0b\x32\x11.raddle.v1.Member\"\x14\n\x12SetMembersResponse\"`\n\x13SetExpertMapRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12(\n\nexpert_map\x18\x02 \x01(\x0b\x32\x14.raddle.v1.ExpertMap\"\x16\n\x14SetExpertMapResponse\"[\n\x12LoadExpertsRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12$\n\x05moves\x18\x02 \x03(\x0b\x32\x15.raddle.v1.ExpertMove\"C\n\x13LoadExpertsResponse\x12\x16\n\x0e\x65xperts_loaded\x18\x01 \x01(\x05\x12\x14\n\x0c\x62ytes_loaded\x18\x02 \x01(\x03\"b\n\x10RestoreKvRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.raddle.v1.SequenceRestore\"W\n\x11RestoreKvResponse\x12\x11\n\tsequences\x18\x01 \x01(\x05\x12\x17\n\x0ftokens_restored\x18\x02 \x01(\x03\x12\x16\n\x0e\x62locks_missing\x18\x03 \x01(\x03\"0\n\rResumeRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\"\x10\n\x0eResumeResponse\"\x13\n\x11WatchStatsRequest\"\xf0\x02\n\x12WatchStatsResponse\x12 \n\x04rank\x18\x01 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12)\n\x0bpeer_faults\x18\x04 \x03(\x0b\x32\x14.raddle.v1.PeerFault\x12+\n\x0c\x65xpert_loads\x18\x05 \x03(\x0b\x32\x15.raddle.v1.ExpertLoad\x12%\n\tkv_events\x18\x06 \x03(\x0b\x32\x12.raddle.v1.KvEvent\x12\x19\n\x11sequences_running\x18\x07 \x01(\x05\x12\x18\n\x10tokens_generated\x18\x08 \x01(\x03\x12\x1a\n\x12kv_tokens_restored\x18\t \x01(\x03\x12\x1c\n\x14kv_tokens_recomputed\x18\n \x01(\x03\x12&\n\tkv_repair\x18\x0b \x01(\x0b\x32\x13.raddle.v1.KvRepair\"\xb8\x01\n\x08KvRepair\x12\x13\n\x0b\x63opies_made\x18\x01 \x01(\x03\x12\x12\n\nbytes_made\x18\x02 \x01(\x03\x12\x13\n\x0b\x63opies_left\x18\x03 \x01(\x03\x12\x12\n\nbytes_left\x18\x04 \x01(\x03\x12\'\n\x04left\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cis_handed_on\x18\x06 \x01(\x08\x12\x1b\n\x13\x63opies_without_room\x18\x07 \x01(\x03\"f\n\tPeerFault\x12 \n\x04peer\x18\x01 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x18\n\x10peer_incarnation\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x03\"+\n\nExpertLoad\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\x03\"\x95\x01\n\x07KvEvent\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x1f\n\x04tier\x18\x04 \x01(\x0e\x32\x11.raddle.v1.KvTier\x12\x0c\n\x04lora\x18\x05 \x01(\t\x12\x13\n\x0btenant_salt\x18\x06 \x01(\t\x12\x10\n\x08kv_group\x18\x07 \x01(\x05*\x89\x01\n\tRankState\x12\x1a\n\x16RANK_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RANK_STATE_STARTING\x10\x01\x12\x17\n\x13RANK_STATE_QUIESCED\x10\x02\x12\x16\n\x12RANK_STATE_SERVING\x10\x03\x12\x16\n\x12RANK_STATE_WAITING\x10\x04*Z\n\x0bQuiesceMode\x12\x1c\n\x18QUIESCE_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11QUIESCE_MODE_KEEP\x10\x01\x12\x16\n\x12QUIESCE_MODE_ABORT\x10\x02*Y\n\x06KvTier\x12\x17\n\x13KV_TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKV_TIER_HBM\x10\x01\x12\x10\n\x0cKV_TIER_DRAM\x10\x02\x12\x13\n\x0fKV_TIER_STORAGE\x10\x03\x32\x86\x05\n\x06\x45ngine\x12\x43\n\x08\x44\x65scribe\x12\x1a.raddle.v1.DescribeRequest\x1a\x1b.raddle.v1.DescribeResponse\x12\x37\n\x04Ping\x12\x16.raddle.v1.PingRequest\x1a\x17.raddle.v1.PingResponse\x12@\n\x07Quiesce\x12\x19.raddle.v1.QuiesceRequest\x1a\x1a.raddle.v1.QuiesceResponse\x12I\n\nSetMembers\x12\x1c.raddle.v1.SetMembersRequest\x1a\x1d.raddle.v1.SetMembersResponse\x12O\n\x0cSetExpertMap\x12\x1e.raddle.v1.SetExpertMapRequest\x1a\x1f.raddle.v1.SetExpertMapResponse\x12L\n\x0bLoadExperts\x12\x1d.raddle.v1.LoadExpertsRequest\x1a\x1e.raddle.v1.LoadExpertsResponse\x12\x46\n\tRestoreKv\x12\x1b.raddle.v1.RestoreKvRequest\x1a\x1c.raddle.v1.RestoreKvResponse\x12=\n\x06Resume\x12\x18.raddle.v1.ResumeRequest\x1a\x19.raddle.v1.ResumeResponse\x12K\n\nWatchStats\x12\x1c.raddle.v1.WatchStatsRequest\x1a\x1d.raddle.v1.WatchStatsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'raddle.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RANKSTATE']._serialized_start=1837
-  _globals['_RANKSTATE']._serialized_end=1974
-  _globals['_QUIESCEMODE']._serialized_start=1976
-  _globals['_QUIESCEMODE']._serialized_end=2066
-  _globals['_KVTIER']._serialized_start=2068
-  _globals['_KVTIER']._serialized_end=2157
-  _globals['_DESCRIBEREQUEST']._serialized_start=60
-  _globals['_DESCRIBEREQUEST']._serialized_end=77
-  _globals['_DESCRIBERESPONSE']._serialized_start=80
-  _globals['_DESCRIBERESPONSE']._serialized_end=275
-  _globals['_PINGREQUEST']._serialized_start=277
-  _globals['_PINGREQUEST']._serialized_end=290
-  _globals['_PINGRESPONSE']._serialized_start=292
-  _globals['_PINGRESPONSE']._serialized_end=396
-  _globals['_QUIESCEREQUEST']._serialized_start=398
-  _globals['_QUIESCEREQUEST']._serialized_end=485
-  _globals['_QUIESCERESPONSE']._serialized_start=487
-  _globals['_QUIESCERESPONSE']._serialized_end=528
-  _globals['_SETMEMBERSREQUEST']._serialized_start=530
-  _globals['_SETMEMBERSREQUEST']._serialized_end=618
-  _globals['_SETMEMBERSRESPONSE']._serialized_start=620
-  _globals['_SETMEMBERSRESPONSE']._serialized_end=640
-  _globals['_SETEXPERTMAPREQUEST']._serialized_start=642
-  _globals['_SETEXPERTMAPREQUEST']._serialized_end=738
-  _globals['_SETEXPERTMAPRESPONSE']._serialized_start=740
-  _globals['_SETEXPERTMAPRESPONSE']._serialized_end=762
-  _globals['_LOADEXPERTSREQUEST']._serialized_start=764
-  _globals['_LOADEXPERTSREQUEST']._serialized_end=855
-  _globals['_LOADEXPERTSRESPONSE']._serialized_start=857
-  _globals['_LOADEXPERTSRESPONSE']._serialized_end=924
-  _globals['_RESTOREKVREQUEST']._serialized_start=926
-  _globals['_RESTOREKVREQUEST']._serialized_end=1024
-  _globals['_RESTOREKVRESPONSE']._serialized_start=1026
-  _globals['_RESTOREKVRESPONSE']._serialized_end=1113
-  _globals['_RESUMEREQUEST']._serialized_start=1115
-  _globals['_RESUMEREQUEST']._serialized_end=1163
-  _globals['_RESUMERESPONSE']._serialized_start=1165
-  _globals['_RESUMERESPONSE']._serialized_end=1181
-  _globals['_WATCHSTATSREQUEST']._serialized_start=1183
-  _globals['_WATCHSTATSREQUEST']._serialized_end=1202
-  _globals['_WATCHSTATSRESPONSE']._serialized_start=1205
-  _globals['_WATCHSTATSRESPONSE']._serialized_end=1533
-  _globals['_PEERFAULT']._serialized_start=1535
-  _globals['_PEERFAULT']._serialized_end=1637
-  _globals['_EXPERTLOAD']._serialized_start=1639
-  _globals['_EXPERTLOAD']._serialized_end=1682
-  _globals['_KVEVENT']._serialized_start=1685
-  _globals['_KVEVENT']._serialized_end=1834
-  _globals['_ENGINE']._serialized_start=2160
-  _globals['_ENGINE']._serialized_end=2806
+  _globals['_RANKSTATE']._serialized_start=2096
+  _globals['_RANKSTATE']._serialized_end=2233
+  _globals['_QUIESCEMODE']._serialized_start=2235
+  _globals['_QUIESCEMODE']._serialized_end=2325
+  _globals['_KVTIER']._serialized_start=2327
+  _globals['_KVTIER']._serialized_end=2416
+  _globals['_DESCRIBEREQUEST']._serialized_start=92
+  _globals['_DESCRIBEREQUEST']._serialized_end=109
+  _globals['_DESCRIBERESPONSE']._serialized_start=112
+  _globals['_DESCRIBERESPONSE']._serialized_end=307
+  _globals['_PINGREQUEST']._serialized_start=309
+  _globals['_PINGREQUEST']._serialized_end=322
+  _globals['_PINGRESPONSE']._serialized_start=324
+  _globals['_PINGRESPONSE']._serialized_end=428
+  _globals['_QUIESCEREQUEST']._serialized_start=430
+  _globals['_QUIESCEREQUEST']._serialized_end=517
+  _globals['_QUIESCERESPONSE']._serialized_start=519
+  _globals['_QUIESCERESPONSE']._serialized_end=560
+  _globals['_SETMEMBERSREQUEST']._serialized_start=562
+  _globals['_SETMEMBERSREQUEST']._serialized_end=650
+  _globals['_SETMEMBERSRESPONSE']._serialized_start=652
+  _globals['_SETMEMBERSRESPONSE']._serialized_end=672
+  _globals['_SETEXPERTMAPREQUEST']._serialized_start=674
+  _globals['_SETEXPERTMAPREQUEST']._serialized_end=770
+  _globals['_SETEXPERTMAPRESPONSE']._serialized_start=772
+  _globals['_SETEXPERTMAPRESPONSE']._serialized_end=794
+  _globals['_LOADEXPERTSREQUEST']._serialized_start=796
+  _globals['_LOADEXPERTSREQUEST']._serialized_end=887
+  _globals['_LOADEXPERTSRESPONSE']._serialized_start=889
+  _globals['_LOADEXPERTSRESPONSE']._serialized_end=956
+  _globals['_RESTOREKVREQUEST']._serialized_start=958
+  _globals['_RESTOREKVREQUEST']._serialized_end=1056
+  _globals['_RESTOREKVRESPONSE']._serialized_start=1058
+  _globals['_RESTOREKVRESPONSE']._serialized_end=1145
+  _globals['_RESUMEREQUEST']._serialized_start=1147
+  _globals['_RESUMEREQUEST']._serialized_end=1195
+  _globals['_RESUMERESPONSE']._serialized_start=1197
+  _globals['_RESUMERESPONSE']._serialized_end=1213
+  _globals['_WATCHSTATSREQUEST']._serialized_start=1215
+  _globals['_WATCHSTATSREQUEST']._serialized_end=1234
+  _globals['_WATCHSTATSRESPONSE']._serialized_start=1237
+  _globals['_WATCHSTATSRESPONSE']._serialized_end=1605
+  _globals['_KVREPAIR']._serialized_start=1608
+  _globals['_KVREPAIR']._serialized_end=1792
+  _globals['_PEERFAULT']._serialized_start=1794
+  _globals['_PEERFAULT']._serialized_end=1896
+  _globals['_EXPERTLOAD']._serialized_start=1898
+  _globals['_EXPERTLOAD']._serialized_end=1941
+  _globals['_KVEVENT']._serialized_start=1944
+  _globals['_KVEVENT']._serialized_end=2093
+  _globals['_ENGINE']._serialized_start=2419
+  _globals['_ENGINE']._serialized_end=3065
 # @@protoc_insertion_point(module_scope)

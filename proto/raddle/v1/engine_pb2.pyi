@@ -5,6 +5,7 @@ What the control plane asks of an engine rank. Each verb is idempotent and fence
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -515,6 +516,7 @@ class WatchStatsResponse(_message.Message):
     TOKENS_GENERATED_FIELD_NUMBER: _builtins.int
     KV_TOKENS_RESTORED_FIELD_NUMBER: _builtins.int
     KV_TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    KV_REPAIR_FIELD_NUMBER: _builtins.int
     incarnation: _builtins.str
     epoch: _builtins.int
     sequences_running: _builtins.int
@@ -531,6 +533,8 @@ class WatchStatsResponse(_message.Message):
 
     @_builtins.property
     def kv_events(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvEvent]: ...
+    @_builtins.property
+    def kv_repair(self) -> Global___KvRepair: ...
     def __init__(
         self,
         *,
@@ -544,14 +548,60 @@ class WatchStatsResponse(_message.Message):
         tokens_generated: _builtins.int = ...,
         kv_tokens_restored: _builtins.int = ...,
         kv_tokens_recomputed: _builtins.int = ...,
+        kv_repair: Global___KvRepair | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_repair", b"kv_repair", "rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "expert_loads", b"expert_loads", "incarnation", b"incarnation", "kv_events", b"kv_events", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "peer_faults", b"peer_faults", "rank", b"rank", "sequences_running", b"sequences_running", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "expert_loads", b"expert_loads", "incarnation", b"incarnation", "kv_events", b"kv_events", "kv_repair", b"kv_repair", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "peer_faults", b"peer_faults", "rank", b"rank", "sequences_running", b"sequences_running", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchStatsResponse: _TypeAlias = WatchStatsResponse  # noqa: Y015
+
+@_typing.final
+class KvRepair(_message.Message):
+    """Where a pool member's repair stands: the copies of its blocks that others should have and lack."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COPIES_MADE_FIELD_NUMBER: _builtins.int
+    BYTES_MADE_FIELD_NUMBER: _builtins.int
+    COPIES_LEFT_FIELD_NUMBER: _builtins.int
+    BYTES_LEFT_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    IS_HANDED_ON_FIELD_NUMBER: _builtins.int
+    COPIES_WITHOUT_ROOM_FIELD_NUMBER: _builtins.int
+    copies_made: _builtins.int
+    """Since the process began."""
+    bytes_made: _builtins.int
+    copies_left: _builtins.int
+    bytes_left: _builtins.int
+    is_handed_on: _builtins.bool
+    """At the report's epoch every block here has all its copies on other members that stay."""
+    copies_without_room: _builtins.int
+    """Copies that found no room anywhere."""
+    @_builtins.property
+    def left(self) -> _duration_pb2.Duration:
+        """What is left takes so long at the member's budget."""
+
+    def __init__(
+        self,
+        *,
+        copies_made: _builtins.int = ...,
+        bytes_made: _builtins.int = ...,
+        copies_left: _builtins.int = ...,
+        bytes_left: _builtins.int = ...,
+        left: _duration_pb2.Duration | None = ...,
+        is_handed_on: _builtins.bool = ...,
+        copies_without_room: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_left", b"bytes_left", "bytes_made", b"bytes_made", "copies_left", b"copies_left", "copies_made", b"copies_made", "copies_without_room", b"copies_without_room", "is_handed_on", b"is_handed_on", "left", b"left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvRepair: _TypeAlias = KvRepair  # noqa: Y015
 
 @_typing.final
 class PeerFault(_message.Message):

@@ -176,6 +176,8 @@ class InstancePlan(_message.Message):
     SEQUENCES_GIVEN_UP_FIELD_NUMBER: _builtins.int
     KV_MEDIAN_PREDICTED_FIELD_NUMBER: _builtins.int
     KV_LAST_PREDICTED_FIELD_NUMBER: _builtins.int
+    KV_MEDIAN_ACTUAL_FIELD_NUMBER: _builtins.int
+    KV_LAST_ACTUAL_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     instance: _builtins.int
     option: _builtins.str
@@ -196,6 +198,12 @@ class InstancePlan(_message.Message):
 
     @_builtins.property
     def kv_last_predicted(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def kv_median_actual(self) -> _duration_pb2.Duration:
+        """When half and all of them did make tokens again; 0 until all did, or when nobody saw it."""
+
+    @_builtins.property
+    def kv_last_actual(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
@@ -212,10 +220,12 @@ class InstancePlan(_message.Message):
         sequences_given_up: _builtins.int = ...,
         kv_median_predicted: _duration_pb2.Duration | None = ...,
         kv_last_predicted: _duration_pb2.Duration | None = ...,
+        kv_median_actual: _duration_pb2.Duration | None = ...,
+        kv_last_actual: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_last_predicted", b"kv_last_predicted", "kv_median_predicted", b"kv_median_predicted", "why", b"why"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_last_actual", b"kv_last_actual", "kv_last_predicted", b"kv_last_predicted", "kv_median_actual", b"kv_median_actual", "kv_median_predicted", b"kv_median_predicted", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["considered", b"considered", "experts_moved", b"experts_moved", "instance", b"instance", "kv_last_predicted", b"kv_last_predicted", "kv_median_predicted", b"kv_median_predicted", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "lost_ranks", b"lost_ranks", "option", b"option", "role", b"role", "sequences_given_up", b"sequences_given_up", "sequences_restored", b"sequences_restored", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["considered", b"considered", "experts_moved", b"experts_moved", "instance", b"instance", "kv_last_actual", b"kv_last_actual", "kv_last_predicted", b"kv_last_predicted", "kv_median_actual", b"kv_median_actual", "kv_median_predicted", b"kv_median_predicted", "kv_tokens_recomputed", b"kv_tokens_recomputed", "kv_tokens_restored", b"kv_tokens_restored", "lost_ranks", b"lost_ranks", "option", b"option", "role", b"role", "sequences_given_up", b"sequences_given_up", "sequences_restored", b"sequences_restored", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -460,6 +460,8 @@ class RankPlacement(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     START_COUNT_FIELD_NUMBER: _builtins.int
+    KV_SLOTS_FIELD_NUMBER: _builtins.int
+    KV_DRAINING_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     die: _builtins.str
     """Position of the die; empty for a cache rank."""
@@ -468,6 +470,10 @@ class RankPlacement(_message.Message):
     """ACTIVE, SPARE (held back, may take a lost rank's place), LOST or DRAINED."""
     start_count: _builtins.int
     """The epoch at which this seat's process was last started; 0 for a seat without a process."""
+    kv_slots: _builtins.bytes
+    """Of a cache rank: the slots of the pool's map that it keeps, 16 bits each, little-endian."""
+    kv_draining: _builtins.bool
+    """It hands its blocks on and takes no new ones, until its process may end."""
     @_builtins.property
     def why(self) -> _types_pb2.Why:
         """Why it is not active."""
@@ -481,10 +487,12 @@ class RankPlacement(_message.Message):
         state: _builtins.str = ...,
         why: _types_pb2.Why | None = ...,
         start_count: _builtins.int = ...,
+        kv_slots: _builtins.bytes = ...,
+        kv_draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "node", b"node", "rank", b"rank", "start_count", b"start_count", "state", b"state", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "kv_draining", b"kv_draining", "kv_slots", b"kv_slots", "node", b"node", "rank", b"rank", "start_count", b"start_count", "state", b"state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

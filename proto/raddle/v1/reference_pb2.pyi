@@ -5,6 +5,7 @@ The reference engine's own services: tokens for the front door, KV blocks for th
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from raddle.v1 import types_pb2 as _types_pb2
@@ -186,22 +187,28 @@ class PutBlocksRequest(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    EVICT_IDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def fence(self) -> _types_pb2.Fence: ...
     @_builtins.property
     def writer(self) -> _types_pb2.RankKey: ...
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvBlock]: ...
+    @_builtins.property
+    def evict_idle(self) -> _duration_pb2.Duration:
+        """Make room by dropping blocks that were not used for at least so long; unset: make none."""
+
     def __init__(
         self,
         *,
         fence: _types_pb2.Fence | None = ...,
         writer: _types_pb2.RankKey | None = ...,
         blocks: _abc.Iterable[Global___KvBlock] | None = ...,
+        evict_idle: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "writer", b"writer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evict_idle", b"evict_idle", "fence", b"fence", "writer", b"writer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "fence", b"fence", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "evict_idle", b"evict_idle", "fence", b"fence", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -215,18 +222,24 @@ class PutBlocksResponse(_message.Message):
 
     BLOCKS_STORED_FIELD_NUMBER: _builtins.int
     BLOCKS_CORRUPT_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_REFUSED_FIELD_NUMBER: _builtins.int
     blocks_stored: _builtins.int
     blocks_corrupt: _builtins.int
     """Blocks whose bytes are not those that their checksum was made of; they were not stored."""
+    @_builtins.property
+    def block_hashes_refused(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Blocks that found no room; the writer passes them on to the next member."""
+
     def __init__(
         self,
         *,
         blocks_stored: _builtins.int = ...,
         blocks_corrupt: _builtins.int = ...,
+        block_hashes_refused: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_corrupt", b"blocks_corrupt", "blocks_stored", b"blocks_stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes_refused", b"block_hashes_refused", "blocks_corrupt", b"blocks_corrupt", "blocks_stored", b"blocks_stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -146,7 +146,8 @@ class ReferenceRank(object):
 
 
 class PoolMemberStub(object):
-    """Served by cache members: blocks of KV in host memory, named by their prefix hash.
+    """Blocks of KV, named by their prefix hash: in host memory of cache members, and in the own memory
+    of prefill and decode ranks, which let others read and nobody write.
     """
 
     def __init__(self, channel):
@@ -173,7 +174,8 @@ class PoolMemberStub(object):
 
 
 class PoolMemberServicer(object):
-    """Served by cache members: blocks of KV in host memory, named by their prefix hash.
+    """Blocks of KV, named by their prefix hash: in host memory of cache members, and in the own memory
+    of prefill and decode ranks, which let others read and nobody write.
     """
 
     def PutBlocks(self, request, context):
@@ -224,7 +226,8 @@ def add_PoolMemberServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PoolMember(object):
-    """Served by cache members: blocks of KV in host memory, named by their prefix hash.
+    """Blocks of KV, named by their prefix hash: in host memory of cache members, and in the own memory
+    of prefill and decode ranks, which let others read and nobody write.
     """
 
     @staticmethod

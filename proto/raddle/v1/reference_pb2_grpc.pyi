@@ -70,7 +70,9 @@ class ReferenceRankServicer(metaclass=_abc_1.ABCMeta):
 def add_ReferenceRankServicer_to_server(servicer: ReferenceRankServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class PoolMemberStub:
-    """Served by cache members: blocks of KV in host memory, named by their prefix hash."""
+    """Blocks of KV, named by their prefix hash: in host memory of cache members, and in the own memory
+    of prefill and decode ranks, which let others read and nobody write.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -85,7 +87,9 @@ class PoolMemberStub:
 
 @_typing.type_check_only
 class PoolMemberAsyncStub(PoolMemberStub):
-    """Served by cache members: blocks of KV in host memory, named by their prefix hash."""
+    """Blocks of KV, named by their prefix hash: in host memory of cache members, and in the own memory
+    of prefill and decode ranks, which let others read and nobody write.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutBlocks: _aio.UnaryUnaryMultiCallable[_reference_pb2.PutBlocksRequest, _reference_pb2.PutBlocksResponse]  # type: ignore[assignment]
@@ -96,7 +100,9 @@ class PoolMemberAsyncStub(PoolMemberStub):
     """Which of these blocks are here; what members ask each other before they repair."""
 
 class PoolMemberServicer(metaclass=_abc_1.ABCMeta):
-    """Served by cache members: blocks of KV in host memory, named by their prefix hash."""
+    """Blocks of KV, named by their prefix hash: in host memory of cache members, and in the own memory
+    of prefill and decode ranks, which let others read and nobody write.
+    """
 
     @_abc_1.abstractmethod
     def PutBlocks(

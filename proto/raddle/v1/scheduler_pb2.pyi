@@ -1622,20 +1622,30 @@ class KvMemberStatus(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    REPAIR_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     blocks: _builtins.int
+    draining: _builtins.bool
+    """It hands its blocks on, since its node is being drained."""
     @_builtins.property
     def rank(self) -> _types_pb2.RankKey: ...
+    @_builtins.property
+    def repair(self) -> _engine_pb2.KvRepair:
+        """What it says of its repair."""
+
     def __init__(
         self,
         *,
         rank: _types_pb2.RankKey | None = ...,
         node: _builtins.str = ...,
         blocks: _builtins.int = ...,
+        repair: _engine_pb2.KvRepair | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "repair", b"repair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "node", b"node", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "draining", b"draining", "node", b"node", "rank", b"rank", "repair", b"repair"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

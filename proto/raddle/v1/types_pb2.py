@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15raddle/v1/types.proto\x12\traddle.v1\x1a\x1egoogle/protobuf/duration.proto\"7\n\x07RankKey\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x05\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"&\n\x03Why\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\'\n\x05\x46\x65nce\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\xcd\x01\n\x06Member\x12 \n\x04rank\x18\x01 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03\x64ie\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x16\n\x0e\x65ngine_address\x18\x05 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\t\x12\x0c\n\x04rack\x18\x08 \x01(\t\x12\x13\n\x0bkv_replicas\x18\t \x01(\x05\x12\x12\n\ndram_bytes\x18\n \x01(\x03\"_\n\tExpertMap\x12\x16\n\x0eslots_per_rank\x18\x01 \x01(\x05\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\x05\x12)\n\x06layers\x18\x03 \x03(\x0b\x32\x19.raddle.v1.ExpertMapLayer\"-\n\x0e\x45xpertMapLayer\x12\x1b\n\x13physical_to_logical\x18\x01 \x03(\x11\"w\n\nExpertMove\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\x0c\n\x04slot\x18\x03 \x01(\x05\x12\'\n\x06source\x18\x04 \x01(\x0e\x32\x17.raddle.v1.WeightSource\x12\x13\n\x0bsource_rank\x18\x05 \x01(\x05\"\x93\x02\n\x0fSequenceRestore\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\"\n\x06source\x18\x02 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\"\n\x06target\x18\x03 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\t\x12\x0e\n\x06tokens\x18\x05 \x01(\x05\x12\x17\n\x0ftokens_restored\x18\x06 \x01(\x05\x12\x19\n\x11tokens_recomputed\x18\x07 \x01(\x05\x12\x1b\n\x03why\x18\x08 \x01(\x0b\x32\x0e.raddle.v1.Why\x12,\n\tpredicted\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration*u\n\x0cWeightSource\x12\x1d\n\x19WEIGHT_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12WEIGHT_SOURCE_PEER\x10\x01\x12\x16\n\x12WEIGHT_SOURCE_POOL\x10\x02\x12\x16\n\x12WEIGHT_SOURCE_DISK\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15raddle/v1/types.proto\x12\traddle.v1\x1a\x1egoogle/protobuf/duration.proto\"7\n\x07RankKey\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\x05\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"&\n\x03Why\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\'\n\x05\x46\x65nce\x12\x0f\n\x07job_uid\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x89\x02\n\x06Member\x12 \n\x04rank\x18\x01 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03\x64ie\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x16\n\x0e\x65ngine_address\x18\x05 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\t\x12\x0c\n\x04rack\x18\x08 \x01(\t\x12\x13\n\x0bkv_replicas\x18\t \x01(\x05\x12\x12\n\ndram_bytes\x18\n \x01(\x03\x12\x13\n\x0bstart_epoch\x18\x0b \x01(\x03\x12\x10\n\x08kv_slots\x18\x0c \x01(\x0c\x12\x13\n\x0bkv_draining\x18\r \x01(\x08\"_\n\tExpertMap\x12\x16\n\x0eslots_per_rank\x18\x01 \x01(\x05\x12\x0f\n\x07\x65xperts\x18\x02 \x01(\x05\x12)\n\x06layers\x18\x03 \x03(\x0b\x32\x19.raddle.v1.ExpertMapLayer\"-\n\x0e\x45xpertMapLayer\x12\x1b\n\x13physical_to_logical\x18\x01 \x03(\x11\"w\n\nExpertMove\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\x05\x12\x0c\n\x04slot\x18\x03 \x01(\x05\x12\'\n\x06source\x18\x04 \x01(\x0e\x32\x17.raddle.v1.WeightSource\x12\x13\n\x0bsource_rank\x18\x05 \x01(\x05\"\xb6\x02\n\x0fSequenceRestore\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\"\n\x06source\x18\x02 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\"\n\x06target\x18\x03 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\t\x12\x0e\n\x06tokens\x18\x05 \x01(\x05\x12\x17\n\x0ftokens_restored\x18\x06 \x01(\x05\x12\x19\n\x11tokens_recomputed\x18\x07 \x01(\x05\x12\x1b\n\x03why\x18\x08 \x01(\x0b\x32\x0e.raddle.v1.Why\x12,\n\tpredicted\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x05peers\x18\n \x03(\x0b\x32\x12.raddle.v1.RankKey*u\n\x0cWeightSource\x12\x1d\n\x19WEIGHT_SOURCE_UNSPECIFIED\x10\x00\x12\x16\n\x12WEIGHT_SOURCE_PEER\x10\x01\x12\x16\n\x12WEIGHT_SOURCE_POOL\x10\x02\x12\x16\n\x12WEIGHT_SOURCE_DISK\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'raddle.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTSOURCE']._serialized_start=957
-  _globals['_WEIGHTSOURCE']._serialized_end=1074
+  _globals['_WEIGHTSOURCE']._serialized_start=1052
+  _globals['_WEIGHTSOURCE']._serialized_end=1169
   _globals['_RANKKEY']._serialized_start=68
   _globals['_RANKKEY']._serialized_end=123
   _globals['_WHY']._serialized_start=125
@@ -41,13 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FENCE']._serialized_start=165
   _globals['_FENCE']._serialized_end=204
   _globals['_MEMBER']._serialized_start=207
-  _globals['_MEMBER']._serialized_end=412
-  _globals['_EXPERTMAP']._serialized_start=414
-  _globals['_EXPERTMAP']._serialized_end=509
-  _globals['_EXPERTMAPLAYER']._serialized_start=511
-  _globals['_EXPERTMAPLAYER']._serialized_end=556
-  _globals['_EXPERTMOVE']._serialized_start=558
-  _globals['_EXPERTMOVE']._serialized_end=677
-  _globals['_SEQUENCERESTORE']._serialized_start=680
-  _globals['_SEQUENCERESTORE']._serialized_end=955
+  _globals['_MEMBER']._serialized_end=472
+  _globals['_EXPERTMAP']._serialized_start=474
+  _globals['_EXPERTMAP']._serialized_end=569
+  _globals['_EXPERTMAPLAYER']._serialized_start=571
+  _globals['_EXPERTMAPLAYER']._serialized_end=616
+  _globals['_EXPERTMOVE']._serialized_start=618
+  _globals['_EXPERTMOVE']._serialized_end=737
+  _globals['_SEQUENCERESTORE']._serialized_start=740
+  _globals['_SEQUENCERESTORE']._serialized_end=1050
 # @@protoc_insertion_point(module_scope)

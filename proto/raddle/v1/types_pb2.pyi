@@ -137,6 +137,9 @@ class Member(_message.Message):
     RACK_FIELD_NUMBER: _builtins.int
     KV_REPLICAS_FIELD_NUMBER: _builtins.int
     DRAM_BYTES_FIELD_NUMBER: _builtins.int
+    START_EPOCH_FIELD_NUMBER: _builtins.int
+    KV_SLOTS_FIELD_NUMBER: _builtins.int
+    KV_DRAINING_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """prefill, decode or cache."""
     die: _builtins.str
@@ -153,6 +156,12 @@ class Member(_message.Message):
     kv_replicas: _builtins.int
     """Of a cache member: copies that the pool keeps of each block, and the member's room."""
     dram_bytes: _builtins.int
+    start_epoch: _builtins.int
+    """The epoch at which the process was started."""
+    kv_slots: _builtins.bytes
+    """Of a cache member: the slots of the pool's map that it keeps, 16 bits each, little-endian."""
+    kv_draining: _builtins.bool
+    """It hands its blocks on and takes no new ones: its node is being drained."""
     @_builtins.property
     def rank(self) -> Global___RankKey: ...
     def __init__(
@@ -168,10 +177,13 @@ class Member(_message.Message):
         rack: _builtins.str = ...,
         kv_replicas: _builtins.int = ...,
         dram_bytes: _builtins.int = ...,
+        start_epoch: _builtins.int = ...,
+        kv_slots: _builtins.bytes = ...,
+        kv_draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "die", b"die", "dram_bytes", b"dram_bytes", "engine_address", b"engine_address", "incarnation", b"incarnation", "kind", b"kind", "kv_replicas", b"kv_replicas", "node", b"node", "rack", b"rack", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "die", b"die", "dram_bytes", b"dram_bytes", "engine_address", b"engine_address", "incarnation", b"incarnation", "kind", b"kind", "kv_draining", b"kv_draining", "kv_replicas", b"kv_replicas", "kv_slots", b"kv_slots", "node", b"node", "rack", b"rack", "rank", b"rank", "start_epoch", b"start_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -278,6 +290,7 @@ class SequenceRestore(_message.Message):
     TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     PREDICTED_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     tokens: _builtins.int
     """Tokens of the sequence so far: the prompt and the tokens already sent."""
@@ -289,7 +302,7 @@ class SequenceRestore(_message.Message):
     def target(self) -> Global___RankKey: ...
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Full KV blocks still held by pool members, oldest first, as hex hashes."""
+        """Full KV blocks still held by pool members or peers, oldest first, as hex hashes."""
 
     @_builtins.property
     def why(self) -> Global___Why:
@@ -298,6 +311,10 @@ class SequenceRestore(_message.Message):
     @_builtins.property
     def predicted(self) -> _duration_pb2.Duration:
         """When it makes tokens again, counted from the plan."""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankKey]:
+        """Ranks that hold blocks of it in their own memory, for what the pool lacks."""
 
     def __init__(
         self,
@@ -311,10 +328,11 @@ class SequenceRestore(_message.Message):
         tokens_recomputed: _builtins.int = ...,
         why: Global___Why | None = ...,
         predicted: _duration_pb2.Duration | None = ...,
+        peers: _abc.Iterable[Global___RankKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["predicted", b"predicted", "source", b"source", "target", b"target", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "predicted", b"predicted", "sequence_id", b"sequence_id", "source", b"source", "target", b"target", "tokens", b"tokens", "tokens_recomputed", b"tokens_recomputed", "tokens_restored", b"tokens_restored", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "peers", b"peers", "predicted", b"predicted", "sequence_id", b"sequence_id", "source", b"source", "target", b"target", "tokens", b"tokens", "tokens_recomputed", b"tokens_recomputed", "tokens_restored", b"tokens_restored", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,13 +64,23 @@ def status(ctx: typer.Context, job: JobName, output: Output = "") -> None:
             ["tokens recomputed", answer.kv_tokens_recomputed],
         ]
         rows += [
-            [f"{m.rank.role}/{m.rank.instance}/{m.rank.rank} on {m.node}", f"{m.blocks} blocks"]
+            [f"{m.rank.role}/{m.rank.instance}/{m.rank.rank} on {m.node}", _member(m)]
             for m in answer.members
         ]
         rows += [[f"incident {one.incident_id}", _told(one)] for one in answer.recoveries]
         s.show(answer, ["WHAT", "VALUE"], rows)
 
     s.run(work)
+
+
+def _member(member: Any) -> str:
+    """A pool member in a line: what it holds, and what it makes again."""
+    text = f"{member.blocks} blocks"
+    repair = member.repair
+    if repair.copies_made or repair.copies_left:
+        left = f"{repair.copies_left} left ({seconds_of(repair.left):.1f} s)"
+        text += f", {repair.copies_made} copies made again, {left}"
+    return text + (", hands its blocks on" if member.draining else "")
 
 
 def seconds_of(duration: Any) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from raddle.core.cluster import Cluster
 from raddle.core.expert_loads import ExpertLoads
+from raddle.core.kvcache.figures import KV_REPLICAS
 from raddle.core.nodes import NodeTracker
 from raddle.core.state import State
 from raddle.model import keys
@@ -33,9 +34,6 @@ from raddle.model.job import (
 from raddle.model.kinds import HoldKind, NodeState, RoleKind, SeatState
 from raddle.model.routes import Routes, RouteState
 from raddle.model.types import ExpertMove, Member, RankKey, SequenceRestore, Why
-
-#: Unless a cache role says otherwise: a pool that survives the loss of any one host.
-KV_REPLICAS = 2
 
 
 @dataclass(slots=True)
@@ -84,6 +82,8 @@ class Context:
     expert_loads: ExpertLoads = field(default_factory=ExpertLoads)
     #: Jobs with new reports of loads since the last decision.
     loads_reported: dict[str, None] = field(default_factory=dict[str, None])
+    #: Jobs whose members are to be told that a pool member's node is drained, or no more.
+    to_tell: dict[str, None] = field(default_factory=dict[str, None])
     #: Jobs that start a new epoch with the same members, and the rank that caused it.
     to_reconnect: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -146,11 +146,16 @@ class Context:
             self.control_due,
             self.seats,
             self.to_reconnect,
+            self.to_tell,
             self.loads_reported,
         ):
             memory.pop(job_uid, None)
         self.expert_loads.forget(job_uid)
         self.state.forget(job_uid)
+
+    def take_to_tell(self) -> list[str]:
+        found, self.to_tell = list(self.to_tell), {}
+        return found
 
     def take_reconnects(self) -> list[tuple[str, str]]:
         found, self.to_reconnect = list(self.to_reconnect.items()), {}
@@ -308,6 +313,9 @@ def members(context: Context, job: Job, placement: Placement) -> tuple[Member, .
                 rack=context.cluster.rack_name(seat.placement.node),
                 kv_replicas=kv_replicas(seat.role) if is_cache else 0,
                 dram_bytes=seat.role.dram_bytes if is_cache else 0,
+                start_epoch=seat.placement.start_count,
+                kv_slots=seat.placement.kv_slots,
+                kv_draining=seat.placement.kv_draining,
             )
         )
     return tuple(found)

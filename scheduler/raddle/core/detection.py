@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raddle.core import pools
 from raddle.core.context import Context, Seat, is_ahead
 from raddle.core.instructions import ProbeRank
 from raddle.model.health import RankStage, RankStatus
@@ -74,6 +75,8 @@ def _cause(
     if job.uid in context.drain_blocked:
         return None
     if context.is_draining(seat.placement.die or seat.placement.node):
+        if pools.is_handing_on(context, job, seat, status):
+            return None
         return FaultKind.DRAIN, "DRAIN", f"{seat.placement.die or seat.placement.node} is drained"
     return None
 

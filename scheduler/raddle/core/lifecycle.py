@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from raddle.core import timeline
+from raddle.core import pools, timeline
 from raddle.core.admission import model_shape
 from raddle.core.context import (
     Context,
@@ -135,6 +135,7 @@ def start(context: Context, job: Job, placed: PlacedJob) -> None:
     context.seen_since.pop(job.uid, None)
     job = at_next_epoch(context, job)
     placement = _with_starts(placed.placement(job.uid, job.epoch), job.epoch)
+    placement = pools.with_slots(context, job, placement)
     job = replace(
         job,
         observed_generation=job.generation,

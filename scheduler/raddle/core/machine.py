@@ -15,6 +15,7 @@ from typing import Any
 from raddle.core import (
     detection,
     lifecycle,
+    pools,
     rebalancing,
     recover,
     restarts,
@@ -59,7 +60,7 @@ from raddle.model import keys
 from raddle.model.errors import RaddleError
 from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, FaultLedger
 from raddle.model.incident import Maintenance, MaintenanceState
-from raddle.model.job import Job
+from raddle.model.job import Job, JobState
 from raddle.model.kinds import NodeState
 from raddle.model.stats import RankStats
 from raddle.model.types import Why
@@ -183,6 +184,10 @@ class Machine:
     @_take.register
     def _(self, event: StatsReported) -> None:
         sequences.take_stats(self.context, event)
+        if self.context.draining and any(report.kv_repair for report in event.reports):
+            # A member that hands its blocks on may have come further, or to the end.
+            self.context.touched[event.job_uid] = None
+            self.context.drains_dirty = True
         job = self.context.state.job(event.job_uid)
         for report in event.reports:
             if report.expert_loads and job is not None and report.epoch == job.epoch:
@@ -310,6 +315,10 @@ class Machine:
                 self._watch_over(job, ranks)
             lifecycle.advance(context, job)
         self._plan(losses)
+        for job_uid in context.take_to_tell():
+            job = context.state.job(job_uid)
+            if job is not None and job_uid not in context.touched:
+                recover.tell_drain(context, job)
         for job_uid, incarnation in context.take_reconnects():
             job = context.state.job(job_uid)
             if job is not None and job_uid not in context.touched:
@@ -317,8 +326,10 @@ class Machine:
         return probes
 
     def _watch_over(self, job: Job, ranks: detection.Ranks) -> None:
-        """What is wrong without a loss: an agent that is waited for, a store that was set back."""
+        """What is wrong without a loss: an agent waited for, a store set back, a drain untold."""
         context = self.context
+        if job.state is JobState.READY and pools.is_untold(context, job):
+            context.to_tell[job.uid] = None
         ahead = detection.rank_ahead(context, job, ranks)
         if ahead:
             context.to_reconnect[job.uid] = ahead
@@ -371,6 +382,7 @@ class Machine:
     def _look_at_drains(self) -> None:
         context = self.context
         context.drains_dirty = False
+        before = context.draining
         context.draining = {
             m.subject: m.id
             for m in context.state.maintenances()
@@ -379,6 +391,10 @@ class Machine:
         for record in context.state.maintenances():
             if record.state is MaintenanceState.DRAINING:
                 self._advance_drain(record)
+        for subject in before:
+            if subject not in context.draining:
+                # Pool members there may take blocks again.
+                context.touched |= dict.fromkeys(ranks_under(context, subject))
 
     def _advance_drain(self, record: Maintenance) -> None:
         context = self.context
@@ -401,6 +417,9 @@ class Machine:
                 f"{blocked} of {total} ranks have nowhere to go: free dies or cancel the drain"
             )
             new = replace(new, why=Why(reason="NO_ROOM", message=message))
+        elif (copies := pools.copies_to_hand_on(context, record.subject, list(ranks))) is not None:
+            message = f"pool members hand their blocks on before they end: {copies} copies are left"
+            new = replace(new, why=Why(reason="HANDING_ON", message=message))
         if new.state is not MaintenanceState.DRAINING:
             context.seen_since.pop(record.id, None)
         context.state.put(keys.maintenance(record.id), new)

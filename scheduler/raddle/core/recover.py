@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from raddle.core import lifecycle, restarts, sequences, timeline
+from raddle.core import lifecycle, pools, restarts, sequences, timeline
 from raddle.core.context import (
     Context,
     active_seats,
@@ -112,7 +112,8 @@ def _must_stay(context: Context, job_uid: str, lost: list[Loss]) -> bool:
     assert placement is not None, job_uid
     maps = context.state.expert_maps(job_uid, placement.epoch)
     by_instance = {(m.role, m.instance): m for m in (maps.instances if maps else ())}
-    for name, instance in {(loss.key.role, loss.key.instance): None for loss in lost}:
+    instances = {(loss.key.role, loss.key.instance): None for loss in lost if loss.key.role}
+    for name, instance in instances:
         request = recovery_request(
             job,
             role_of(job, name),
@@ -152,6 +153,30 @@ def reconnect(context: Context, job: Job, incarnation: str) -> None:
     kind = FaultKind.PEER_REPORTS
     loss = Loss(job.uid, RankKey(), kind, position, "CONNECTION_BROKEN", message)
     recover(context, [loss], context.now)
+
+
+def tell_drain(context: Context, job: Job) -> None:
+    """Start a new epoch of the same members, who learn which pool members hand their blocks on."""
+    placement = context.state.placement(job.uid)
+    if placement is None or job.state is not JobState.READY or not pools.is_untold(context, job):
+        return
+    nodes = {
+        seat.placement.node: None
+        for seat in active_seats(context, job, placement)
+        if seat.role.kind is RoleKind.CACHE and context.is_draining(seat.placement.node)
+    }
+    message = f"{', '.join(nodes)}: drained, its pool members hand their blocks on before they end"
+    if not nodes:
+        nodes = {
+            seat.placement.node: None
+            for seat in active_seats(context, job, placement)
+            if seat.placement.kv_draining
+        }
+        message = f"{', '.join(nodes)}: drained no more, its pool members take blocks again"
+    # No rank is named: nobody is lost.
+    loss = Loss(job.uid, RankKey(), FaultKind.DRAIN, next(iter(nodes)), "DRAIN", message)
+    recover(context, [loss], context.now)
+    context.drains_dirty = True
 
 
 def _incident(
@@ -353,7 +378,8 @@ def _start_over(context: Context, draft: Draft, lost: list[Loss]) -> JobPlan:
 
 def _commit(context: Context, draft: Draft, losses: list[Loss], incident_id: str) -> None:
     """Stage everything that the next epoch of the job consists of."""
-    job, placement, state = draft.job, draft.placement, context.state
+    job, state = draft.job, context.state
+    placement = pools.with_slots(context, job, draft.placement)
     lost = {loss.key for loss in losses}
     restored = sequences.plan_lost_sequences(context, job, placement, lost, incident_id)
     restores = restored.restores

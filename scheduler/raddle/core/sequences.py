@@ -6,7 +6,10 @@ standing of a job's KV for those who ask.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from raddle.core.admission import model_shape
 from raddle.core.context import Context, active_seats, is_ended, kv_replicas
@@ -14,6 +17,7 @@ from raddle.core.events import SequencesReported, StatsReported
 from raddle.core.kvcache.index import block_event
 from raddle.core.kvcache.recoveries import Recovery
 from raddle.core.kvcache.restore import KvCosts, Pool, RestorePlan, Survivor, plan_restores
+from raddle.model import keys
 from raddle.model.job import Job, Placement
 from raddle.model.kinds import RoleKind
 from raddle.model.kv import BlockSpace, KvTier
@@ -43,7 +47,7 @@ def space_of(job: Job, event: KvEvent | None = None) -> BlockSpace:
 
 
 def take_stats(context: Context, event: StatsReported) -> None:
-    """Blocks that members stored and removed, and how prompts met them."""
+    """Blocks that members stored and removed, how prompts met them, and how repair goes."""
     job = context.state.job(event.job_uid)
     if job is None or is_ended(job):
         return
@@ -58,6 +62,9 @@ def take_stats(context: Context, event: StatsReported) -> None:
                 continue
             index.apply((event.job_uid, report.rank), report.incarnation, taken)
         context.state.count_kv(event.job_uid, report)
+        if report.kv_repair is not None:
+            said = (report.incarnation, report.epoch, report.kv_repair)
+            context.state.kv_repairs[event.job_uid, report.rank] = said
 
 
 def take_sequences(context: Context, event: SequencesReported) -> None:
@@ -74,7 +81,33 @@ def take_sequences(context: Context, event: SequencesReported) -> None:
     for sequence in event.updated:
         if len(door) < _SEQUENCES_A_DOOR_MAX or sequence.sequence_id in door:
             door[sequence.sequence_id] = sequence
-    context.state.recoveries.reported(event.job_uid, event.updated, event.removed, context.now)
+    done = context.state.recoveries.reported(
+        event.job_uid, event.updated, event.removed, context.now
+    )
+    for recovery in done:
+        _record_outcome(context, recovery)
+
+
+def _record_outcome(context: Context, recovery: Recovery) -> None:
+    """All sequences are back: the incident tells when, beside what was predicted."""
+    incident = context.state.records.get(keys.incident(recovery.incident_id))
+    if incident is None or not recovery.backs_s:
+        return
+    plans = tuple(
+        replace(
+            plan,
+            instances=tuple(
+                replace(part, kv_median_actual=recovery.median_s, kv_last_actual=recovery.last_s)
+                if part.sequences_restored
+                else part
+                for part in plan.instances
+            ),
+        )
+        if (plan.job_uid, plan.epoch) == (recovery.job_uid, recovery.epoch)
+        else plan
+        for plan in incident.plans
+    )
+    context.state.put(keys.incident(incident.id), replace(incident, plans=plans))
 
 
 def plan_lost_sequences(
@@ -87,7 +120,8 @@ def plan_lost_sequences(
     state = context.state
     for key in lost:
         # Whatever it held is gone, whether or not its successor has spoken yet.
-        state.index.drop((job.uid, key))
+        state.index.drop((job.uid, key), _incarnations(context, job, key))
+        state.kv_repairs.pop((job.uid, key), None)
     seats = active_seats(context, job, placement)
     stay = {seat.key for seat in seats if seat.placement.start_count <= job.live_epoch}
     sequences = state.all_sequences(job.uid)
@@ -115,7 +149,8 @@ def plan_lost_sequences(
         if seat.role.kind is RoleKind.DECODE
     ]
     members = [seat.key for seat in seats if seat.role.kind is RoleKind.CACHE]
-    pool = Pool(state.index, job.uid, space_of(job), members)
+    peers = [seat.key for seat in seats if seat.placement.die and seat.key in stay]
+    pool = Pool(state.index, job.uid, space_of(job), members, peers)
     plan = _bounded(plan_restores(mine, survivors, pool, costs))
     if plan.restores:
         waiting = {s.sequence_id: s.sent_tokens for s in mine}
@@ -123,6 +158,13 @@ def plan_lost_sequences(
             Recovery(job.uid, incident_id, job.epoch, plan, context.now, waiting)
         )
     return plan
+
+
+def _incarnations(context: Context, job: Job, key: RankKey) -> list[str]:
+    """Processes of a rank that its agents tell of."""
+    by_node = context.state.acks.get(job.uid, {})
+    statuses = (context.state.rank_status(job.uid, node, key) for node in by_node)
+    return [status.incarnation for status in statuses if status is not None and status.incarnation]
 
 
 def _bounded(plan: RestorePlan) -> RestorePlan:
@@ -195,14 +237,20 @@ class KvStanding:
 
 def standing_of(context: Context, job: Job) -> KvStanding:
     """Count the copies of all blocks of the job; looks at every row of the index."""
+    *_, standing = standings_of(context, job)
+    return standing
+
+
+def standings_of(context: Context, job: Job) -> Iterator[KvStanding]:
+    """The same in steps, of which the last one is the whole: who has time rests between them."""
     placement = context.state.placement(job.uid)
     seats = active_seats(context, job, placement) if placement is not None else []
     caches = [seat for seat in seats if seat.role.kind is RoleKind.CACHE]
     index = context.state.index
     names = [(job.uid, seat.key) for seat in caches]
-    copies = index.copies(names, POOL_TIERS)
-    return KvStanding(
-        members={seat.key: index.blocks((job.uid, seat.key)) for seat in caches},
-        replicas=max((kv_replicas(seat.role) for seat in caches), default=0),
-        copies=(0, *copies[1:].tolist()),
-    )
+    members = {seat.key: index.blocks((job.uid, seat.key)) for seat in caches}
+    replicas = max((kv_replicas(seat.role) for seat in caches), default=0)
+    copies = np.zeros(1, dtype=np.int64)
+    for piece in index.copies(names, POOL_TIERS):
+        copies = piece + (copies if copies.size == piece.size else 0)
+        yield KvStanding(members, replicas, tuple(np.trim_zeros(copies, "b").tolist()) or (0,))

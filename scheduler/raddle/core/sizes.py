@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raddle.core.kvcache.figures import KV_REPLICAS
+from raddle.core.kvcache.slots import slots_for
 from raddle.model.job import JobSpec, RoleSpec
+from raddle.model.kinds import RoleKind
 from raddle.model.llm import ModelShape
 
 # Placement, member of the routes and assignment of one rank, the names in them aside.
@@ -53,7 +56,15 @@ def record_bytes(spec: JobSpec, shape: ModelShape) -> int:
         role.instances * (role.ranks + role.spares) * (_RANK_BYTES + 3 * len(role.name))
         for role in spec.roles
     )
-    return spec_bytes(spec) + maps + ranks + _RECORDS * _RECORD_BYTES
+    return spec_bytes(spec) + maps + ranks + _pool_bytes(spec) + _RECORDS * _RECORD_BYTES
+
+
+def _pool_bytes(spec: JobSpec) -> int:
+    """Slots of the pool's map, two bytes each, in the placement and in the routes."""
+    caches = [role for role in spec.roles if role.kind is RoleKind.CACHE]
+    members = sum(role.instances * role.ranks for role in caches)
+    replicas = max((role.kv_replicas or KV_REPLICAS for role in caches), default=0)
+    return 2 * 2 * slots_for(members) * replicas
 
 
 def commit_size(spec: JobSpec, shape: ModelShape, nodes: int) -> CommitSize:

@@ -30,7 +30,7 @@ from raddle.model.job import (
     Placement,
 )
 from raddle.model.routes import Routes, SequenceReport
-from raddle.model.stats import RankStats
+from raddle.model.stats import KvRepair, RankStats
 from raddle.model.topology import SuperNode
 from raddle.model.types import RankKey
 
@@ -81,6 +81,8 @@ class State:
         self.kv_events_refused = 0
         #: Tokens of prompts that ranks found in the pool, and that they computed, by job.
         self.kv_tokens: dict[str, tuple[int, int]] = {}
+        #: What pool members last said of their repair: process, epoch and where it stands.
+        self.kv_repairs: dict[tuple[str, RankKey], tuple[str, int, KvRepair]] = {}
         self.idempotency: dict[tuple[str, str], str] = {}
         self._event_ids: list[str] = []
         self._incident_ids: list[str] = []
@@ -231,6 +233,7 @@ class State:
         self.index.forget(job_uid)
         self.recoveries.forget(job_uid)
         self.kv_tokens.pop(job_uid, None)
+        self.kv_repairs = {key: said for key, said in self.kv_repairs.items() if key[0] != job_uid}
         self.sequences.pop(job_uid, None)
         self.stages.pop(job_uid, None)
         if not self._nodes_of.get(job_uid):
@@ -319,6 +322,7 @@ class State:
         self.recoveries = other.recoveries
         self.kv_events_refused = other.kv_events_refused
         self.kv_tokens = other.kv_tokens
+        self.kv_repairs = other.kv_repairs
 
     def count_kv(self, job_uid: str, report: RankStats) -> None:
         """Add what a rank restored and computed."""

@@ -129,6 +129,14 @@ def _instance_lines(plan: InstancePlan) -> list[str]:
             f" ({plan.kv_tokens_restored} tokens restored, {plan.kv_tokens_recomputed} recomputed)"
         )
     ]
+    if plan.sequences_given_up:
+        lines.append(f"  {plan.sequences_given_up} sequences are given up: their time is over")
+    if plan.kv_last_predicted:
+        lines.append(
+            f"  sequences make tokens again: half {_measured(plan.kv_median_actual)}"
+            f" ({plan.kv_median_predicted:.3f} s predicted), all {_measured(plan.kv_last_actual)}"
+            f" ({plan.kv_last_predicted:.3f} s predicted)"
+        )
     for option in plan.considered:
         verdict = "chosen" if option.chosen else ("feasible" if option.feasible else "not feasible")
         numbers = (
@@ -137,6 +145,10 @@ def _instance_lines(plan: InstancePlan) -> list[str]:
         )
         lines.append(f"  {option.option}: {verdict}: {option.why.message} [{numbers}]")
     return lines
+
+
+def _measured(seconds: float) -> str:
+    return f"after {seconds:.3f} s" if seconds else "not yet, or nobody saw it"
 
 
 def _overlap(one: str, other: str) -> bool:

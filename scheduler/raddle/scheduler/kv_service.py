@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
-from raddle.core.context import Context, active_seats
+from raddle.core.context import Context, Seat, active_seats
 from raddle.core.kvcache.figures import REPAIR_BYTES_PER_S
 from raddle.core.kvcache.index import block_keys
 from raddle.core.kvcache.recoveries import Recovery
-from raddle.core.sequences import KvStanding, costs_of, space_of, standing_of
+from raddle.core.pools import repair_of
+from raddle.core.sequences import KvStanding, costs_of, space_of, standing_of, standings_of
 from raddle.model.errors import PermanentError, Reason, TemporaryError
 from raddle.model.job import Job, JobState
 from raddle.model.kinds import RoleKind
 from raddle.model.kv import KvTier
-from raddle.model.stats import KvEvent
+from raddle.model.stats import KvEvent, KvRepair
 from raddle.model.types import RankKey
 from raddle.scheduler.replica import Replica
-from raddle.v1 import scheduler_pb2, types_pb2
+from raddle.v1 import engine_pb2, scheduler_pb2, types_pb2
 from raddle.wire.codec import to_message
 
 LOCATE_BLOCKS_MAX = 1_000
@@ -64,11 +65,15 @@ def status(replica: Replica, job_uid: str) -> scheduler_pb2.GetKvStatusResponse:
     answer.time_to_protection.FromNanoseconds(
         round(time_to_protection_s(context, job, standing) * 1e9)
     )
-    nodes = _nodes(context, job)
+    seats = _seats(context, job)
     for key, blocks in standing.members.items():
-        answer.members.add(
-            rank=to_message(key, types_pb2.RankKey), node=nodes.get(key, ""), blocks=blocks
-        )
+        member = answer.members.add(rank=to_message(key, types_pb2.RankKey), blocks=blocks)
+        if key in seats:
+            member.node = seats[key].placement.node
+            member.draining = seats[key].placement.kv_draining
+        repair = repair_of(context, job_uid, key)
+        if repair is not None:
+            member.repair.CopyFrom(to_message(repair, engine_pb2.KvRepair))
     return answer
 
 
@@ -78,9 +83,15 @@ def hit_rate(restored: int, computed: int) -> float:
 
 
 def time_to_protection_s(context: Context, job: Job, standing: KvStanding) -> float:
-    """How long the members' budgets need for what lacks copies, if it is spread evenly."""
+    """How long repair needs, as the members say.
+
+    Before they have looked: what their budgets need for what lacks copies, spread evenly.
+    """
     if not standing.blocks_below:
         return 0.0
+    said = max((repair.left for repair in _repairs(context, job, standing)), default=0.0)
+    if said > 0:
+        return said
     block_bytes = costs_of(context, job).bytes_per_token * job.spec.model.kv_block_tokens
     lacking = sum(
         (standing.wanted - copies) * count
@@ -89,10 +100,19 @@ def time_to_protection_s(context: Context, job: Job, standing: KvStanding) -> fl
     return lacking * block_bytes / (REPAIR_BYTES_PER_S * max(1, len(standing.members)))
 
 
-def _nodes(context: Context, job: Job) -> dict[RankKey, str]:
+def _repairs(context: Context, job: Job, standing: KvStanding) -> list[KvRepair]:
+    found = [repair_of(context, job.uid, key) for key in standing.members]
+    return [repair for repair in found if repair is not None]
+
+
+def _seats(context: Context, job: Job) -> dict[RankKey, Seat]:
     placement = context.state.placement(job.uid)
     seats = active_seats(context, job, placement) if placement is not None else []
-    return {seat.key: seat.placement.node for seat in seats}
+    return {seat.key: seat for seat in seats}
+
+
+def _nodes(context: Context, job: Job) -> dict[RankKey, str]:
+    return {key: seat.placement.node for key, seat in _seats(context, job).items()}
 
 
 def _recovery(one: Recovery) -> scheduler_pb2.KvRecovery:
@@ -164,10 +184,10 @@ async def follow_metrics(replica: Replica) -> None:
         context = replica.leader.context() if replica.leader is not None else None
         replica.metrics.clear_kv()
         if context is not None:
-            _measure(replica, context)
+            await _measure(replica, context)
 
 
-def _measure(replica: Replica, context: Context) -> None:
+async def _measure(replica: Replica, context: Context) -> None:
     pooled = [
         job
         for job in context.state.jobs()
@@ -175,12 +195,24 @@ def _measure(replica: Replica, context: Context) -> None:
         and any(role.kind is RoleKind.CACHE for role in job.spec.roles)
     ]
     for job in pooled[:_METRICS_JOBS_MAX]:
-        standing = standing_of(context, job)
+        standing: KvStanding | None = None
+        for counted in standings_of(context, job):
+            standing = counted
+            # The leader decides on this loop too.
+            await asyncio.sleep(0)
+        assert standing is not None
+        repairs = _repairs(context, job, standing)
         replica.metrics.kv_measured(
             job.uid,
-            hit_rate=hit_rate(*context.state.kv_tokens.get(job.uid, (0, 0))),
-            protection=standing.protection,
-            blocks=standing.blocks,
-            blocks_below=standing.blocks_below,
-            time_to_protection_s=time_to_protection_s(context, job, standing),
+            {
+                "hit_ratio": hit_rate(*context.state.kv_tokens.get(job.uid, (0, 0))),
+                "protection_ratio": standing.protection,
+                "blocks": standing.blocks,
+                "blocks_below": standing.blocks_below,
+                "time_to_protection_seconds": time_to_protection_s(context, job, standing),
+                "repair_copies_made": sum(repair.copies_made for repair in repairs),
+                "repair_copies_left": sum(repair.copies_left for repair in repairs),
+                "repair_bytes_made": sum(repair.bytes_made for repair in repairs),
+                "repair_bytes_left": sum(repair.bytes_left for repair in repairs),
+            },
         )

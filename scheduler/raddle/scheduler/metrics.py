@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -56,21 +57,40 @@ class Metrics:
             ["method", "code"],
             **registry,
         )
-        self._kv_gauges = [
-            Gauge(f"raddle_kv_{name}", text, ["job_uid"], **registry)
+        self.unforeseen = Counter(
+            "raddle_unforeseen_errors",
+            "Requests that failed by a mistake of the program; each has its line in the log.",
+            **registry,
+        )
+        self._make_kv(registry)
+        #: Incidents that were counted as closed, and those whose sequences are known to be back.
+        self._closed: dict[str, None] = {}
+        self._back: dict[str, None] = {}
+        self._job_states: dict[str, str] = {}
+        self._map_epochs: dict[str, int] = {}
+        self._margin = Gauge(
+            "raddle_job_coverage_margin_dies",
+            "Dies that a job may lose in the worst case before an expert has no copy.",
+            ["job_uid"],
+            **registry,
+        )
+
+    def _make_kv(self, registry: dict[str, Any]) -> None:
+        """What is measured of pools, and of the sequences of incidents."""
+        self._kv_gauges = {
+            name: Gauge(f"raddle_kv_{name}", text, ["job_uid"], **registry)
             for name, text in (
                 ("hit_ratio", "Share of prompt tokens found in the pool, by job."),
                 ("protection_ratio", "Share of pooled blocks with all their copies, by job."),
                 ("blocks", "Blocks in the pool, by job."),
                 ("blocks_below", "Pooled blocks that lack copies, by job."),
                 ("time_to_protection_seconds", "Time that repair needs at its budget, by job."),
+                ("repair_copies_made", "Copies that live pool members made again, by job."),
+                ("repair_copies_left", "Copies that pool members have queued, by job."),
+                ("repair_bytes_made", "Bytes of the copies made, by job."),
+                ("repair_bytes_left", "Bytes of the copies queued, by job."),
             )
-        ]
-        self.unforeseen = Counter(
-            "raddle_unforeseen_errors",
-            "Requests that failed by a mistake of the program; each has its line in the log.",
-            **registry,
-        )
+        }
         self._kv_tokens = Histogram(
             "raddle_incident_kv_tokens",
             "KV tokens of lost sequences of one incident: restored or recomputed.",
@@ -78,12 +98,12 @@ class Metrics:
             buckets=TOKENS_BUCKETS,
             **registry,
         )
-        self._job_states: dict[str, str] = {}
-        self._map_epochs: dict[str, int] = {}
-        self._margin = Gauge(
-            "raddle_job_coverage_margin_dies",
-            "Dies that a job may lose in the worst case before an expert has no copy.",
-            ["job_uid"],
+        self._kv_back = Histogram(
+            "raddle_incident_kv_back_seconds",
+            "Time until half (median) or all (last) lost sequences of one incident made tokens"
+            " again: predicted and actual.",
+            ["of", "time"],
+            buckets=PHASE_BUCKETS_S,
             **registry,
         )
 
@@ -102,22 +122,13 @@ class Metrics:
 
     def clear_kv(self) -> None:
         """Pools are told of by the leader only."""
-        for gauge in self._kv_gauges:
+        for gauge in self._kv_gauges.values():
             gauge.clear()
 
-    def kv_measured(
-        self,
-        job_uid: str,
-        *,
-        hit_rate: float,
-        protection: float,
-        blocks: int,
-        blocks_below: int,
-        time_to_protection_s: float,
-    ) -> None:
-        values = (hit_rate, protection, blocks, blocks_below, time_to_protection_s)
-        for gauge, value in zip(self._kv_gauges, values, strict=True):
-            gauge.labels(job_uid).set(value)
+    def kv_measured(self, job_uid: str, values: Mapping[str, float]) -> None:
+        """By name without the prefix `raddle_kv_`."""
+        for name, value in values.items():
+            self._kv_gauges[name].labels(job_uid).set(value)
 
     def record_changed(self, key: str, value: Any, _revision: int) -> None:
         """Follow the mirror: jobs by state, closed incidents with their phases."""
@@ -132,17 +143,34 @@ class Metrics:
                 self._jobs.labels(state).set(count)
         elif key.startswith(keys.EXPERT_MAPS):
             self._expert_maps_changed(key, value)
-        elif isinstance(value, Incident) and value.phase is IncidentPhase.CLOSED:
+        elif key.startswith(keys.INCIDENTS):
+            self._incident_changed(key, value)
+
+    def _incident_changed(self, key: str, value: Any) -> None:
+        """Count an incident once when it closes, and once when its sequences are back."""
+        if not isinstance(value, Incident):
+            self._closed.pop(key, None)
+            self._back.pop(key, None)
+            return
+        parts = [part for plan in value.plans for part in plan.instances]
+        if value.phase is IncidentPhase.CLOSED and key not in self._closed:
+            self._closed[key] = None
             self._incidents.inc()
-            plans = [part for plan in value.plans for part in plan.instances]
-            if any(part.sequences_restored for part in plans):
-                restored = sum(part.kv_tokens_restored for part in plans)
+            if any(part.sequences_restored for part in parts):
+                restored = sum(part.kv_tokens_restored for part in parts)
                 self._kv_tokens.labels("restored").observe(restored)
-                recomputed = sum(part.kv_tokens_recomputed for part in plans)
+                recomputed = sum(part.kv_tokens_recomputed for part in parts)
                 self._kv_tokens.labels("recomputed").observe(recomputed)
             for entry in value.timeline:
                 if entry.duration:
                     self._phases.labels(entry.phase).observe(entry.duration)
+        back = max(parts, key=lambda part: part.kv_last_actual, default=None)
+        if back is not None and back.kv_last_actual and key not in self._back:
+            self._back[key] = None
+            self._kv_back.labels("median", "predicted").observe(back.kv_median_predicted)
+            self._kv_back.labels("median", "actual").observe(back.kv_median_actual)
+            self._kv_back.labels("last", "predicted").observe(back.kv_last_predicted)
+            self._kv_back.labels("last", "actual").observe(back.kv_last_actual)
 
     def _expert_maps_changed(self, key: str, value: Any) -> None:
         """Follow the margin of the newest map; a job that has none any more has no metric."""

@@ -18,5 +18,8 @@ SEQUENCE_S = TOKEN_S / 96
 #: Bytes a second that repair may take of a host's network: a fifth of the 400 Gbit/s that a
 #: CloudMatrix384 node has besides UB, so that serving keeps the rest.
 REPAIR_BYTES_PER_S = 10e9
+#: Copies of each block, unless a cache role says otherwise: a pool that survives the loss of any
+#: one host.
+KV_REPLICAS = 2
 DIES_A_NODE = 16
 NODES_A_RACK = 4

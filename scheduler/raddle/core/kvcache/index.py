@@ -12,13 +12,14 @@ blocks at once; a full report is a clear and everything stored again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raddle.core.kvcache.table import OWNERS_MAX, BlockTable, Flags, Keys, Owners
+from raddle.core.kvcache.rows import Flags, Keys, Owners
+from raddle.core.kvcache.table import OWNERS_MAX, BlockTable
 from raddle.model.kv import BlockSpace, KvEventKind, KvTier
 from raddle.model.stats import KvEvent
 from raddle.model.types import RankKey
@@ -27,6 +28,8 @@ from raddle.model.types import RankKey
 BLOCKS_MAX = 16_000_000
 SPACES_MAX = 65_536
 _RETIRED_MAX = 16
+# With fewer owners' numbers left than this, those of the dead are collected.
+_FREE_LOW = OWNERS_MAX // 4
 _KEY_DIGITS = 16
 # Odd multipliers of a bijective mix (the constants of splitmix64, public domain).
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -99,8 +102,9 @@ class BlockIndex:
         self._members: dict[MemberName, _Member] = {}
         self._places: dict[int, Place] = {}
         self._free = list(range(OWNERS_MAX, 0, -1))
-        #: Owners whose locations still stand in the table.
-        self._dead: list[int] = []
+        #: Owners whose locations may still stand in the table, and how many layouts of it had
+        #: been begun when they died.
+        self._dead: list[tuple[int, int]] = []
         self._spaces: dict[BlockSpace, tuple[int, np.uint64]] = {}
         self._next_space = 1
         #: Events that were out of date, and gaps found.
@@ -142,15 +146,17 @@ class BlockIndex:
             if incarnation in member.retired:
                 return None
             self._void(member)
-            retired = [*member.retired, member.incarnation][-_RETIRED_MAX:]
+            # Without a name: its process ended, and this is the first word of the next one.
+            ended = [member.incarnation] if member.incarnation else []
+            retired = [*member.retired, *ended][-_RETIRED_MAX:]
             member = self._members[name] = _Member(incarnation, retired=retired)
         return member
 
     def _owner_of(self, name: MemberName, member: _Member, tier: KvTier) -> int:
         number = member.owners.get(tier)
         if number is None:
-            if not self._free:
-                self._rebuild()
+            if len(self._free) < _FREE_LOW:
+                self._reclaim()
             number = member.owners[tier] = self._free.pop()
             self._places[number] = Place(name, tier)
             self.table.alive[number] = True
@@ -161,21 +167,38 @@ class BlockIndex:
         for number in member.owners.values():
             self.table.kill(number)
             del self._places[number]
-            self._dead.append(number)
+            self._dead.append((number, self.table.layouts_begun))
         member.owners.clear()
+
+    def _reclaim(self) -> None:
+        """Use numbers of the dead again, once none of their locations can stand anywhere."""
+        for needed in (False, True):
+            if needed and not self._free:
+                self.table.rebuild()
+            done = self.table.layouts_done
+            self._free += [number for number, begun in self._dead if done > begun]
+            self._dead = [(number, begun) for number, begun in self._dead if done <= begun]
+        if self._dead:
+            self.table.clean_some()
 
     def _rebuild(self) -> None:
         self.table.rebuild()
-        self._free += self._dead
-        self._dead = []
+        self._reclaim()
         used = self.table.spaces_in_use()
         self._spaces = {s: named for s, named in self._spaces.items() if named[0] in used}
 
-    def drop(self, member: MemberName) -> None:
-        """Forget a member's blocks: its process ended, and says nothing more."""
+    def drop(self, member: MemberName, ended: Collection[str] = ()) -> None:
+        """Forget a member's blocks, as its process is gone.
+
+        What processes `ended` said last may still arrive: it counts no more.
+        """
         found = self._members.get(member)
-        if found is not None:
-            self._void(found)
+        if found is None:
+            return
+        self._void(found)
+        if found.incarnation in ended:
+            retired = [*found.retired, found.incarnation][-_RETIRED_MAX:]
+            self._members[member] = _Member("", retired=retired)
 
     def forget(self, job_uid: str) -> None:
         """Forget all members of a job that ended."""
@@ -252,8 +275,10 @@ class BlockIndex:
         found = self._members.get(member)
         return sum(int(self.table.counts[n]) for n in found.owners.values()) if found else 0
 
-    def copies(self, members: Iterable[MemberName], tiers: Sequence[KvTier]) -> NDArray[np.int64]:
-        """How many blocks have 0, 1, 2, ... copies among these members; looks at every row."""
+    def copies(
+        self, members: Iterable[MemberName], tiers: Sequence[KvTier]
+    ) -> Iterator[NDArray[np.int64]]:
+        """How many blocks have 0, 1, 2, ... copies among these members, in pieces to be added."""
         return self.table.copies(self.allowed(members, tiers))
 
     def validate(self) -> None:
@@ -264,7 +289,8 @@ class BlockIndex:
             for tier, number in member.owners.items():
                 assert self._places[number] == Place(name, tier), f"{number} is not {name}'s"
                 assert self.table.alive[number], f"{name} lives, its owner {number} does not"
-        assert not {*self._free} & {*self._dead}, "an owner is free and dead"
+        dead = {number for number, _ in self._dead}
+        assert not {*self._free} & dead, "an owner is free and dead"
 
 
 def mixed(keys: Keys, salt: np.uint64) -> Keys:

@@ -1,9 +1,10 @@
 """Which pool members keep which block, and in which order lost copies are made again.
 
-In go members with nodes, racks and weights, out come keepers: a weighted rendezvous. Member m
-ranks for block b by -ln(u) / weight with u = hash(b, m) in (0, 1): the chance to rank first is the
-member's share of the weights, and a change of members or weights moves only blocks from or to the
-members that changed. Copies lie on different nodes, and in different racks while there are enough.
+In go members with nodes, racks, weights and slots, out come keepers: those of the block's slot
+(`slots`), and after them, for when these are full, gone or on the writer's node, the others by
+weighted rendezvous. Member m ranks for block b by -ln(u) / weight with u = hash(b, m) in (0, 1):
+the chance to rank first is the member's share of the weights, and a change of members or weights
+moves only blocks from or to the members that changed.
 
 `RepairLoop` orders the copies that are to be made again: hottest first, under a bandwidth budget.
 """
@@ -20,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raddle.core.kvcache.index import mixed
-from raddle.core.kvcache.table import Keys
+from raddle.core.kvcache.rows import Keys
 
 #: An empty member begins with this share of its weight and has all of it after RAMP_S, so that
 #: it does not attract all writes while its neighbours are full.
 RAMP_BEGIN = 0.1
 RAMP_S = 60.0
 _MANTISSA_BITS = np.uint64(11)
+_HALF = np.uint64(32)
 T = TypeVar("T")
 
 
@@ -38,6 +40,8 @@ class PoolMember:
     node: str
     rack: str = ""
     weight: float = 1.0
+    #: Slots that it keeps; without any, blocks go by rendezvous alone.
+    slots: tuple[int, ...] = ()
 
 
 def ramp(age_s: float, ramp_s: float = RAMP_S) -> float:
@@ -55,13 +59,24 @@ class PoolMap:
         with np.errstate(divide="ignore"):
             self._inverse = np.where(weights > 0, 1.0 / weights, np.inf)
         self._open = [bool(weight > 0) for weight in weights]
+        slots = max((slot for m in members for slot in m.slots), default=0) + 1
+        self._keeps = np.zeros((slots, len(members)), dtype=np.bool_)
+        for number, member in enumerate(members):
+            self._keeps[list(member.slots), number] = True
+        #: The most keepers that any slot has.
+        self.keepers_a_slot = int(self._keeps.sum(axis=1).max())
 
     def ranking(self, keys: Keys) -> NDArray[np.intp]:
         """[block, member]: numbers of members, best keeper first."""
+        count = np.uint64(len(self._keeps))
+        slots = ((mixed(keys, np.uint64(0)) >> _HALF) * count) >> _HALF
+        keeps = self._keeps[slots.astype(np.intp)]
         spread = mixed(keys[:, None] ^ self._salts[None, :], np.uint64(0))
         # 53 bits and a half: never 0 and never 1.
         uniform = ((spread >> _MANTISSA_BITS).astype(np.float64) + 0.5) / 2.0**53
         scores = -np.log(uniform) * self._inverse[None, :]
+        # Keepers of the slot before all others, among themselves in the same order.
+        scores = np.where(keeps, -1.0 / (1.0 + scores), scores)
         order: NDArray[np.intp] = scores.argsort(axis=1, kind="stable")
         return order
 
@@ -76,22 +91,24 @@ class PoolMap:
     ) -> list[int]:
         """`replicas` members of a block's ranking on different nodes, `held` ones first.
 
-        Different racks as long as there are any. `usable` leaves members out that are full,
-        draining or gone. The only copy is never on the writer's node: a node's loss would take
-        both. Fewer members are given when there are no more.
+        Keepers of the slot as they are, others in different racks as long as there are any.
+        `usable` leaves members out that are full, draining or gone. The only copy is never on the
+        writer's node: a node's loss would take both. Fewer members are given when there are no
+        more.
         """
         chosen = list(held)
         nodes = {self.members[m].node for m in chosen}
         racks = {self.members[m].rack for m in chosen}
         same_rack: list[int] = []
-        for number in order:
+        for place, number in enumerate(order):
             if len(chosen) >= replicas:
                 break
             member = self.members[number]
             barred = member.node in nodes or (replicas == 1 and member.node == writer_node)
+            barred = barred or number in held
             if barred or not self._open[number] or not (usable is None or usable[number]):
                 continue
-            if member.rack in racks:
+            if member.rack in racks and place >= self.keepers_a_slot:
                 same_rack.append(number)
                 continue
             chosen.append(number)

@@ -66,11 +66,14 @@ class Recoveries:
 
     def reported(
         self, job_uid: str, updated: Iterable[SequenceReport], removed: Iterable[str], now: float
-    ) -> None:
-        """A sequence is back when it sent more than it had, or ended."""
+    ) -> list[Recovery]:
+        """A sequence is back when it sent more than it had, or ended.
+
+        Gives the recoveries whose last sequence is back now.
+        """
         open_ones = [r for r in self.records if r.waiting and r.job_uid == job_uid]
         if not open_ones:
-            return
+            return []
         back = dict.fromkeys(removed, 1 << 31)
         back |= {sequence.sequence_id: sequence.sent_tokens for sequence in updated}
         for recovery in open_ones:
@@ -79,6 +82,7 @@ class Recoveries:
                 recovery.backs_s.append(max(0.0, now - recovery.begin_s))
             if not recovery.waiting:
                 self._learn(recovery)
+        return [recovery for recovery in open_ones if not recovery.waiting]
 
     def _learn(self, recovery: Recovery) -> None:
         if recovery.plan.last_s <= 0 or not recovery.backs_s:

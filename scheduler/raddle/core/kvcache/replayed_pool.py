@@ -15,6 +15,7 @@ import numpy as np
 
 from raddle.core.kvcache.index import mixed
 from raddle.core.kvcache.pool import PoolMap, PoolMember, ramp
+from raddle.core.kvcache.slots import SlotMember, assign_slots, slots_for
 
 _SALT = np.uint64(0x5261_6464_6C65)
 
@@ -60,12 +61,10 @@ class ReplayedPool:
         self.wanted_copies = 0
         self._new_copies = 0
         self.hosts = {number: Host(capacity) for number, capacity in enumerate(capacities)}
-        self._map = PoolMap(
-            [
-                PoolMember(name=f"host-{h}", node=node_name(h), rack=f"r{h // nodes_per_rack}")
-                for h in range(hosts_max)
-            ]
-        )
+        self._nodes_per_rack = nodes_per_rack
+        #: Slots of the map by host, and the map.
+        self._slots: list[tuple[int, ...]] = [()] * hosts_max
+        self._map = PoolMap(())
         #: Hosts of each block; the order is that of use, the least recent first.
         self._copies: OrderedDict[int, list[int]] = OrderedDict()
         #: Blocks with fewer copies than they should have.
@@ -84,8 +83,29 @@ class ReplayedPool:
         for number, host in self.hosts.items():
             self._taking[number] = host.live and not host.draining and host.capacity != 0
             self._room[number] = self._taking[number] and host.has_room(now)
+        self._map_anew()
         self.wanted_copies = min(self.replicas, sum(host.live for host in self.hosts.values()))
         self._new_copies = min(self.replicas, sum(self._taking))
+
+    def _map_anew(self) -> None:
+        """Give the slots to the hosts that take copies, moving as few as can be."""
+        racks = [f"r{number // self._nodes_per_rack}" for number in range(self._hosts_max)]
+        taking = [
+            SlotMember(
+                node=node_name(number),
+                rack=racks[number],
+                weight=float(self._taking[number]),
+                slots=self._slots[number],
+            )
+            for number in range(self._hosts_max)
+        ]
+        self._slots = assign_slots(taking, slots_for(self._hosts_max), self.replicas)
+        self._map = PoolMap(
+            [
+                PoolMember(name=f"host-{number}", node=node_name(number), rack=rack, slots=slots)
+                for number, (rack, slots) in enumerate(zip(racks, self._slots, strict=True))
+            ]
+        )
 
     def _occupy(self, number: int, copies: int, now: float) -> None:
         """A host holds so many copies more (or fewer)."""

@@ -1,9 +1,9 @@
 """Where each sequence of lost ranks continues, how its KV comes back, and when.
 
 In go the sequences, the surviving decode ranks and the index of blocks; out comes a plan. For each
-sequence there are three ways: restore the leading blocks that the pool or a peer still has and
-compute the tail; compute all anew; give up, when neither would be done by its deadline. Tokens are
-exact in each case.
+sequence there are three ways: restore the leading blocks that the pool or the own memory of a peer
+still has and compute the tail; compute all anew; give up, when neither would be done by its
+deadline. Tokens are exact in each case.
 
 Cost model, in seconds: a rank restores and computes its sequences one after another, so with the
 target's queue q a sequence is back at q + min(RESTORE_S + bytes / bandwidth + tail / rate,
@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 
 from raddle.core.kvcache.figures import PREFILL_TOKENS_PER_S_A_DIE, SEQUENCE_S
 from raddle.core.kvcache.index import BlockIndex, MemberName, block_keys, leading
-from raddle.core.kvcache.table import Owners
+from raddle.core.kvcache.rows import Flags, Owners
 from raddle.model.kv import BlockSpace, KvTier
 from raddle.model.routes import SequenceReport
 from raddle.model.types import RankKey, SequenceRestore, Why
 
 #: What asking members for blocks takes at least, whatever their size.
 RESTORE_S = 0.001
+#: Ranks that are asked for one sequence's blocks.
+PEERS_A_SEQUENCE_MAX = 4
 # A rank that is full, or has no memory left, is taken only when all are.
 _FULL = 1e9
 _NO_MEMORY = 1e6
@@ -76,6 +78,8 @@ class Pool:
     job_uid: str
     space: BlockSpace
     members: Sequence[RankKey]
+    #: Ranks that live and let others read what they hold in their own memory.
+    peers: Sequence[RankKey] = ()
 
     def names(self, keys: Sequence[RankKey]) -> list[MemberName]:
         return [(self.job_uid, key) for key in keys]
@@ -83,13 +87,17 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What is left of each sequence: leading blocks in the pool, and on each survivor."""
+    """What is left of each sequence: leading blocks anywhere, and on each survivor."""
 
-    pooled: list[int]
+    left: list[int]
+    #: How many of these only peers have.
+    from_peers: list[int]
     #: By sequence: survivors (by number) with blocks of it, and how many.
     peers: dict[int, dict[int, int]]
-    #: Of each block of all sequences, the pool owner that will send it; 0 for none.
+    #: Of each block of all sequences, the owner that will send it, the pool's first; 0 for none.
     source: Owners
+    #: By owner: is it a rank, not a pool member?
+    is_peer: Flags
     starts: list[int]
 
 
@@ -111,13 +119,18 @@ def plan_restores(
     for number, sequence in enumerate(ordered):
         tokens = _tokens(sequence)
         peers = held.peers.get(number, _NO_PEERS)
-        choice = targets.choose(tokens, held.pooled[number], peers, pool.space)
+        left = _Left(held.left[number], held.from_peers[number], peers)
+        choice = targets.choose(tokens, left, pool.space)
         late = 0 < sequence.left < choice.back_s
-        restores.append(_restore(sequence, tokens, choice, pool.space.block_tokens, late=late))
+        start = held.starts[number]
+        sources = held.source[start + choice.held : start + choice.blocks]
+        asked = _peers_of(sources, held, pool) if held.from_peers[number] else ()
+        restores.append(
+            _restore(sequence, tokens, choice, pool.space.block_tokens, asked, late=late)
+        )
         if not late:
             targets.take(choice, tokens)
-            start = held.starts[number]
-            fetched.append(held.source[start + choice.held : start + choice.blocks])
+            fetched.append(sources)
     backs = sorted(r.predicted for r in restores if r.why.reason != "GIVE_UP")
     blocks = int(np.bincount(np.concatenate(fetched), minlength=1).max())
     busiest_s = blocks * pool.space.block_tokens * costs.bytes_per_token / costs.host_bytes_per_s
@@ -149,14 +162,28 @@ def _held(ordered: Sequence[SequenceReport], survivors: Sequence[Survivor], pool
             hashes += sequence.block_hashes[: (tokens - 1) // size]
     begins = np.array(starts, dtype=np.intp)
     in_pool = pool.index.allowed(pool.names(pool.members), (KvTier.DRAM, KvTier.STORAGE))
-    on_ranks = pool.index.allowed(pool.names([s.key for s in survivors]), (KvTier.HBM,))
+    ranks = dict.fromkeys([*pool.peers, *(s.key for s in survivors)])
+    on_ranks = pool.index.allowed(pool.names(list(ranks)), (KvTier.HBM,))
     owners = pool.index.owners(pool.space, block_keys(hashes), in_pool | on_ranks)
+    source: Owners = np.where(in_pool[owners], owners, 0).max(axis=1, initial=0)
     peers: dict[int, dict[int, int]] = {}
+    from_peers = [0] * len(ordered)
     if on_ranks.any():
-        peers = _peers(np.where(on_ranks[owners], owners, 0), begins, survivors, pool)
-        owners = np.where(in_pool[owners], owners, 0)
-    source = owners.max(axis=1, initial=0)
-    return _Held(leading(source > 0, begins).tolist(), peers, source, starts)
+        on_rank = np.where(on_ranks[owners], owners, 0)
+        peers = _peers(on_rank, begins, survivors, pool)
+        source = np.where(source > 0, source, on_rank.max(axis=1, initial=0))
+    left = leading(source > 0, begins)
+    if on_ranks.any():
+        before = np.append(0, np.cumsum(on_ranks[source]))
+        from_peers = (before[begins + left] - before[begins]).tolist()
+    return _Held(left.tolist(), from_peers, peers, source, on_ranks, starts)
+
+
+def _peers_of(sources: Owners, held: _Held, pool: Pool) -> tuple[RankKey, ...]:
+    """The ranks that will send some of these blocks, those that send most first."""
+    numbers, counts = np.unique(sources[held.is_peer[sources]], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:PEERS_A_SEQUENCE_MAX]
+    return tuple(pool.index.place(int(number)).member[1] for number in numbers[order])
 
 
 def _peers(
@@ -173,6 +200,15 @@ def _peers(
         for sequence in lengths.nonzero()[0].tolist():
             found.setdefault(sequence, {})[number] = int(lengths[sequence])
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """Of one sequence: leading blocks anywhere, how many only peers have, and by survivor."""
+
+    blocks: int
+    from_peers: int
+    on_survivors: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +254,14 @@ class _Targets:
         lacks = np.array([_NO_MEMORY if self._lacks(n, tokens) else 0.0 for n in count])
         return int((self._cost + lacks).argmin())
 
-    def choose(self, tokens: int, pooled: int, peers: dict[int, int], space: BlockSpace) -> _Choice:
+    def choose(self, tokens: int, left: _Left, space: BlockSpace) -> _Choice:
         """Where the sequence is back first."""
         number, held = self._first(tokens), 0
-        blocks, busy_s = self._way(tokens, pooled, 0, space)
+        blocks, busy_s = self._way(tokens, left, 0, space)
         best = float(self._cost[number]) + busy_s
-        for peer, length in peers.items():
-            # What a rank holds it need not fetch; what it lacks comes from the pool.
-            there, peer_s = self._way(tokens, max(pooled, length), length, space)
+        for peer, length in left.on_survivors.items():
+            # What a rank holds it need not fetch; what it lacks comes from the pool or peers.
+            there, peer_s = self._way(tokens, left, length, space)
             if self._cost[peer] + peer_s < best and not self._lacks(peer, tokens):
                 best = float(self._cost[peer]) + peer_s
                 number, blocks, busy_s, held = peer, there, peer_s, min(length, there)
@@ -233,15 +269,18 @@ class _Targets:
         full = bool(self._cost[number] >= _FULL) or self._lacks(number, tokens)
         return _Choice(number, self._keys[number], blocks, held, back_s, busy_s, full)
 
-    def _way(self, tokens: int, blocks: int, held: int, space: BlockSpace) -> tuple[int, float]:
+    def _way(self, tokens: int, left: _Left, held: int, space: BlockSpace) -> tuple[int, float]:
         """(blocks restored, seconds): restoring, or computing all where that is faster."""
         costs = self._costs
         all_s = tokens / costs.prefill_tokens_per_s
-        kept = blocks * space.block_tokens
-        fetched = (blocks - held) * space.block_tokens * costs.bytes_per_token
-        restore_s = (tokens - kept) / costs.prefill_tokens_per_s
-        restore_s += RESTORE_S + fetched / costs.pool_bytes_per_s if fetched else 0.0
-        return (blocks, restore_s) if blocks and restore_s < all_s else (0, all_s)
+        block_bytes = space.block_tokens * costs.bytes_per_token
+        fetched = left.blocks - held
+        from_peers = min(left.from_peers, fetched)
+        restore_s = (tokens - left.blocks * space.block_tokens) / costs.prefill_tokens_per_s
+        if fetched:
+            restore_s += RESTORE_S + from_peers * block_bytes / costs.peer_bytes_per_s
+            restore_s += (fetched - from_peers) * block_bytes / costs.pool_bytes_per_s
+        return (left.blocks, restore_s) if left.blocks and restore_s < all_s else (0, all_s)
 
     def take(self, choice: _Choice, tokens: int) -> None:
         self._ready_s[choice.number] += choice.busy_s
@@ -251,7 +290,13 @@ class _Targets:
 
 
 def _restore(
-    sequence: SequenceReport, tokens: int, choice: _Choice, block_tokens: int, *, late: bool
+    sequence: SequenceReport,
+    tokens: int,
+    choice: _Choice,
+    block_tokens: int,
+    peers: tuple[RankKey, ...],
+    *,
+    late: bool,
 ) -> SequenceRestore:
     restored = choice.blocks * block_tokens
     target = choice.key
@@ -274,6 +319,7 @@ def _restore(
         source=sequence.rank,
         target=target,
         block_hashes=sequence.block_hashes[: choice.blocks],
+        peers=peers,
         tokens=tokens,
         tokens_restored=restored,
         tokens_recomputed=tokens - restored,

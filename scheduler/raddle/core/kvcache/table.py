@@ -1,34 +1,43 @@
-"""Blocks and who holds them, in flat arrays: an open-addressing table over 64-bit keys.
+"""Blocks and who holds them, by 64-bit key.
 
-In go batches of keys and the number of an owner, out come rows, presence and owners. Who an owner
-is, and whether it may still speak, is the index's business. A row takes 20 bytes: key 8, space 4,
-four owners of 2 bytes; a block that more than four owners hold keeps the others beside the arrays.
+In go batches of keys and the number of an owner, out come presence and owners. Who an owner is,
+and whether it may still speak, is the index's business. A row has room for four owners; a block
+that more hold keeps the others beside the rows.
 
-Rows are probed in windows of eight neighbours, so that a batch costs a dozen numpy calls whatever
-its size. Rows are never freed one by one: a row without a living owner is hollow, its key keeps
-its place until the next rebuild, and owners die at once by a flag.
+Rows are never freed one by one: a row without a living owner is hollow, its key keeps its place,
+and owners die at once by a flag. What is dead goes when the rows are laid out anew, which happens
+when they get full, and happens in slices: with each batch that is stored some rows of the old
+layout move to the new one, in the order of their keys, and what is asked in between is looked up in
+one of the two by its key. So no call takes much longer than another, whatever the table's size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
-Keys = NDArray[np.uint64]
-Rows = NDArray[np.intp]
-Owners = NDArray[np.uint16]
-Flags = NDArray[np.bool_]
+from raddle.core.kvcache.rows import (
+    EMPTY,
+    Flags,
+    Keys,
+    Owners,
+    RowNumbers,
+    Rows,
+    Spaces,
+)
 
 OWNERS_MAX = 65_535
-HOLDERS_A_ROW = 4
-_WINDOW = 8
-# A key that finds no place this near to its home is not recorded (chosen keys could make it far).
-_PROBES_MAX = 256
 _ROWS_MIN = 1_024
 _LOAD_MAX = 0.65
-_LOAD_AFTER_REBUILD = 0.43
-_HALF = np.uint64(32)
-_EMPTY = np.uint64(0)
+_LOAD_AFTER_LAYOUT = 0.43
+# Rows that move to the new layout with each stored batch: at least so many, and so many a key, so
+# that all have moved long before the new layout is full.
+_SLICE_ROWS_MIN = 1_024
+_SLICE_ROWS_A_KEY = 8
+# Rows that are counted in one piece.
+_COUNT_ROWS = 1 << 17
 
 
 class BlockTable:
@@ -42,178 +51,198 @@ class BlockTable:
         self.counts: NDArray[np.int64] = np.zeros(OWNERS_MAX + 1, dtype=np.int64)
         #: Keys that found no place; they are looked up as missing.
         self.refused = 0
-        self._used = 0
+        #: New layouts that were begun, and completed.
+        self.layouts_begun = 0
+        self.layouts_done = 0
         self._more: dict[int, set[int]] = {}
-        self._allocate(_ROWS_MIN)
+        self._rows = Rows(_ROWS_MIN)
+        #: The layout before, while rows of it are left: those from `_cut` on.
+        self._old: Rows | None = None
+        self._cut = 0
 
-    def _allocate(self, size: int) -> None:
-        self._size = size
-        rows = size + _PROBES_MAX + _WINDOW
-        self._keys: Keys = np.zeros(rows, dtype=np.uint64)
-        self._spaces: NDArray[np.uint32] = np.zeros(rows, dtype=np.uint32)
-        self._holders: Owners = np.zeros((rows, HOLDERS_A_ROW), dtype=np.uint16)
-        self._windows: Keys = np.lib.stride_tricks.sliding_window_view(self._keys, _WINDOW)
+    @property
+    def _used(self) -> int:
+        return self._rows.used + (self._old.used if self._old is not None else 0)
 
-    # --- rows ----------------------------------------------------------------------------------
-
-    def _home(self, keys: Keys) -> Rows:
-        return (((keys >> _HALF) * np.uint64(self._size)) >> _HALF).astype(np.intp)
-
-    def _stops(self, keys: Keys, rows: Rows) -> tuple[Rows, Keys]:
-        """In each window: the row of the key, else the first empty one, else the window's first."""
-        windows = self._windows[rows]
-        ends = (windows == keys[:, None]) | (windows == _EMPTY)
-        rows = rows + ends.argmax(axis=1)
-        return rows, self._keys[rows]
-
-    def _find(self, keys: Keys) -> tuple[Rows, Keys]:
-        """(row, what stands there): the key, or 0 where it would go, or another: no place."""
-        rows, got = self._stops(keys, self._home(keys))
-        open_ones = ((got != keys) & (got != _EMPTY)).nonzero()[0]
-        for _ in range(_PROBES_MAX // _WINDOW):
-            if not open_ones.size:
-                break
-            some = keys[open_ones]
-            rows[open_ones], got[open_ones] = self._stops(some, rows[open_ones] + _WINDOW)
-            left = (got[open_ones] != some) & (got[open_ones] != _EMPTY)
-            open_ones = open_ones[left]
-        return rows, got
-
-    def _rows_of(self, keys: Keys, spaces: int | NDArray[np.uint32]) -> tuple[Rows, Flags]:
-        """(row, is it there) by key; equal keys of another space are not there."""
-        rows, got = self._find(keys)
-        return rows, (got == keys) & (self._spaces[rows] == spaces)
-
-    def _rows_for(self, keys: Keys, space: int) -> Rows:
-        """Rows of the keys, made where they are missing; what finds no place is left out."""
-        rows, got = self._find(keys)
-        while True:
-            missing = (got == _EMPTY).nonzero()[0]
-            if not missing.size:
-                break
-            # Two keys may choose the same row: the later one wins it, the other looks on.
-            places = rows[missing]
-            self._keys[places] = keys[missing]
-            self._spaces[places] = space
-            rows[missing], got[missing] = self._find(keys[missing])
-            self._used += len(set(places.tolist()))
-        good = (got == keys) & (self._spaces[rows] == space)
-        if not good.all():
-            self.refused += int((~good).sum())
-            rows = rows[good]
-        return rows
+    def _split(self, keys: Keys) -> list[tuple[Rows, slice | RowNumbers]]:
+        """Where the keys belong now: rows, and which of the keys."""
+        if self._old is None:
+            return [(self._rows, slice(None))]
+        moved = self._old.home(keys) < self._cut
+        parts = [(self._rows, moved.nonzero()[0]), (self._old, (~moved).nonzero()[0])]
+        return [(rows, at) for rows, at in parts if at.size]
 
     # --- changes -------------------------------------------------------------------------------
 
     def add(self, keys: Keys, space: int, owner: int) -> None:
         """The owner holds these keys from now on; what it held already changes nothing."""
-        if self._used + keys.size > self._size * _LOAD_MAX:
-            self.rebuild(room=keys.size)
+        if self._old is None and self._used + keys.size > self._rows.size * _LOAD_MAX:
+            self._begin_layout(room=keys.size)
+        if self._old is not None:
+            self._move_rows(max(_SLICE_ROWS_MIN, _SLICE_ROWS_A_KEY * keys.size))
         if self._used + keys.size > self._blocks_max:
             self.refused += keys.size
             return
-        rows = self._rows_for(keys, space)
-        held = self._holders[rows]
+        for rows, at in self._split(keys):
+            self._add_to(rows, keys[at], space, owner)
+
+    def _add_to(self, rows: Rows, keys: Keys, space: int, owner: int) -> None:
+        numbers, good = rows.rows_for(keys, space)
+        if not good.all():
+            self.refused += int((~good).sum())
+            numbers = numbers[good]
+        held = rows.holders[numbers]
         new = ~(held == owner).any(axis=1)
         if not new.any():
             return
-        rows, held = rows[new], held[new]
+        numbers, held = numbers[new], held[new]
         if self._more:
-            kept = [owner not in self._more.get(key, ()) for key in self._keys[rows].tolist()]
-            rows, held = rows[kept], held[kept]
+            kept = [owner not in self._more.get(key, ()) for key in rows.keys[numbers].tolist()]
+            numbers, held = numbers[kept], held[kept]
         free = ~self.alive[held]
         columns = free.argmax(axis=1)
-        fits = free[np.arange(rows.size), columns]
-        self._holders[rows[fits], columns[fits]] = owner
+        fits = free[np.arange(numbers.size), columns]
+        rows.holders[numbers[fits], columns[fits]] = owner
         if not fits.all():
-            for key in self._keys[rows[~fits]].tolist():
+            for key in rows.keys[numbers[~fits]].tolist():
                 self._more.setdefault(key, set()).add(owner)
-        self.counts[owner] += len(set(rows.tolist()))
+        self.counts[owner] += len(set(numbers.tolist()))
 
     def remove(self, keys: Keys, space: int, owner: int) -> None:
         """The owner holds these keys no more."""
-        rows, found = self._rows_of(keys, space)
-        rows = rows[found]
-        at, columns = (self._holders[rows] == owner).nonzero()
-        places = rows[at]
-        self._holders[places, columns] = 0
-        gone = len(set(places.tolist()))
-        if self._more:
-            gone += self._remove_more(rows, owner)
-        self.counts[owner] -= gone
+        for rows, at in self._split(keys):
+            numbers, found = rows.rows_of(keys[at], space)
+            numbers = numbers[found]
+            which, columns = (rows.holders[numbers] == owner).nonzero()
+            places = numbers[which]
+            rows.holders[places, columns] = 0
+            gone = len(set(places.tolist()))
+            if self._more:
+                gone += self._remove_more(rows, numbers, owner)
+            self.counts[owner] -= gone
 
-    def _remove_more(self, rows: Rows, owner: int) -> int:
+    def _remove_more(self, rows: Rows, numbers: RowNumbers, owner: int) -> int:
         """Take the owner out of the overflow of these rows, and fill freed columns from there."""
         gone = 0
-        for row, key in zip(rows.tolist(), self._keys[rows].tolist(), strict=True):
+        for number, key in zip(numbers.tolist(), rows.keys[numbers].tolist(), strict=True):
             more = self._more.get(key)
             if more is None:
                 continue
             if owner in more:
                 more.discard(owner)
                 gone += 1
-            self._promote(row, more)
+            self._promote(rows.holders[number], more)
             if not more:
                 del self._more[key]
         return gone
 
-    def _promote(self, row: int, more: set[int]) -> None:
-        for column in (~self.alive[self._holders[row]]).nonzero()[0].tolist():
+    def _promote(self, held: Owners, more: set[int]) -> None:
+        """Fill free columns of a row from its overflow."""
+        for column in (~self.alive[held]).nonzero()[0].tolist():
             living = [owner for owner in sorted(more) if self.alive[owner]]
             if not living:
                 more.clear()
                 return
-            self._holders[row, column] = living[0]
+            held[column] = living[0]
             more.discard(living[0])
 
     def kill(self, owner: int) -> None:
-        """All locations of the owner are void from now on; its number is free after a rebuild."""
+        """All locations of the owner are void from now on.
+
+        Its number is free when a layout is done that was begun later.
+        """
         self.alive[owner] = False
         self.counts[owner] = 0
 
-    def rebuild(self, *, room: int = 0) -> None:
-        """Drop dead locations and hollow rows, with room for `room` more keys.
+    # --- layouts -------------------------------------------------------------------------------
 
-        Rows are laid out in the order of their keys: with home h of the i-th key the place is
-        max over j <= i of (h_j - j) + i, which is what inserting one by one in that order gives.
-        """
-        self._holders[~self.alive[self._holders]] = 0
-        rows = (self._keys != _EMPTY).nonzero()[0]
-        for row in rows[np.isin(self._keys[rows], self._more_keys())].tolist():
-            more = self._more[int(self._keys[row])]
-            self._promote(row, more)
+    def _begin_layout(self, *, room: int) -> None:
+        """New rows, with room for so many keys more; those that are there move bit by bit."""
+        assert self._old is None, "a layout is begun before the last one is done"
+        living = min(self._used, int(self.counts.sum()))
+        self._old, self._cut = self._rows, 0
+        self._rows = Rows(max(_ROWS_MIN, int((living + room) / _LOAD_AFTER_LAYOUT)))
+        self.layouts_begun += 1
+
+    def rebuild(self) -> None:
+        """Lay all rows out anew at once: what is dead is gone, numbers of the dead are free."""
+        self._finish_layout()
+        self._begin_layout(room=0)
+        self._finish_layout()
+
+    def _finish_layout(self) -> None:
+        if self._old is not None:
+            self._move_rows(len(self._old))
+
+    def clean_some(self) -> None:
+        """Begin a layout if none is under way; it goes on with what is stored."""
+        if self._old is None:
+            self._begin_layout(room=_ROWS_MIN)
+
+    def _move_rows(self, count: int) -> None:
+        """Move about so many of the old rows: up to the next empty one."""
+        old = self._old
+        assert old is not None
+        end = old.parting(min(len(old), self._cut + count))
+        numbers = self._cut + (old.keys[self._cut : end] != EMPTY).nonzero()[0]
+        keys, holders = old.keys[numbers], old.holders[numbers]
+        holders[~self.alive[holders]] = 0
+        if self._more:
+            self._clean_more(keys, holders)
+        kept = holders.any(axis=1)
+        keys, holders = keys[kept], holders[kept]
+        places, good = self._rows.rows_for(keys, old.spaces[numbers[kept]])
+        self._rows.holders[places[good]] = holders[good]
+        if not good.all():
+            self._refuse(keys[~good], holders[~good])
+        old.used -= numbers.size
+        self._cut = end
+        if end >= len(old):
+            self._old = None
+            self.layouts_done += 1
+
+    def _clean_more(self, keys: Keys, holders: Owners) -> None:
+        """Drop the dead from the overflow of these rows, whose free columns are filled."""
+        names = np.fromiter(self._more, dtype=np.uint64, count=len(self._more))
+        for at in np.isin(keys, names).nonzero()[0].tolist():
+            more = self._more[int(keys[at])]
+            self._promote(holders[at], more)
             more.intersection_update([owner for owner in sorted(more) if self.alive[owner]])
-        self._more = {key: more for key, more in self._more.items() if more}
-        rows = rows[self._holders[rows].any(axis=1)]
-        rows = rows[self._keys[rows].argsort(kind="stable")]
-        keys, spaces, holders = self._keys[rows], self._spaces[rows], self._holders[rows]
-        size = max(_ROWS_MIN, int((rows.size + room) / _LOAD_AFTER_REBUILD))
-        while True:
-            self._allocate(size)
-            home = self._home(keys)
-            count: Rows = np.arange(rows.size, dtype=np.intp)
-            places: Rows = np.maximum.accumulate(home - count) + count
-            if not rows.size or int((places - home).max()) < _PROBES_MAX:
-                break
-            size += size // 2
-        self._keys[places], self._spaces[places], self._holders[places] = keys, spaces, holders
-        self._used = rows.size
+            if not more:
+                del self._more[int(keys[at])]
 
-    def _more_keys(self) -> Keys:
-        return np.fromiter(self._more, dtype=np.uint64, count=len(self._more))
+    def _refuse(self, keys: Keys, holders: Owners) -> None:
+        """Keys that found no place in the new layout are known no more."""
+        self.refused += keys.size
+        gone = np.bincount(holders.ravel(), minlength=OWNERS_MAX + 1)
+        gone[0] = 0
+        self.counts -= gone
+        for key in keys.tolist():
+            for owner in self._more.pop(key, ()):
+                self.counts[owner] -= self.alive[owner]
 
     # --- questions -----------------------------------------------------------------------------
 
-    def holders(
-        self, keys: Keys, spaces: int | NDArray[np.uint32], allowed: Flags | None = None
-    ) -> Owners:
+    def holders(self, keys: Keys, spaces: int | Spaces, allowed: Flags | None = None) -> Owners:
         """[key, 4]: living (and allowed) owners of each key, 0 for none.
 
         Of a key with more owners at least one that is allowed is given, if there is one.
         """
         allowed = self.alive if allowed is None else np.logical_and(allowed, self.alive)
-        rows, found = self._rows_of(keys, spaces)
-        held = self._holders[rows]
+        parts = [
+            (at, self._holders_in(rows, keys[at], _some(spaces, at), allowed))
+            for rows, at in self._split(keys)
+        ]
+        if len(parts) == 1:
+            return parts[0][1]
+        found: Owners = np.zeros((keys.size, self._rows.holders.shape[1]), dtype=np.uint16)
+        for at, held in parts:
+            found[at] = held
+        return found
+
+    def _holders_in(self, rows: Rows, keys: Keys, spaces: int | Spaces, allowed: Flags) -> Owners:
+        numbers, found = rows.rows_of(keys, spaces)
+        held = rows.holders[numbers]
         held[~(allowed[held] & found[:, None])] = 0
         if self._more:
             for at in (found & ~held.any(axis=1)).nonzero()[0].tolist():
@@ -221,55 +250,91 @@ class BlockTable:
                 held[at, 0] = next((owner for owner in sorted(more) if allowed[owner]), 0)
         return held
 
-    def present(
-        self, keys: Keys, spaces: int | NDArray[np.uint32], allowed: Flags | None = None
-    ) -> Flags:
+    def present(self, keys: Keys, spaces: int | Spaces, allowed: Flags | None = None) -> Flags:
         """[key]: does any living (and allowed) owner hold it?"""
         return np.asarray(self.holders(keys, spaces, allowed).any(axis=1))
 
     def all_holders(self, key: int, space: int) -> list[int]:
         """Every living owner of one key, in order."""
-        rows, found = self._rows_of(np.array([key], dtype=np.uint64), space)
+        wanted = np.array([key], dtype=np.uint64)
+        ((rows, _),) = self._split(wanted)
+        numbers, found = rows.rows_of(wanted, space)
         if not found[0]:
             return []
-        held = {*self._holders[rows[0]].tolist(), *self._more.get(key, ())}
+        held = {*rows.holders[numbers[0]].tolist(), *self._more.get(key, ())}
         return [owner for owner in sorted(held) if self.alive[owner]]
 
-    def copies(self, allowed: Flags) -> NDArray[np.int64]:
-        """How many blocks have 0, 1, 2, ... allowed living owners; blocks without one count 0."""
+    def _parts(self) -> list[tuple[Rows, int]]:
+        """All rows that count, as rows and the first of them."""
+        return [(self._rows, 0), *([] if self._old is None else [(self._old, self._cut)])]
+
+    def copies(self, allowed: Flags) -> Iterator[NDArray[np.int64]]:
+        """How many blocks have 0, 1, 2, ... allowed living owners; blocks without one count 0.
+
+        In pieces, to be added up; what is stored between two of them may be missed.
+        """
         allowed = np.logical_and(allowed, self.alive)
-        counts = allowed[self._holders].sum(axis=1)
-        for row in np.isin(self._keys, self._more_keys()).nonzero()[0].tolist():
-            counts[row] += sum(bool(allowed[o]) for o in self._more[int(self._keys[row])])
-        found: NDArray[np.int64] = np.bincount(counts[counts > 0], minlength=1)
-        return found
+        ones = allowed.astype(np.uint8)
+        most = int(allowed.sum())
+        more = {key: sum(bool(allowed[o]) for o in owners) for key, owners in self._more.items()}
+        names = np.fromiter(more, dtype=np.uint64, count=len(more))
+        for rows, first in self._parts():
+            for start in range(first, len(rows), _COUNT_ROWS):
+                held = rows.holders[start : start + _COUNT_ROWS]
+                counts = ones[held].sum(axis=1, dtype=np.intp)
+                if more:
+                    keys = rows.keys[start : start + _COUNT_ROWS]
+                    for row in np.isin(keys, names).nonzero()[0].tolist():
+                        counts[row] += more[int(keys[row])]
+                found: NDArray[np.int64] = np.bincount(counts, minlength=most + 1)
+                found[0] = 0
+                yield found
 
     def spaces_in_use(self) -> set[int]:
-        return set(np.unique(self._spaces[self._keys != _EMPTY]).tolist())
+        return {
+            space
+            for rows, first in self._parts()
+            for space in np.unique(rows.spaces[first:][rows.keys[first:] != EMPTY]).tolist()
+        }
 
     @property
     def blocks(self) -> int:
         """Distinct keys with a living owner."""
-        return int(self.alive[self._holders].any(axis=1).sum())
+        return sum(
+            int(self.alive[rows.holders[first:]].any(axis=1).sum()) for rows, first in self._parts()
+        )
 
     @property
     def bytes(self) -> int:
         """Of the arrays."""
-        return self._keys.nbytes + self._spaces.nbytes + self._holders.nbytes
+        return sum(
+            rows.keys.nbytes + rows.spaces.nbytes + rows.holders.nbytes for rows, _ in self._parts()
+        )
 
     def validate(self) -> None:
         """Assert what holds between any two calls."""
-        keys = self._keys[self._keys != _EMPTY]
-        assert keys.size == self._used, f"{keys.size} keys, {self._used} counted"
-        assert np.unique(keys).size == keys.size, "a key stands twice"
-        rows, got = self._find(keys)
-        assert (got == keys).all(), "a key is not found where it stands"
-        held = np.where(self.alive[self._holders], self._holders, 0)
-        living = np.bincount(held.ravel(), minlength=OWNERS_MAX + 1)
-        for key, more in self._more.items():
-            row = rows[(keys == key).nonzero()[0][0]]
-            for owner in more:
-                assert owner not in self._holders[row], f"{owner} holds {key} twice"
-                living[owner] += self.alive[owner]
+        living = np.zeros(OWNERS_MAX + 1, dtype=np.int64)
+        seen: list[Keys] = []
+        for rows, first in self._parts():
+            numbers = first + (rows.keys[first:] != EMPTY).nonzero()[0]
+            keys = rows.keys[numbers]
+            seen.append(keys)
+            assert keys.size == rows.used, f"{keys.size} keys, {rows.used} counted"
+            if keys.size:
+                assert all(part is rows for part, _ in self._split(keys)), "a key stands elsewhere"
+            assert (rows.find(keys)[0] == numbers).all(), "a key is not found where it stands"
+            held = np.where(self.alive[rows.holders[first:]], rows.holders[first:], 0)
+            living += np.bincount(held.ravel(), minlength=OWNERS_MAX + 1)
+            for at in np.isin(keys, list(self._more)).nonzero()[0].tolist():
+                key = int(keys[at])
+                for owner in self._more[key]:
+                    assert owner not in rows.holders[numbers[at]], f"{owner} holds {key} twice"
+                    living[owner] += self.alive[owner]
+        whole = np.concatenate(seen)
+        assert np.unique(whole).size == whole.size, "a key stands twice"
         living[0] = 0
         assert (living == self.counts).all(), "locations are counted wrongly"
+
+
+def _some(spaces: int | Spaces, at: slice | RowNumbers) -> int | Spaces:
+    return spaces if isinstance(spaces, int) else spaces[at]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -98,6 +99,8 @@ class KvSubscriber:
         self._context = context or zmq.asyncio.Context.instance()
         self._replay_timeout_s = replay_timeout_s
         self._order = Ordering()
+        # Numbers begin anew with each process of an agent.
+        self._incarnation = f"{source.endpoint}#{secrets.token_hex(4)}"
         self._numbers: dict[RankKey, int] = dict.fromkeys(self._ranks(), 0)
         self._again = asyncio.Event()
         self.counts = Counts()
@@ -290,5 +293,5 @@ class KvSubscriber:
             self._send(key, [self._numbered(key, cleared)])
 
     def _send(self, key: RankKey, events: list[KvEvent]) -> None:
-        stats = RankStats(rank=key, incarnation=self._source.endpoint, kv_events=tuple(events))
+        stats = RankStats(rank=key, incarnation=self._incarnation, kv_events=tuple(events))
         self._report(self._source.job_uid, stats)

@@ -87,7 +87,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         if self._serving is not None:
             self._serving.set_members(members)
         if self._repair is not None:
-            self._repair.set_members([m for m in members if m.kind is RoleKind.CACHE])
+            caches = [m for m in members if m.kind is RoleKind.CACHE]
+            self._repair.set_members(caches, request.fence.epoch)
         return engine_pb2.SetMembersResponse()
 
     @refusals_told

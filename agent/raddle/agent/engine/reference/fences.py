@@ -45,6 +45,16 @@ class Standing:
             )
         self.epoch = fence.epoch
 
+    def require_reader(self, fence: Any) -> None:
+        """Refuse another job and an older epoch; a newer one may read and changes nothing here.
+
+        Raises:
+            PermanentError: WRONG_JOB.
+            ConflictError: STALE_EPOCH, with the epoch that is known here.
+        """
+        if fence.epoch < self.epoch or fence.job_uid != self.job_uid:
+            self.require(fence, newer=False)
+
 
 def refusals_told(
     method: Callable[[Any, Any, Context], Awaitable[T]],

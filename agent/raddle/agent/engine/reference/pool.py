@@ -1,19 +1,21 @@
-"""Both sides of the KV pool: the member that keeps blocks, and the rank that puts and gets them."""
+"""The writing and reading side of the KV pool: calls to members, and where blocks go.
+
+A block goes to its keepers; one that is full passes it on to the next of the block's ranking.
+When nobody has room, the keepers make some.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grpc
 import structlog
 
+from raddle.agent.engine.reference.block_store import Block
 from raddle.agent.engine.reference.places import Places
-from raddle.model.kv import KvEventKind
 from raddle.model.types import Fence, Member, RankKey
 from raddle.telemetry.channels import make_channel
 from raddle.telemetry.tls import AGENT_NAME, TlsFiles
@@ -25,73 +27,8 @@ BLOCKS_A_CALL = 32
 NAMES_A_CALL = 1_000
 # A block is found at its keepers, or a little further: when its writer's node was among them, or
 # members came since.
-_ROUNDS_BEYOND_REPLICAS = 2
+ROUNDS_BEYOND_REPLICAS = 2
 log = structlog.get_logger()
-
-
-class Block(NamedTuple):
-    """A block's bytes and the CRC-32 that the rank made which computed them."""
-
-    payload: bytes
-    checksum: int
-
-    @staticmethod
-    def of(payload: bytes) -> Block:
-        return Block(payload, zlib.crc32(payload))
-
-    @property
-    def is_whole(self) -> bool:
-        return zlib.crc32(self.payload) == self.checksum
-
-
-class BlockStore:
-    """Blocks in memory, the least recently used ones going first when it is full."""
-
-    def __init__(
-        self, bytes_max: int, changed: Callable[[KvEventKind, tuple[str, ...]], None]
-    ) -> None:
-        self._bytes_max = bytes_max
-        self._changed = changed
-        self._blocks: OrderedDict[str, Block] = OrderedDict()
-        self._bytes = 0
-        #: Called with the names of blocks that are new here.
-        self.added: Callable[[tuple[str, ...]], None] = lambda _: None
-
-    def put(self, blocks: Sequence[tuple[str, Block]]) -> int:
-        """How many were new."""
-        new = [(name, block) for name, block in blocks if name not in self._blocks]
-        for name, block in new:
-            self._blocks[name] = block
-            self._bytes += len(block.payload)
-        if new:
-            self._changed(KvEventKind.STORED, tuple(name for name, _ in new))
-        gone = []
-        while self._bytes > self._bytes_max and self._blocks:
-            name, block = self._blocks.popitem(last=False)
-            self._bytes -= len(block.payload)
-            gone.append(name)
-        if gone:
-            self._changed(KvEventKind.REMOVED, tuple(gone))
-        self.added(tuple(name for name, _ in new))
-        return len(new)
-
-    def get(self, names: Iterable[str]) -> list[tuple[str, Block]]:
-        """The blocks that are here; that is a use of them."""
-        found = []
-        for name in names:
-            block = self._blocks.get(name)
-            if block is not None:
-                self._blocks.move_to_end(name)
-                found.append((name, block))
-        return found
-
-    def peek(self, name: str) -> Block | None:
-        """A block without using it."""
-        return self._blocks.get(name)
-
-    def names(self) -> tuple[str, ...]:
-        """All blocks, the least recently used first."""
-        return tuple(self._blocks)
 
 
 class PoolPeers:
@@ -111,23 +48,37 @@ class PoolPeers:
             )
         return reference_pb2_grpc.PoolMemberStub(self._channels[address])
 
-    async def put(self, fence: Fence, member: Member, blocks: Sequence[tuple[str, Block]]) -> bool:
-        """Write blocks to a member; False if it did not take all of them."""
+    async def put(
+        self,
+        fence: Fence,
+        member: Member,
+        blocks: Sequence[tuple[str, Block]],
+        evict_idle_s: float | None = None,
+    ) -> set[str] | None:
+        """Write blocks to a member: names of those that found no room there.
+
+        It makes room of what was not used for `evict_idle_s`; None makes none. Gives None if the
+        member does not answer, or what arrives there is broken.
+        """
+        refused: set[str] = set()
         for start in range(0, len(blocks), BLOCKS_A_CALL):
             request = reference_pb2.PutBlocksRequest(
                 fence=to_message(fence, types_pb2.Fence), writer=self._writer
             )
             for name, block in blocks[start : start + BLOCKS_A_CALL]:
                 request.blocks.add(block_hash=name, payload=block.payload, checksum=block.checksum)
+            if evict_idle_s is not None:
+                request.evict_idle.FromNanoseconds(round(evict_idle_s * 1e9))
             try:
                 answer = await self._stub(member).PutBlocks(request, timeout=_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 log.info("blocks were not pooled", why=error.details())
-                return False
+                return None
             if answer.blocks_corrupt:
                 log.warning("blocks broke on their way", blocks=answer.blocks_corrupt)
-                return False
-        return True
+                return None
+            refused.update(answer.block_hashes_refused)
+        return refused
 
     async def get(
         self, fence: Fence, member: Member, names: Sequence[str]
@@ -190,29 +141,77 @@ class PoolClient:
     def set_members(self, members: Sequence[Member]) -> None:
         self._places.set_members(members)
 
-    async def put(self, fence: Fence, blocks: dict[str, bytes]) -> None:
+    async def put(self, fence: Fence, blocks: Mapping[str, Block]) -> None:
         """Write finished blocks to all their keepers; a failure is told and forgotten."""
-        made = {name: Block.of(payload) for name, payload in blocks.items()}
-        groups = self._places.by_keeper(list(made), self._node)
-        await asyncio.gather(
+        names = list(blocks)
+        rankings = dict(zip(names, self._places.rankings(names), strict=True))
+        held: dict[str, list[int]] = {name: [] for name in names}
+        # Each round finds another member full, or is the last one.
+        for _ in self._places.members:
+            groups = self._groups(rankings, held, self._places.with_room())
+            if not groups:
+                break
+            await self._put_groups(fence, blocks, groups, held, evict_idle_s=None)
+        groups = self._groups(rankings, held, None)
+        await self._put_groups(fence, blocks, groups, held, evict_idle_s=0.0)
+
+    def _groups(
+        self,
+        rankings: Mapping[str, Sequence[int]],
+        held: Mapping[str, list[int]],
+        usable: Sequence[bool] | None,
+    ) -> dict[int, list[str]]:
+        """Members with the blocks that they should get, by member."""
+        groups: dict[int, list[str]] = {}
+        for name, ranking in rankings.items():
+            picked = self._places.pick(
+                ranking, held=held[name], usable=usable, writer_node=self._node
+            )
+            for number in picked[len(held[name]) :]:
+                groups.setdefault(number, []).append(name)
+        return groups
+
+    async def _put_groups(
+        self,
+        fence: Fence,
+        blocks: Mapping[str, Block],
+        groups: Mapping[int, list[str]],
+        held: Mapping[str, list[int]],
+        *,
+        evict_idle_s: float | None,
+    ) -> None:
+        members = self._places.members
+        answers = await asyncio.gather(
             *(
-                self._peers.put(fence, member, [(name, made[name]) for name in names])
-                for member, names in groups
+                self._peers.put(
+                    fence, members[number], [(name, blocks[name]) for name in names], evict_idle_s
+                )
+                for number, names in groups.items()
             )
         )
+        if members is not self._places.members:
+            # The members changed meanwhile: their numbers say nothing any more.
+            return
+        for (number, names), refused in zip(groups.items(), answers, strict=True):
+            if refused:
+                self._places.is_full(number)
+            # One that does not answer counts as having the block: the repair makes up for it.
+            for name in names:
+                if not refused or name not in refused:
+                    held[name].append(number)
 
     async def get(
         self, fence: Fence, names: Sequence[str], *, everywhere: bool = False
-    ) -> dict[str, bytes]:
+    ) -> dict[str, Block]:
         """Those blocks that pool members hold and whose bytes are whole.
 
         Members are asked in the order in which they would keep a block; with `everywhere` all of
         them, which finds what a change of members left at a former keeper.
         """
-        found: dict[str, bytes] = {}
-        rounds = self._places.members_count
+        found: dict[str, Block] = {}
+        rounds = len(self._places.members)
         if not everywhere:
-            rounds = min(rounds, self._places.replicas + _ROUNDS_BEYOND_REPLICAS)
+            rounds = min(rounds, self._places.replicas + ROUNDS_BEYOND_REPLICAS)
         for number in range(rounds):
             missing = [name for name in names if name not in found]
             if not missing:
@@ -223,7 +222,19 @@ class PoolClient:
                     for member, asked in self._places.by_rank(missing, number)
                 )
             )
-            found.update((name, block.payload) for part in answers for name, block in part)
+            found.update(pair for part in answers for pair in part)
+        return found
+
+    async def get_from(
+        self, fence: Fence, members: Sequence[Member], names: Sequence[str]
+    ) -> dict[str, Block]:
+        """Those blocks that ranks hold in their own memory; each is asked for what is missing."""
+        found: dict[str, Block] = {}
+        for member in members:
+            missing = [name for name in names if name not in found]
+            if not missing:
+                break
+            found.update(await self._peers.get(fence, member, missing))
         return found
 
     async def close(self) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 import grpc
 import structlog
 
+from raddle.agent.engine.reference.block_store import BlockStore
 from raddle.agent.engine.reference.callers import Callers
 from raddle.agent.engine.reference.config import (
     CONFIG_FILE,
@@ -38,14 +39,15 @@ from raddle.agent.engine.reference.engine_service import EngineService
 from raddle.agent.engine.reference.exchange import ExchangeServer
 from raddle.agent.engine.reference.fences import Standing
 from raddle.agent.engine.reference.life import LifeLine
-from raddle.agent.engine.reference.pool import BlockStore, PoolPeers
-from raddle.agent.engine.reference.pool_service import PoolService
+from raddle.agent.engine.reference.pool import PoolPeers
+from raddle.agent.engine.reference.pool_service import OwnBlocksService, PoolService
 from raddle.agent.engine.reference.repair import PoolRepair
 from raddle.agent.engine.reference.reports import Reports
 from raddle.agent.engine.reference.serving import Serving
 from raddle.agent.engine.reference.token_service import TokenService
 from raddle.model.errors import PermanentError, RaddleError, Reason
 from raddle.model.kinds import RoleKind
+from raddle.model.kv import KvTier
 from raddle.model.stats import RankState
 from raddle.model.types import Fence, RankKey
 from raddle.telemetry.addresses import host_port
@@ -67,7 +69,8 @@ log = structlog.get_logger()
 async def run(config: RankConfig, folder: Path, stop: asyncio.Event) -> None:
     """Serve until told to stop; where, is told in the folder."""
     key = RankKey(role=config.role, instance=config.instance, rank=config.rank)
-    reports = Reports(key, config.incarnation)
+    is_cache = config.kind is RoleKind.CACHE
+    reports = Reports(key, config.incarnation, KvTier.DRAM if is_cache else KvTier.HBM)
     standing = Standing(config.job_uid, config.epoch)
     tls = config.tls()
     callers = () if tls is None else (Callers(config.node),)
@@ -76,11 +79,15 @@ async def run(config: RankConfig, folder: Path, stop: asyncio.Event) -> None:
     exchange: ExchangeServer | None = None
     peers = PoolPeers(key, config.node, tls)
     repair: PoolRepair | None = None
-    if config.kind is RoleKind.CACHE:
+    if is_cache:
         blocks = BlockStore(config.dram_bytes, reports.kv_changed)
         reports.full_report = blocks.names
         repair = PoolRepair(
-            key, blocks, peers, lambda: Fence(job_uid=standing.job_uid, epoch=standing.epoch)
+            key,
+            blocks,
+            peers,
+            lambda: Fence(job_uid=standing.job_uid, epoch=standing.epoch),
+            reports.repaired,
         )
         pool = PoolService(standing, blocks)
         reference_pb2_grpc.add_PoolMemberServicer_to_server(pool, server)
@@ -91,6 +98,8 @@ async def run(config: RankConfig, folder: Path, stop: asyncio.Event) -> None:
         )
         tokens = TokenService(standing, serving)
         reference_pb2_grpc.add_ReferenceRankServicer_to_server(tokens, server)
+        own_blocks = OwnBlocksService(standing, serving.blocks)
+        reference_pb2_grpc.add_PoolMemberServicer_to_server(own_blocks, server)
     engine = EngineService(config, key, standing, reports, serving, repair)
     engine_pb2_grpc.add_EngineServicer_to_server(engine, server)
     if tls is None:

@@ -1,10 +1,11 @@
-"""A prefill or decode rank's insides: weights, worker, pool client, and the change of epochs."""
+"""A prefill or decode rank's insides: weights, worker, blocks, and the change of epochs."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
 
+from raddle.agent.engine.reference.block_store import Block, BlockStore
 from raddle.agent.engine.reference.blocks import block_hashes, cache_key
 from raddle.agent.engine.reference.config import RankConfig
 from raddle.agent.engine.reference.exchange import ExchangeClient, PeerLost, rank_members
@@ -30,6 +31,8 @@ from raddle.model.types import (
 )
 
 _PREFETCHED_BLOCKS_MAX = 4_096
+# Finished blocks that a rank keeps beside its sequences, for itself and for peers.
+_OWN_BYTES_MAX = 1 << 26
 _LOADS_EVERY_S = 5.0
 
 
@@ -61,7 +64,10 @@ class Serving:
         self._members: tuple[Member, ...] = ()
         self._peers: dict[int, Member] = {}
         self._map: ExpertMap | None = None
-        self._prefetched: dict[str, bytes] = {}
+        #: Finished blocks in the rank's own memory, which peers may read.
+        self.blocks = BlockStore(_OWN_BYTES_MAX, reports.kv_changed)
+        reports.full_report = self.blocks.names
+        self._prefetched: dict[str, Block] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.worker.start()
         self._counting = self._loop.create_task(self._report_loads())
@@ -144,11 +150,27 @@ class Serving:
     async def restore_kv(
         self, fence: Fence, sequences: tuple[SequenceRestore, ...]
     ) -> tuple[int, int]:
-        """(tokens restored, blocks missing): fetch the blocks of sequences that come here."""
+        """(tokens restored, blocks missing): fetch the blocks of sequences that come here.
+
+        What is not here comes from the pool, and what the pool lacks from the peers that the plan
+        names.
+        """
         names = [name for sequence in sequences for name in sequence.block_hashes]
         names = list(dict.fromkeys(names))[:_PREFETCHED_BLOCKS_MAX]
-        self._prefetched = await self.pool.get(fence, names, everywhere=True)
-        return len(self._prefetched) * self.block_tokens, len(names) - len(self._prefetched)
+        found = self._own(names)
+        missing = [name for name in names if name not in found]
+        found |= await self.pool.get(fence, missing, everywhere=True)
+        missing = [name for name in missing if name not in found]
+        keys = dict.fromkeys(key for sequence in sequences for key in sequence.peers)
+        members = {member.rank: member for member in self._members}
+        peers = [members[key] for key in keys if key in members and key != self._key]
+        found |= await self.pool.get_from(fence, peers, missing)
+        self._prefetched = found
+        return len(found) * self.block_tokens, len(names) - len(found)
+
+    def _own(self, names: list[str]) -> dict[str, Block]:
+        """Those of the blocks that this rank has in its own memory, whole ones only."""
+        return {name: block for name, block in self.blocks.get(names) if block.is_whole}
 
     def resume(self, epoch: int) -> None:
         if self._map is None:
@@ -162,20 +184,23 @@ class Serving:
     # --- sequences -----------------------------------------------------------------------------
 
     async def new_history(self, tokens: list[int]) -> tuple[History, int]:
-        """A history with the blocks that the pool has, and how many tokens that are.
+        """A history with the blocks that are here or in the pool, and how many tokens that are.
 
         The last token is always computed: its logits give the next one.
         """
         names = block_hashes(self._cache_key, tokens[:-1], self.block_tokens)
         history = History.empty(self.shape)
         known = {name: self._prefetched[name] for name in names if name in self._prefetched}
+        known |= self._own([name for name in names if name not in known])
         if len(known) < len(names):
             fence = Fence(job_uid=self._standing.job_uid, epoch=self._standing.epoch)
             known |= await self.pool.get(fence, [name for name in names if name not in known])
         for name in names:
             if name not in known:
                 break
-            history.load_block(known[name], self.block_tokens)
+            history.load_block(known[name].payload, self.block_tokens)
+        # What was fetched is in this rank's memory now.
+        self.blocks.put(list(known.items()))
         restored = history.length
         self._reports.counted(
             RankStats(kv_tokens_restored=restored, kv_tokens_recomputed=len(tokens) - restored)
@@ -215,17 +240,19 @@ class Serving:
         }
 
     def put_later(self, blocks: dict[str, bytes]) -> None:
-        """Hand finished blocks to the pool; called from the computing thread."""
+        """Keep finished blocks here and in the pool; called from the computing thread."""
         self._loop.call_soon_threadsafe(self._start_put, blocks)
 
     def _start_put(self, blocks: dict[str, bytes]) -> None:
         fence = Fence(job_uid=self._standing.job_uid, epoch=self._standing.epoch)
-        task = asyncio.create_task(self.pool.put(fence, blocks))
+        made = {name: Block.of(payload) for name, payload in blocks.items()}
+        self.blocks.put(list(made.items()))
+        task = asyncio.create_task(self.pool.put(fence, made))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def flush_puts(self) -> None:
-        """Return once all blocks handed over so far are in the pool (or were refused)."""
+        """Return once all blocks handed over so far are in the pool, or could not be put there."""
         await asyncio.gather(*tuple(self._tasks), return_exceptions=True)
 
     async def close(self) -> None:
