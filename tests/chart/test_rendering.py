@@ -189,7 +189,6 @@ def test_without_operator_nothing_of_it_is_left() -> None:
     documents = render(MATRIX["no operator"])
     assert "raddle-operator" not in names(documents, "Deployment")
     assert names(documents, "ClusterRole") == []
-    assert names(documents, "SuperNode") == []
     nodes = one(documents, "ConfigMap", "raddle-nodes")["data"]
     assert nodes == {"worker-1": "sn0/n00,sn0/n01", "worker-2": "sn0/n02"}
     agent = environment(one(documents, "DaemonSet", "raddle-agent"))
@@ -283,7 +282,10 @@ def test_a_machine_of_their_own_is_told_to_agents_and_operator() -> None:
     """The agents' file and the SuperNode have the same description."""
     documents = render(MATRIX["machine of their own"])
     file = yaml.safe_load(one(documents, "ConfigMap", "raddle-machine")["data"]["machine.yaml"])
-    spec = one(documents, "SuperNode", "sn0")["spec"]
+    data = one(documents, "ConfigMap", "raddle-machine")["data"]
+    resource = yaml.safe_load(data["supernode.yaml"])
+    assert (resource["kind"], resource["metadata"]["name"]) == ("SuperNode", "sn0")
+    spec = resource["spec"]
     assert file == {"name": "sn0", **spec}
     assert spec == {"machine": "own", "nodes": 4, "npusPerNode": 2}
     agent = environment(one(documents, "DaemonSet", "raddle-agent"))

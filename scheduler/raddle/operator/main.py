@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -58,6 +59,9 @@ class Settings:
         [], "keys of taints that keep no work away, comma-separated"
     )
     foreign_pods: bool = setting(False, "hold dies that the device plugin gave to Pods of others")
+    supernode: str = setting(
+        "", "YAML file with a SuperNode resource to apply: the machine of this release"
+    )
     device_resource: str = setting("", "extended resource that a rank's Pod asks for one of")
     tls: bool = setting(True, "ranks and front doors show certificates, from the release's Secrets")
     metrics_listen: str = setting("", "address for metrics and /healthz, empty for none")
@@ -107,7 +111,25 @@ def options(settings: Settings) -> Options:
         foreign_pods=settings.foreign_pods,
         kubeconfig=settings.kubeconfig,
         tls=tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key),
+        supernode=read_supernode(settings.supernode) if settings.supernode else None,
     )
+
+
+def read_supernode(path: str) -> dict[str, Any]:
+    """The SuperNode resource in a file; what is in its spec is the API server's to judge.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT naming the file.
+    """
+    try:
+        found = msgspec.yaml.decode(Path(path).read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"supernode {path}: {error}.") from error
+    if found.get("kind") != "SuperNode" or "name" not in (found.get("metadata") or {}):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"supernode {path} holds no SuperNode resource with a name."
+        )
+    return found
 
 
 class _ToOurLog(logging.Handler):

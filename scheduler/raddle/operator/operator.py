@@ -26,6 +26,7 @@ _JOB = "job"
 _MACHINE = "machine"
 _SUPERNODE = "supernode"
 _MAINTENANCE = "maintenance"
+_GIVEN = "given supernode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class Options:
     foreign_pods: bool
     kubeconfig: str
     tls: TlsFiles | None
+    #: A SuperNode resource to apply when a term begins, as the release describes its machine.
+    supernode: Mapping[str, Any] | None
 
 
 class Operator:
@@ -76,6 +79,8 @@ class _Term:
 
     def __init__(self, cluster: Cluster, link: SchedulerLink, options: Options) -> None:
         self._link = link
+        self._cluster = cluster
+        self._given = options.supernode
         self.machine = Machine(
             cluster,
             link,
@@ -101,6 +106,8 @@ class _Term:
         link.nodes.listeners.append(self._node_told)
         link.maintenances.listeners.append(lambda _: self._maintenance_told())
         self.mark_machine()
+        if self._given is not None:
+            self.work.mark(_GIVEN, "", str(self._given["metadata"]["name"]))
 
     async def _do(self, item: Item) -> bool:
         if item.kind == _JOB:
@@ -109,6 +116,9 @@ class _Term:
             exists = await self._resources.bring_supernode(item.name)
         elif item.kind == _MAINTENANCE:
             exists = await self._resources.bring_maintenance(item.name)
+        elif item.kind == _GIVEN:
+            assert self._given is not None, "only a given supernode is marked so"
+            exists = bool(await self._cluster.apply(dict(self._given)))
         else:
             if await self.machine.bring():
                 self._mark_all(_JOB)
