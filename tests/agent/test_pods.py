@@ -172,6 +172,8 @@ async def test_a_new_agent_adopts_what_runs(folder: Path, pods: Pods) -> None:
     waiting = asyncio.create_task(again.life.wait())
     child.kill()
     await waiting
+    # Its listening socket may close a moment after the connections.
+    await asyncio.to_thread(child.wait)
     assert await PodLauncher().adopt(folder) is None
     assert not folder.parent.exists(), "the folder of a rank that ended is removed"
 

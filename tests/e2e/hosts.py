@@ -239,7 +239,7 @@ class Deployer:
             request = scheduler_pb2.GetJobRequest(job_uid=job.uid)
             for part in (await stub.GetJob(request, timeout=5.0)).placement.instances:
                 for seat in part.ranks:
-                    if seat.start_count:
+                    if seat.start_count and seat.state == "ACTIVE":
                         key = RankKey(role=part.role, instance=part.instance, rank=seat.rank)
                         folder = rank_folder(seat.node, job.uid, key, seat.start_count)
                         yield folder, seat.node

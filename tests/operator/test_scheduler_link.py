@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
 from raddle.model.errors import TemporaryError
 from raddle.operator.scheduler_link import Picture, SchedulerLink
 from raddle.v1 import scheduler_pb2
-from tests.support import CuttingProxy, eventually
+from tests.support import eventually
 
 SNAPSHOT = scheduler_pb2.WATCH_KIND_SNAPSHOT
 SYNCED = scheduler_pb2.WATCH_KIND_SYNCED
@@ -18,17 +19,15 @@ DELETED = scheduler_pb2.WATCH_KIND_DELETED
 
 async def test_a_call_under_which_the_way_is_closed_may_be_repeated() -> None:
     """It is an error like any other, not the end of whoever called."""
-    silent = CuttingProxy("127.0.0.1:9")
-    silent.freeze()
-    address = await silent.start()
-    link = SchedulerLink([address], None)
-    calling = asyncio.create_task(link.call("GetStatus", scheduler_pb2.GetStatusRequest()))
-    await eventually(lambda: link._channel is not None, "the call is under way")
-    await asyncio.gather(link._leave(link._channel, ""))
-    with pytest.raises(TemporaryError):
-        await calling
-    await link.close()
-    await silent.stop()
+    # It listens, and nobody there ever answers.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        link = SchedulerLink([f"127.0.0.1:{silent.getsockname()[1]}"], None)
+        calling = asyncio.create_task(link.call("GetStatus", scheduler_pb2.GetStatusRequest()))
+        await eventually(lambda: link._channel is not None, "the call is under way")
+        await asyncio.gather(link._leave(link._channel, ""))
+        with pytest.raises(TemporaryError):
+            await calling
+        await link.close()
 
 
 def told(kind: scheduler_pb2.WatchKind.ValueType, uid: str = "") -> scheduler_pb2.WatchJobsResponse:
