@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raddle.core.kvcache.pool import PoolMap, PoolMember
@@ -103,6 +103,7 @@ def test_one_member_more_or_less_moves_at_most_its_share(
     replicas=st.integers(1, 3),
     steps=st.lists(st.tuples(st.booleans(), st.integers(0, 100)), max_size=12),
 )
+@example(racks=[1, 2], replicas=3, steps=[(True, 0), (True, 2), (False, 1), (True, 0), (False, 0)])
 def test_the_bound_holds_after_any_history(
     racks: list[int], replicas: int, steps: list[tuple[bool, int]]
 ) -> None:

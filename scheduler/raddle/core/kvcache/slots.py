@@ -177,11 +177,11 @@ class _Assignment:
     def _relieve(self, number: int, filled: int) -> None:
         """A member that alone is left for a slot is full: another one takes one of its slots.
 
-        Best one that it got just now: that moves nothing more.
+        Best one that it got just now: that moves nothing more. Even shares come before racks.
         """
         takers = [n for n in self._open if n != number and self._left(n) >= 1]
         takers.sort(key=lambda n: (-self._left(n), n))
-        for is_new, is_apart in ((True, True), (True, False), (False, True)):
+        for is_new, is_apart in ((True, True), (True, False), (False, True), (False, False)):
             for taker in takers:
                 slot = self._given(number, taker, filled, is_new=is_new, is_apart=is_apart)
                 if slot is not None:
