@@ -146,6 +146,15 @@ class RankStatus:
     # The term in which its epoch was decided, as its assignment says; 0: not known.
     epoch_term: int = 0
 
+    def is_of_another_decision(self, epoch: int, epoch_term: int) -> bool:
+        """Did the rank come to this epoch's number in another term?
+
+        One number is decided twice when the store was restored from an older state. Terms that
+        are not known tell nothing.
+        """
+        known = 0 not in (self.epoch_term, epoch_term)
+        return self.epoch == epoch and known and self.epoch_term != epoch_term
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentAcks:

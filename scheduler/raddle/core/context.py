@@ -6,7 +6,7 @@ assignments of a job to its nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 from raddle.core.cluster import Cluster
@@ -15,7 +15,7 @@ from raddle.core.kvcache.figures import KV_REPLICAS
 from raddle.core.nodes import NodeTracker
 from raddle.core.state import State
 from raddle.model import keys
-from raddle.model.health import AgentHealth, AgentRegistration, Hold, RankStatus
+from raddle.model.health import AgentHealth, AgentRegistration, Hold, RankStage, RankStatus
 from raddle.model.incident import Event
 from raddle.model.job import (
     Assignment,
@@ -259,13 +259,15 @@ def status_of(context: Context, job: Job, seat: Seat) -> RankStatus | None:
 
 
 def is_ahead(job: Job, status: RankStatus) -> bool:
-    """Does a rank live at an epoch that this job's record does not know? The store was set back.
+    """Does a rank live at an epoch that this job's record does not know? The store was set back."""
+    return status.epoch > job.epoch or status.is_of_another_decision(job.epoch, job.epoch_term)
 
-    Above the job's, or of the same number and decided in another term.
-    """
-    if status.epoch == job.epoch and status.epoch_term and job.epoch_term:
-        return status.epoch_term != job.epoch_term
-    return status.epoch > job.epoch
+
+def has_reached(job: Job, status: RankStatus | None, stages: Collection[RankStage]) -> bool:
+    """Did a rank acknowledge one of these stages of the job's very epoch?"""
+    if status is None or is_ahead(job, status):
+        return False
+    return status.epoch == job.epoch and status.stage in stages
 
 
 def at_next_epoch(context: Context, job: Job) -> Job:

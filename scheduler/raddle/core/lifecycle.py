@@ -19,7 +19,7 @@ from raddle.core.context import (
     active_seats,
     at_next_epoch,
     clear_assignments,
-    is_ahead,
+    has_reached,
     note,
     occupy,
     promote_assignments,
@@ -209,29 +209,23 @@ def _step(context: Context, job: Job) -> bool:
             _prepare(context, job, placement)
             return True
     elif stage is AssignmentStage.PREPARE:
-        if all(_reached(job, status, _FENCED_OR_LATER) for status in statuses):
+        if all(has_reached(job, status, _FENCED_OR_LATER) for status in statuses):
             timeline.fenced(context, job)
-        if all(_reached(job, status, _REPAIRED_OR_LATER) for status in statuses):
+        if all(has_reached(job, status, _REPAIRED_OR_LATER) for status in statuses):
             _publish(context, job, placement)
             return True
     elif (
         stage is AssignmentStage.LIVE
         and job.state is not JobState.READY
-        and all(_reached(job, status, (RankStage.LIVE,)) for status in statuses)
+        and all(has_reached(job, status, (RankStage.LIVE,)) for status in statuses)
     ):
         _ready(context, job)
     return False
 
 
-def _reached(job: Job, status: RankStatus | None, stages: tuple[RankStage, ...]) -> bool:
-    if status is None or is_ahead(job, status):
-        return False
-    return status.epoch == job.epoch and status.stage in stages
-
-
 def _has_started(job: Job, status: RankStatus | None) -> bool:
     """A new process is up, or a running one is fenced at this epoch."""
-    return _reached(job, status, _STARTED_OR_LATER)
+    return has_reached(job, status, _STARTED_OR_LATER)
 
 
 def _prepare(context: Context, job: Job, placement: Placement) -> None:

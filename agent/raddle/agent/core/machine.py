@@ -70,14 +70,6 @@ class Rank:
     def is_over(self) -> bool:
         return self.status.stage in (RankStage.EXITED, RankStage.FAILED)
 
-    def is_elsewhere(self, job: JobAssignment) -> bool:
-        """Did it come to this epoch's number by another decision? The leader hears and goes above.
-
-        It happens after the store was restored from an older state.
-        """
-        mine, told = self.status.epoch_term, job.epoch_term
-        return self.status.epoch == job.epoch and mine != told and 0 not in (mine, told)
-
     def term_of(self, epoch: int) -> int:
         """In which term the epoch was decided to which it was driven; 0 if it was to another."""
         return self.target[1] if self.target is not None and self.target[0] == epoch else 0
@@ -318,7 +310,8 @@ class AgentMachine:
         if job.stage is AssignmentStage.START and rank.start_count == job.epoch:
             # A process of this very epoch has nothing to be fenced from.
             goal = RankStage.STARTED
-        if rank.is_elsewhere(job):
+        if rank.status.is_of_another_decision(job.epoch, job.epoch_term):
+            # The leader hears of it, and goes above both.
             return []
         reached = (rank.status.epoch, _ORDER.index(rank.status.stage))
         target = (job.epoch, job.epoch_term, job.stage)

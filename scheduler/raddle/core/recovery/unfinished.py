@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from raddle.core.context import Context, active_seats, is_ahead, status_of
+from raddle.core.context import Context, active_seats, has_reached, status_of
 from raddle.core.timeline import journal_of
 from raddle.model.health import RankStage
 from raddle.model.job import InstanceExpertMap, Job, Placement
@@ -27,11 +27,7 @@ def unfinished(
     moves, _, _ = journal_of(context, job)
     found: dict[RankKey, tuple[ExpertMove, ...]] = {}
     for seat in active_seats(context, job, placement):
-        status = status_of(context, job, seat)
-        if status is not None and not is_ahead(job, status):
-            done = status.epoch == job.epoch and status.stage in _LOADED
-        else:
-            done = False
+        done = has_reached(job, status_of(context, job, seat), _LOADED)
         if not done and moves(seat.key):
             found[seat.key] = moves(seat.key)
     return found
