@@ -95,3 +95,22 @@ def test_leases_that_end_one_after_the_other_around_an_election_are_a_storm() ->
     for moment in (105.2, 106.0, 108.0):
         look(nodes, now=moment)
         assert NodeState.LOST not in states(nodes), moment
+
+
+def test_nodes_that_come_back_last_from_a_storm_are_not_judged_alone() -> None:
+    """While a storm ends node by node, the few that are still unknown are given the same time."""
+    nodes = tracker(12)
+    silence(nodes, 8, now=100.0)
+    look(nodes, now=100.5)
+    assert states(nodes) == {NodeState.UNKNOWN}
+    for number in range(7):
+        now = 103.0 + 0.5 * number
+        nodes.stream_opened(f"n{number}")
+        nodes.lease_seen(f"n{number}")
+        look(nodes, now=now)
+        assert NodeState.LOST not in states(nodes), now
+    assert nodes.node("n7").state is NodeState.UNKNOWN
+    again = look(nodes, now=107.0)
+    assert again is not None
+    look(nodes, now=again)
+    assert nodes.node("n7").state is NodeState.LOST

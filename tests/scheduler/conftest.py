@@ -18,7 +18,7 @@ from raddle.model.errors import RaddleError
 from raddle.models import config_text
 from raddle.scheduler.authorization import LOOPBACK, Policy
 from raddle.scheduler.interceptor import Interceptor
-from raddle.scheduler.leader import Leader
+from raddle.scheduler.leader import Deposed, Leader
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
 from raddle.scheduler.replica import Replica
@@ -96,7 +96,8 @@ class Served:
             decided=self.watches.decided,
         )
         self.replica.leader = self.leader
-        self._tasks.append(asyncio.create_task(self.leader.run()))
+        self.leading = asyncio.create_task(self.leader.run())
+        self._tasks.append(self.leading)
         supernode = to_message(load_machine("nvl72"), topology_pb2.SuperNode)
         request = scheduler_pb2.ApplySuperNodeRequest(supernode=supernode)
         await self.stub().ApplySuperNode(request)
@@ -108,7 +109,7 @@ class Served:
         await self._server.stop(None)
         for task in self._tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError, Deposed):
                 await task
 
     def set_policy(self, policy: Policy) -> None:

@@ -50,6 +50,8 @@ class NodeTracker:
         self.nodes: dict[str, Node] = {}
         # Leases that lapse within one TTL of a leader change prove nothing.
         self.grace_until_s = now + LEASE_TTL_S
+        #: When more nodes than one failure domain were last unknown together.
+        self._stormed_s: float | None = None
         #: Nodes whose state changed since the last `take_changed`.
         self._changed: dict[str, None] = {}
         #: Nodes that need a probe.
@@ -203,9 +205,14 @@ class NodeTracker:
         unknown = [n for n in self.nodes.values() if n.state is NodeState.UNKNOWN and not n.probing]
         if not unknown:
             return None
+        if len(unknown) > self.storm_nodes_max:
+            self._stormed_s = now
         # The few that fell silent around a leader change are judged as soon as that is over.
         wait_s = STORM_WINDOW_S if self._many_silent(now) else LAPSES_APART_S
         due = max(self.grace_until_s, max(n.silent_since_s for n in unknown) + wait_s)
+        if self._stormed_s is not None:
+            # Nodes come back from a storm one by one: the last of them are not the dead ones.
+            due = max(due, self._stormed_s + STORM_WINDOW_S)
         if now < due:
             return due
         for node in unknown:

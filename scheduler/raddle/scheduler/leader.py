@@ -128,7 +128,7 @@ class Leader:
             self._replies.pop(name, None)
 
     async def run(self) -> None:
-        """Lead until the lease is lost, another replica took over or the store was set back.
+        """Lead until another replica takes over or this one may not go on: its `_end_with`s.
 
         Raises:
             Deposed: always, in the end.
@@ -136,6 +136,7 @@ class Leader:
         parts = {
             asyncio.create_task(self._end_with_lease()),
             asyncio.create_task(self._end_with_history()),
+            asyncio.create_task(self._end_with_newer_record()),
             asyncio.create_task(self._work()),
         }
         try:
@@ -159,6 +160,11 @@ class Leader:
         await self._mirror_holds_term()
         await self._mirror.wait_set_back()
         raise Deposed("the store was set back to an older state; a new term begins from there")
+
+    async def _end_with_newer_record(self) -> None:
+        """This version would drop fields of what a newer one wrote."""
+        key = await self._mirror.wait_too_new()
+        raise Deposed(f"{key} is of a newer schema")
 
     async def _mirror_holds_term(self) -> None:
         """No decision before what we know is at least as new as our taking the lead."""
@@ -302,6 +308,8 @@ class Leader:
                 self._start(self._prober.rank(instruction))
 
     async def _commit(self, commit: Commit, writes: tuple[Put | Delete, ...]) -> None:
+        if self._mirror.too_new:
+            raise Deposed("a record is of a newer schema; it is not written over")
         expected = [Compare(w.key, self._mirror.mod_revision(w.key)) for w in writes]
         about = subjects(commit.writes, self._mirror)
         started = time.monotonic()

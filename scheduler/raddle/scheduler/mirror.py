@@ -194,6 +194,12 @@ class Mirror:
         while self.set_backs == count:
             await self.wait_moved()
 
+    async def wait_too_new(self) -> str:
+        """Return the key of a record of a newer schema once there is one."""
+        while not self.too_new:
+            await self.wait_moved()
+        return next(iter(self.too_new))
+
     async def wait_moved(self) -> None:
         """Return after the next change."""
         await self._moved.wait()
