@@ -27,8 +27,13 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     # Two servers on one port would share its connections silently.
     ("grpc.so_reuseport", 0),
 )
-# A host that vanishes ends no connection: who follows a watch must ask, and often.
-_FOLLOWING = (("grpc.keepalive_time_ms", 1_000), ("grpc.keepalive_timeout_ms", 2_000))
+# A host that vanishes and a process that hangs end no connection: who follows a watch must ask, and
+# often. The first is noticed by the first timeout, the second by the last, which is 60 s otherwise.
+_FOLLOWING = (
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
+)
 
 
 class _Identity:
@@ -78,7 +83,7 @@ def make_channel(
 ) -> grpc.aio.Channel:
     """A channel to one `host:port`, whose certificate must carry `server_name`.
 
-    One that `follows` a watch breaks within 3 s when the server's host is gone, others within 13.
+    One that `follows` a watch breaks within 3 s of silence from the server or its host.
     """
     kinds = (_UnaryUnary, _UnaryStream, _StreamUnary) if identity else ()
     interceptors: list[Any] = [kind(identity) for kind in kinds]
