@@ -132,11 +132,11 @@ class Release:
     def is_closed(self, incident: str) -> bool:
         return bool(self.incident(incident)["phase"] == "INCIDENT_PHASE_CLOSED")
 
-    def kill_rank(self, role: str) -> None:
-        """SIGKILL the process of one rank, by the number that the machine knows it by."""
+    def signal_rank(self, role: str, number: signal.Signals) -> None:
+        """Signal the process of one rank in its pod, by the number that the machine knows it by."""
         pod = next(pod for pod in self.rank_pods(role) if is_ready(pod))
         pids = self.cluster.container_pids(NAMESPACE, pod["metadata"]["name"], "rank")
-        os.kill(pids[0], signal.SIGKILL)
+        os.kill(pids[0], number)
 
     # --- who leads -------------------------------------------------------------------------------
 

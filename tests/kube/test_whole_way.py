@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -93,7 +94,7 @@ def _in_time(opened: datetime, listed: datetime, described: datetime, killed: da
 
 def _a_killed_rank(release: Release) -> None:
     """The process of a decode rank ends in its pod, without a word."""
-    _is_shown(release, lambda: release.kill_rank("decode"))
+    _is_shown(release, lambda: release.signal_rank("decode", signal.SIGKILL))
 
 
 def _a_deleted_pod(guide: Guide, release: Release) -> None:
@@ -151,7 +152,8 @@ def _what_serves(release: Release) -> tuple[int, list[str]]:
 
 
 def _uninstall(guide: Guide, release: Release, before: set[str]) -> None:
-    """The job ends by itself; then nothing is left but what the NOTES name, and in the end that."""
+    """The job ends by itself, though one of its ranks hangs; what is left then the NOTES name."""
+    release.signal_rank("decode", signal.SIGSTOP)
     notes = release.cluster.helm("get", "notes", "raddle", "--namespace", NAMESPACE)
     # Jobs, and the release.
     guide.next_lines("Uninstall", 2)
