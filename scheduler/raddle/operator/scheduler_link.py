@@ -23,7 +23,7 @@ from raddle.wire.status import error_from
 IDENTITY = "operator"
 TIMEOUT_S = 10.0
 _RETRY_S_MIN = 0.2
-_RETRY_S_MAX = 5.0
+_RETRY_S_MAX = 1.0
 log = structlog.get_logger()
 
 
