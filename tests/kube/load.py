@@ -57,13 +57,13 @@ class Load:
         self._ending.set()
         self._thread.join()
         if error is None:
-            assert self.wrong == []
+            assert not self.wrong, self.wrong
 
     def settle(self) -> None:
         """Every stream that is open now comes to its end, with the tokens that are known."""
         now = frozenset(self._open)
         wait_until(lambda: not now & self._open, "the open streams end", 2 * STREAM_TIMEOUT_S)
-        assert self.wrong == []
+        assert not self.wrong, self.wrong
 
     def _main(self) -> None:
         asyncio.run(self._run())
