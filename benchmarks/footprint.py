@@ -41,7 +41,7 @@ def rss_mib(pid: int) -> float:
 async def measure() -> dict[str, Any]:
     """`agent_cpu_percent`, `agent_rss_mib`, `scheduler_rss_mib`."""
     with TemporaryDirectory(prefix="raddle-bench-") as folder:
-        cluster = LocalCluster(Path(folder), real_nodes=1)
+        cluster = LocalCluster(Path(folder), real_nodes=1, forks=False)
         try:
             await cluster.start()
             agent = next(c for n, c in cluster.children.items() if n.startswith("agent-sn0"))

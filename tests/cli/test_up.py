@@ -23,11 +23,15 @@ from tests.support import eventually
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes whose command line names the folder, or whose etcd address is one of its own."""
+    """Processes whose command line names the folder, or whose log is in it."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
+            if not entry.name.isdigit():
+                continue
+            log = (entry / "fd" / "2").readlink()
+            command = (entry / "cmdline").read_bytes()
+            if str(folder).encode() in command or log.is_relative_to(folder):
                 found.append(int(entry.name))
     return found
 

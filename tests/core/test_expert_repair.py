@@ -388,6 +388,30 @@ def test_a_bridge_is_refused_beyond_its_limits() -> None:
     assert covered.why.reason == "NOT_NEEDED"
 
 
+@settings(max_examples=120, deadline=None)
+@given(
+    lost=st.sets(st.integers(0, 39), min_size=1, max_size=12),
+    seed=st.integers(0, 9),
+    slots=st.sampled_from([1, 2, 7]),
+)
+def test_an_expert_is_covered_or_masked_until_it_is_loaded(
+    lost: set[int], seed: int, slots: int
+) -> None:
+    """Masked is what has no live copy, within the limits, and the repair loads all of it."""
+    experts = 32 * slots
+    loads = lognormal(2, experts, seed)
+    table = place_experts(loads, make_layout(40, slots))
+    left = make_layout(40, slots, lost=tuple(sorted(lost)))
+    found = plan_bridge(table, experts, left, predicted_s=0.5, ranks=40)
+    missing = find_uncovered(table, experts, left)
+    worst = max((sum(1 for at, _ in missing if at == layer) for layer in range(2)), default=0)
+    assert found.masked == (missing if worst <= experts // 32 else ())
+    assert (found.deadline_s > 0.5) == bool(found.masked)
+    change = repair_map(table, loads, left)
+    arriving = set(zip(change.layer.tolist(), change.expert.tolist(), strict=True))
+    assert set(found.masked) <= arriving | set(change.uncovered)
+
+
 # --- coverage ------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,12 @@ def test_leases_that_end_one_after_the_other_around_an_election_are_a_storm() ->
         assert NodeState.LOST not in states(nodes), moment
 
 
+def return_(nodes: NodeTracker, numbers: range) -> None:
+    for number in numbers:
+        nodes.stream_opened(f"n{number}")
+        nodes.lease_seen(f"n{number}")
+
+
 def test_nodes_that_come_back_last_from_a_storm_are_not_judged_alone() -> None:
     """While a storm ends node by node, the few that are still unknown are given the same time."""
     nodes = tracker(12)
@@ -105,12 +111,74 @@ def test_nodes_that_come_back_last_from_a_storm_are_not_judged_alone() -> None:
     assert states(nodes) == {NodeState.UNKNOWN}
     for number in range(7):
         now = 103.0 + 0.5 * number
-        nodes.stream_opened(f"n{number}")
-        nodes.lease_seen(f"n{number}")
+        return_(nodes, range(number, number + 1))
         look(nodes, now=now)
         assert NodeState.LOST not in states(nodes), now
     assert nodes.node("n7").state is NodeState.UNKNOWN
     again = look(nodes, now=107.0)
     assert again is not None
     look(nodes, now=again)
+    assert nodes.node("n7").state is NodeState.LOST
+
+
+def test_nodes_that_come_back_at_once_leave_the_others_their_time() -> None:
+    """A long storm ends in one moment: from then on the last two have a window."""
+    nodes = tracker(12)
+    silence(nodes, 8, now=100.0)
+    look(nodes, now=100.5)
+    return_(nodes, range(6))
+    again = look(nodes, now=130.0)
+    assert states(nodes) == {NodeState.UNKNOWN}
+    assert again == 130.0 + STORM_WINDOW_S
+    look(nodes, now=again)
+    assert states(nodes) == {NodeState.LOST}
+
+
+def test_others_that_come_and_go_do_not_put_a_dead_nodes_end_off() -> None:
+    """Storm after storm: a node that never came back is lost a window after the first."""
+    nodes = tracker(12)
+    silence(nodes, 8, now=100.0)
+    look(nodes, now=100.5)
+    now = 101.0
+    while nodes.node("n7").state is NodeState.UNKNOWN:
+        return_(nodes, range(7))
+        look(nodes, now=now + 0.1)
+        for number in range(7):
+            nodes.lease_ended(f"n{number}", now=now + 3.0)
+        look(nodes, now=now + 3.5)
+        now += 5.5
+        assert now < 125.0
+    assert nodes.node("n7").state is NodeState.LOST
+
+
+def test_leases_that_end_late_in_a_storm_are_no_verdict() -> None:
+    """Unknown without streams, and later without leases: nothing new is known of them."""
+    nodes = tracker(12)
+    for number in range(8):
+        nodes.stream_broken(f"n{number}", now=100.0)
+    answer(nodes, now=100.0)
+    look(nodes, now=100.5)
+    assert states(nodes) == {NodeState.UNKNOWN}
+    for number in range(8):
+        nodes.lease_ended(f"n{number}", now=109.0)
+    look(nodes, now=109.0)
+    assert states(nodes) == {NodeState.UNKNOWN}
+
+
+def test_a_storm_is_remembered_when_all_else_is_built_anew() -> None:
+    """The term goes on with what the records say: who was unknown stays so, as long as before."""
+    before = tracker(12)
+    silence(before, 8, now=100.0)
+    look(before, now=100.5)
+    return_(before, range(7))
+    look(before, now=103.0)
+    nodes = NodeTracker(now=103.0)
+    nodes.storm_nodes_max = STORM_NODES_MAX
+    for number in range(12):
+        nodes.registered(f"n{number}", has_lease=number != 7, now=103.0)
+    nodes.remember(before)
+    look(nodes, now=104.0)
+    look(nodes, now=105.0)
+    assert states(nodes) == {NodeState.UNKNOWN}
+    look(nodes, now=103.0 + STORM_WINDOW_S)
     assert nodes.node("n7").state is NodeState.LOST

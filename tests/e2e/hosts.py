@@ -213,8 +213,15 @@ class Deployer:
 
     async def run(self) -> None:
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError, AssertionError):
+            try:
                 await self._follow()
+            except (grpc.aio.AioRpcError, AssertionError):
+                pass
+            except asyncio.CancelledError:
+                # Calls end so too when the cluster turns to another scheduler under them.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
             await asyncio.sleep(0.1)  # the pause between two looks
 
     async def _follow(self) -> None:

@@ -363,7 +363,7 @@ async def test_clocks_that_are_minutes_apart_cost_nothing(
 ) -> None:
     """Every process has its own wrong clock: a rank, its agent and the leader are survived."""
     monkeypatch.setenv("PYTHONPATH", str(SKEWED))
-    async with serving(tmp_path) as served:
+    async with serving(tmp_path, forks=False) as served:
         store = EtcdStore([served.cluster.etcd_endpoints], "default", operation_key="operations/t")
         agents = await store.list(keys.AGENTS)
         await store.close()

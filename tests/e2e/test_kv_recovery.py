@@ -46,17 +46,18 @@ async def protected(served: Served, members: int) -> None:
 
     async def whole() -> bool:
         status = await kv_status(served)
-        return (
-            len(status.members) == members
-            and all(member.blocks > 0 for member in status.members)
-            and status.blocks > 0
-            and status.blocks_below == 0
-        )
+        if (
+            len(status.members) != members
+            or any(member.blocks == 0 for member in status.members)
+            or status.blocks == 0
+            or status.blocks_below > 0
+        ):
+            return False
+        assert (status.replicas, status.protection) == (2, 1.0)
+        assert sum(status.blocks_by_copies[2:]) == status.blocks
+        return True
 
     await served.cluster.until(whole, "every block has two copies")
-    status = await kv_status(served)
-    assert (status.replicas, status.protection) == (2, 1.0)
-    assert sum(status.blocks_by_copies[2:]) == status.blocks
 
 
 async def ranks_of(served: Served, role: str) -> list[Any]:

@@ -100,7 +100,7 @@ class Served:
         self._tasks.append(self.leading)
         supernode = to_message(load_machine("nvl72"), topology_pb2.SuperNode)
         request = scheduler_pb2.ApplySuperNodeRequest(supernode=supernode)
-        await self.stub().ApplySuperNode(request)
+        await self.stub().ApplySuperNode(request, wait_for_ready=True)
 
     async def stop(self) -> None:
         for channel in self._channels.values():

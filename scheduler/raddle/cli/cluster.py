@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,8 @@ from raddle.machines import load_machine
 from raddle.model.errors import Reason, TemporaryError
 from raddle.model.kinds import NodeState
 from raddle.model.topology import SuperNode
+from raddle.processes import fork_server
+from raddle.processes.start import SERVER_VARIABLE, Command, Process, start
 from raddle.store.embedded import QUOTA_BYTES, EmbeddedEtcd
 from raddle.store.ports import free_port
 from raddle.telemetry.channels import make_channel
@@ -36,6 +37,10 @@ SIMULATED_AGENT_PROCESSES = 2
 READY_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.05
+_SCHEDULER = "raddle.scheduler.main"
+_AGENT = "raddle.agent.main"
+_FRONT_DOOR = "raddle.agent.engine.reference.frontdoor"
+_RANK = "raddle.agent.engine.reference.rank"
 
 
 @dataclass(slots=True)
@@ -43,7 +48,7 @@ class Child:
     """One process of ours."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
     def last_words(self) -> str:
@@ -67,10 +72,14 @@ class LocalCluster:
     etcd_quota_bytes: int = QUOTA_BYTES
     #: More flags for a daemon, by its name; the last of a kind counts.
     more_flags: Callable[[str], list[str]] = lambda _: []
+    #: Fork all processes from one that has loaded their modules; else each starts anew.
+    forks: bool = True
     etcds: list[EmbeddedEtcd] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
     children: dict[str, Child] = field(default_factory=dict)
     _channel: grpc.aio.Channel | None = None
+    _environment: dict[str, str] = field(default_factory=os.environ.copy)
+    _at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def supernode(self) -> SuperNode:
@@ -85,14 +94,8 @@ class LocalCluster:
         """Start one of our daemons with its log in the cluster's folder."""
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *command, *self.more_flags(name)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+        module, *arguments = [*command, *self.more_flags(name)]
+        process = start(Command(module, tuple(arguments), log, self._environment))
         self.children[name] = Child(name, process, log)
         return self.children[name]
 
@@ -103,6 +106,8 @@ class LocalCluster:
             RaddleError: a part did not come up; the message has its last words.
         """
         self.tell(f"starting etcd, data and logs in {self.folder}")
+        if self.forks:
+            self._start_fork_server()
         await self._start_etcd()
         for number in range(self.schedulers):
             self.start_scheduler(number)
@@ -113,6 +118,14 @@ class LocalCluster:
         await self.connect(0)
         await self._apply_machine()
         await self._wait_nodes()
+
+    def _start_fork_server(self) -> None:
+        log = self.folder / "logs" / "fork-server.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        modules = (_SCHEDULER, _AGENT, _FRONT_DOOR, _RANK)
+        self._environment[SERVER_VARIABLE] = self._at_end.enter_context(
+            fork_server.running(modules, log)
+        )
 
     async def _start_etcd(self) -> None:
         if self.etcd_members == 1:
@@ -166,7 +179,7 @@ class LocalCluster:
         flags += self._tls_flags("scheduler")
         return self.spawn(
             f"scheduler-{number}",
-            "raddle.scheduler.main",
+            _SCHEDULER,
             "--listen",
             address,
             "--etcd",
@@ -183,7 +196,7 @@ class LocalCluster:
         identity = f"agent/{nodes[0]}" if len(nodes) == 1 else "agent/*"
         return self.spawn(
             name,
-            "raddle.agent.main",
+            _AGENT,
             "--node",
             ",".join(nodes),
             "--machine",
@@ -261,7 +274,7 @@ class LocalCluster:
         address = f"127.0.0.1:{free_port()}"
         self.spawn(
             "frontdoor",
-            "raddle.agent.engine.reference.frontdoor",
+            _FRONT_DOOR,
             "--schedulers",
             ",".join(self.addresses),
             "--job",
@@ -316,6 +329,7 @@ class LocalCluster:
                 os.kill(pid, signal.SIGKILL)
         for member in self.etcds:
             await member.stop()
+        self._at_end.close()
 
 
 def _is_running(pid: int, start_time_ticks: int) -> bool:

@@ -39,6 +39,10 @@ class Node:
     answered_s: float = 0.0
     probing: bool = False
     accused: bool = False
+    #: Unknown together with more nodes than one failure domain has.
+    stormed: bool = False
+    #: Of a node from such a storm: not judged before, but by a second witness.
+    spared_until_s: float = 0.0
 
 
 class NodeTracker:
@@ -50,8 +54,6 @@ class NodeTracker:
         self.nodes: dict[str, Node] = {}
         # Leases that lapse within one TTL of a leader change prove nothing.
         self.grace_until_s = now + LEASE_TTL_S
-        #: When more nodes than one failure domain were last unknown together.
-        self._stormed_s: float | None = None
         #: Nodes whose state changed since the last `take_changed`.
         self._changed: dict[str, None] = {}
         #: Nodes that need a probe.
@@ -63,11 +65,16 @@ class NodeTracker:
         return self.nodes[name]
 
     def remember(self, other: NodeTracker) -> None:
-        """The open streams and the grace time of a tracker of the same term."""
+        """What a tracker of the same term knew: open streams, the grace time, who is unknown."""
         self.grace_until_s = other.grace_until_s
         for name, node in other.nodes.items():
             if node.has_stream:
                 self.stream_opened(name)
+            mine = self.node(name)
+            if node.state is NodeState.UNKNOWN and mine.state is NodeState.SUSPECT:
+                mine.silent_since_s = node.silent_since_s
+                mine.stormed, mine.spared_until_s = node.stormed, node.spared_until_s
+                self._set(mine, NodeState.UNKNOWN, node.why.reason, node.why.message)
 
     def store_leader_changed(self, *, now: float) -> None:
         self.grace_until_s = max(self.grace_until_s, now + LEASE_TTL_S)
@@ -152,7 +159,7 @@ class NodeTracker:
         elif now < node.silent_since_s + self._gather_s(node) and not node.accused:
             # Judged a moment later; `wake` asks again.
             return
-        elif self._storm(now) and not node.accused:
+        elif self._is_spared(node, now) and not node.accused:
             self._set(
                 node,
                 NodeState.UNKNOWN,
@@ -172,8 +179,13 @@ class NodeTracker:
         """How long it is seen whether others follow a silent node."""
         return LAPSES_APART_S if node.silent_since_s < self.grace_until_s else STORM_GATHER_S
 
-    def _storm(self, now: float) -> bool:
-        return now < self.grace_until_s or self._many_silent(now)
+    def _is_spared(self, node: Node, now: float) -> bool:
+        quiet_s = max(self.grace_until_s, node.spared_until_s)
+        many = self._many_silent(now) or len(self._unknown()) > self.storm_nodes_max
+        return now < quiet_s or many
+
+    def _unknown(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.state is NodeState.UNKNOWN]
 
     def _many_silent(self, now: float) -> bool:
         silent = sum(
@@ -202,28 +214,37 @@ class NodeTracker:
         return min(later, default=None)
 
     def _wake_unknown(self, now: float) -> float | None:
-        unknown = [n for n in self.nodes.values() if n.state is NodeState.UNKNOWN and not n.probing]
-        if not unknown:
-            return None
+        unknown = self._unknown()
+        self._mark_storm(unknown, now)
         if len(unknown) > self.storm_nodes_max:
-            self._stormed_s = now
+            # However long: a second witness speaks, or nodes come back.
+            return now + STORM_WINDOW_S
+        waiting = [node for node in unknown if not node.probing]
+        if not waiting:
+            return None
         # The few that fell silent around a leader change are judged as soon as that is over.
         wait_s = STORM_WINDOW_S if self._many_silent(now) else LAPSES_APART_S
-        due = max(self.grace_until_s, max(n.silent_since_s for n in unknown) + wait_s)
-        if self._stormed_s is not None:
-            # Nodes come back from a storm one by one: the last of them are not the dead ones.
-            due = max(due, self._stormed_s + STORM_WINDOW_S)
-        if now < due:
-            return due
-        for node in unknown:
-            if not self._lasting_storm(now):
+        together_s = max(self.grace_until_s, max(n.silent_since_s for n in waiting) + wait_s)
+        later = []
+        for node in waiting:
+            due = max(together_s, node.spared_until_s)
+            if now < due:
+                later.append(due)
+            else:
                 self._to_probe[node.name] = None
-        return None if self._to_probe else now + STORM_WINDOW_S
+        return min(later, default=None)
 
-    def _lasting_storm(self, now: float) -> bool:
-        """More unknown nodes than one failure domain explains, whenever they fell silent."""
-        unknown = sum(1 for n in self.nodes.values() if n.state is NodeState.UNKNOWN)
-        return now < self.grace_until_s or unknown > self.storm_nodes_max
+    def _mark_storm(self, unknown: list[Node], now: float) -> None:
+        """Nodes come back from a storm one by one: the last of them are not the dead ones.
+
+        They are spared for a window from the first moment at which they are few, and only once:
+        others that come and go do not put a dead node's end off.
+        """
+        for node in unknown:
+            if len(unknown) > self.storm_nodes_max:
+                node.stormed = True
+            elif node.stormed and not node.spared_until_s:
+                node.spared_until_s = now + STORM_WINDOW_S
 
     def take_changed(self) -> list[str]:
         changed, self._changed = list(self._changed), {}
@@ -249,4 +270,6 @@ class NodeTracker:
     def _set(self, node: Node, state: NodeState, reason: str, message: str) -> None:
         if node.state is not state:
             self._changed[node.name] = None
+            if state is not NodeState.UNKNOWN:
+                node.stormed, node.spared_until_s = False, 0.0
         node.state, node.why = state, Why(reason=reason, message=message)

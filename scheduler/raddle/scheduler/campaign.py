@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from raddle.model.errors import RaddleError
-from raddle.scheduler.leader import Deposed, Leader
+from raddle.scheduler.leader import Deposed, Leader, Outdated
 from raddle.scheduler.mirror import Mirror
 from raddle.store.election import Election, Term
 from raddle.store.protocol import Store
@@ -37,7 +37,9 @@ async def campaign(
             log.error("this replica must not lead", key=key, why=why)
             await asyncio.sleep(_UNFIT_WAIT_S)
             continue
-        term = await election.campaign()
+        term = await _win(election, mirror)
+        if term is None:
+            continue
         log.info("leading", revision=term.revision)
         leader = make_leader(term)
         await leads(leader)
@@ -45,8 +47,22 @@ async def campaign(
             await leader.run()
         except Deposed as why:
             log.warning("no longer leading", why=str(why))
-            election.deposed()
+            if not isinstance(why, Outdated):
+                election.deposed()
         finally:
             await leads(None)
             with contextlib.suppress(RaddleError):
                 await term.resign(store)
+
+
+async def _win(election: Election, mirror: Mirror) -> Term | None:
+    """A term, or None once there is a record that only a newer version can lead with."""
+    campaigning = asyncio.create_task(election.campaign())
+    outdated = asyncio.create_task(mirror.wait_too_new())
+    try:
+        await asyncio.wait((campaigning, outdated), return_when=asyncio.FIRST_COMPLETED)
+        return campaigning.result() if campaigning.done() else None
+    finally:
+        for task in (campaigning, outdated):
+            task.cancel()
+        await asyncio.gather(campaigning, outdated, return_exceptions=True)

@@ -65,6 +65,10 @@ class Deposed(Exception):  # noqa: N818 - an event of a leader's life, not a mis
     """Another replica leads, or our lease is past its local deadline."""
 
 
+class Outdated(Deposed):
+    """A newer version wrote what this one cannot read."""
+
+
 class Leader:
     """The machine and its hands for one term."""
 
@@ -164,7 +168,7 @@ class Leader:
     async def _end_with_newer_record(self) -> None:
         """This version would drop fields of what a newer one wrote."""
         key = await self._mirror.wait_too_new()
-        raise Deposed(f"{key} is of a newer schema")
+        raise Outdated(f"{key} is of a newer schema")
 
     async def _mirror_holds_term(self) -> None:
         """No decision before what we know is at least as new as our taking the lead."""
@@ -295,6 +299,8 @@ class Leader:
                 await asyncio.sleep(0.2)
 
     async def _carry_out(self, instruction: Instruction, writes: tuple[Put | Delete, ...]) -> None:
+        if self._mirror.too_new:
+            raise Outdated("a record is of a newer schema; it is not written over")
         match instruction:
             case Commit():
                 await self._commit(instruction, writes)
@@ -308,8 +314,6 @@ class Leader:
                 self._start(self._prober.rank(instruction))
 
     async def _commit(self, commit: Commit, writes: tuple[Put | Delete, ...]) -> None:
-        if self._mirror.too_new:
-            raise Deposed("a record is of a newer schema; it is not written over")
         expected = [Compare(w.key, self._mirror.mod_revision(w.key)) for w in writes]
         about = subjects(commit.writes, self._mirror)
         started = time.monotonic()

@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from raddle.core.expert_loads import LOOK_EVERY_S
 from raddle.core.machine import Machine
-from raddle.model.errors import RaddleError
+from raddle.model.errors import PermanentError, RaddleError, Reason
 from raddle.model.incident import LeaderRecord
 from raddle.scheduler import kv_service
 from raddle.scheduler.authorization import DEFAULT, LOOPBACK, Policy, load_policy
@@ -248,7 +248,11 @@ class SchedulerProcess:
 
     async def _probe(self, record: Record) -> Probe:
         """Ask the leader's process for a sign of life."""
-        leader: LeaderRecord = wire.decode("leader", record.value)
+        try:
+            leader: LeaderRecord = wire.decode("leader", record.value)
+        except PermanentError as error:
+            # One of a newer version leads; what else cannot be read is nobody.
+            return Probe.ALIVE if error.reason is Reason.NEWER_SCHEMA else Probe.SILENT
         address = leader.address
         if address not in self._probe_channels:
             self._probe_channels[address] = make_channel(

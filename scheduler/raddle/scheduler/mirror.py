@@ -47,7 +47,7 @@ class Mirror:
         self.store_term = 0
         #: Keys whose record could not be read, with the reason.
         self.set_aside: dict[str, str] = {}
-        #: Keys of a newer schema: this replica must not lead.
+        #: Keys of a newer schema that a leader would write over: this replica must not lead.
         self.too_new: dict[str, str] = {}
 
     async def run(self) -> None:
@@ -133,15 +133,13 @@ class Mirror:
         except PermanentError as error:
             self._set_aside(key, error)
             return
-        self.set_aside.pop(key, None)
-        self.too_new.pop(key, None)
+        self._is_readable(key)
         self._values[key] = value
         self._tell(key, value, change.mod_revision)
 
     def _drop(self, key: str, revision: int) -> None:
         self._revisions.pop(key, None)
-        self.set_aside.pop(key, None)
-        self.too_new.pop(key, None)
+        self._is_readable(key)
         if self._refreshes:
             # The list under way may be of before.
             self._gone[key] = revision
@@ -150,14 +148,22 @@ class Mirror:
 
     def _set_aside(self, key: str, error: PermanentError) -> None:
         self._values.pop(key, None)
-        where = self.too_new if error.reason is Reason.NEWER_SCHEMA else self.set_aside
+        newer = error.reason is Reason.NEWER_SCHEMA and not key.startswith(keys.AGENTS)
+        where = self.too_new if newer else self.set_aside
         if key not in where:
             log.error("record set aside", key=key, reason=error.reason, why=error.message)
+        self._is_readable(key)
         where[key] = error.message
+
+    def _is_readable(self, key: str) -> None:
+        """Nothing of it is set aside (any more)."""
+        self.set_aside.pop(key, None)
+        self.too_new.pop(key, None)
 
     def apply_own(self, writes: tuple[Write, ...], revision: int) -> None:
         """Our own commit succeeded at this revision: no need to wait for its echo."""
         for write in writes:
+            self._is_readable(write.key)
             if write.value is None:
                 self._revisions.pop(write.key, None)
                 self._values.pop(write.key, None)

@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,11 +29,14 @@ from raddle.agent.engine.reference.config import (
     write_config,
 )
 from raddle.model.errors import Reason, TemporaryError
+from raddle.processes.start import Command, start
 
 STOP_GRACE_S = 2.0
 LOG_FILE = "rank.log"
 _MODULE = "raddle.agent.engine.reference.rank"
 _POLL_S = 0.005
+# Ranks yield to the agent: a busy host must not cost the agent its lease.
+_NICENESS = 15
 
 
 class ProcessLauncher:
@@ -84,16 +85,9 @@ def _launch(folder: Path, config: RankConfig) -> int:
     """Start a rank process that outlives us; gives its number."""
     make_folder(folder)
     write_config(folder / CONFIG_FILE, config)
-    with (folder / LOG_FILE).open("ab") as output:
-        return subprocess.Popen(
-            # Ranks yield to the agent: a busy host must not cost the agent its lease.
-            ["nice", "-n", "15", sys.executable, "-m", _MODULE, str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env=os.environ | _environment(config),
-        ).pid
+    environment = os.environ | _environment(config)
+    command = Command(_MODULE, (str(folder),), folder / LOG_FILE, environment, _NICENESS)
+    return start(command).pid
 
 
 def _environment(config: RankConfig) -> dict[str, str]:
