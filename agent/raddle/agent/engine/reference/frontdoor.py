@@ -79,7 +79,7 @@ class FrontDoor:
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.list_models),
             Route("/health", self.health),
-            Route("/ready", self.health),
+            Route("/ready", self.ready),
             Route("/live", self.live),
             Route("/metrics", self.metrics),
         ]
@@ -90,6 +90,12 @@ class FrontDoor:
     async def health(self, _request: Request) -> Response:
         live = self._routing.is_live
         return JSONResponse({"live": live}, status_code=200 if live else 503)
+
+    async def ready(self, _request: Request) -> Response:
+        """Whoever balances over front doors may send requests here: some are held for a while."""
+        if self._routing.takes_requests:
+            return PlainTextResponse("ok\n")
+        return PlainTextResponse("the job is not live yet, or it has ended\n", status_code=503)
 
     async def live(self, _request: Request) -> Response:
         """The process works, whatever its job does."""
