@@ -36,8 +36,8 @@ from there to a served job, an upgrade, an etcd of your own and a real machine.
   host with the ranks, and an init container, as root with CAP_CHOWN alone, makes it theirs.
   Agents, schedulers and etcd have no token for the Kubernetes API.
 - **Certificates** are made by a hook before an installation and renewed by each upgrade that comes
-  within `certificates.renewBeforeDays` of their end, or by cert-manager. Daemons read them when
-  they start: after a renewal `kubectl rollout restart` them; that disturbs no stream.
+  within `certificates.renewBeforeDays` of their end, or by cert-manager. Nothing is restarted for
+  that: new connections show the new ones.
 - **Upgrades** go one pod at a time: a scheduler gives the lead back when it is told to end, ranks
   run on in pods of their own while their agent is replaced, and nothing moves while etcd restarts.
 - **Definitions** of the custom resources are templates, so that upgrades upgrade them; an

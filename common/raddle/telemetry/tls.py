@@ -5,18 +5,22 @@ identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. An agent of 
 `agent/<pattern>` (`agent/sn0/*`, `agent/*`). The alternative name is the
 server's kind (`raddle-scheduler`, `raddle-agent`), whatever host it runs on; ranks show the
 certificate of their agent. On loopback without TLS a caller names itself in metadata.
+
+Somebody else may renew the files at any time: each new connection shows what they hold then.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import ssl
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import grpc
+import structlog
 
 from raddle.model.errors import PermanentError, Reason
 
@@ -24,6 +28,33 @@ IDENTITY_METADATA = "raddle-identity"
 DEFAULT_IDENTITY = "client/local"
 SCHEDULER_NAME = "raddle-scheduler"
 AGENT_NAME = "raddle-agent"
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Pems:
+    """What the files held at one moment, found to belong together."""
+
+    ca: bytes
+    certificate: bytes
+    key: bytes
+
+    def server_configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], self.ca)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The newest good state of the files, for all threads."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    pems: Pems | None = None
+    contexts: dict[bool, ssl.SSLContext] = field(default_factory=dict)
+    #: Why the files are no good now; told once.
+    trouble: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +64,62 @@ class TlsFiles:
     ca: Path
     certificate: Path
     key: Path
+    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
+
+    def newest(self) -> Pems:
+        """What the files hold; while they are half written, what they held before.
+
+        Raises:
+            OSError: they have never been a CA, a certificate and its key.
+        """
+        with self._kept.lock:
+            return self._newest()
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Clients must show a certificate of the same CA."""
-        pair = (self.key.read_bytes(), self.certificate.read_bytes())
-        return grpc.ssl_server_credentials(
-            [pair], root_certificates=self.ca.read_bytes(), require_client_auth=True
-        )
-
-    def channel_credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(
-            self.ca.read_bytes(), self.key.read_bytes(), self.certificate.read_bytes()
+        """Clients must show a certificate of the same CA; asked anew for each connection."""
+        return grpc.dynamic_ssl_server_credentials(
+            self.newest().server_configuration(),
+            lambda: self.newest().server_configuration(),
+            require_client_authentication=True,
         )
 
     def socket_context(self, *, server: bool) -> ssl.SSLContext:
-        """For plain sockets between ranks: both sides show a certificate, hosts have no names."""
+        """For a plain socket between ranks that is connected now."""
+        with self._kept.lock:
+            self._newest()
+            return self._kept.contexts[server]
+
+    def _newest(self) -> Pems:
+        kept = self._kept
+        try:
+            found = self._read()
+            if found == kept.pems:
+                return found
+            contexts = self._contexts(found)
+        except OSError as error:
+            if kept.pems is None:
+                raise
+            if str(error) != kept.trouble:
+                kept.trouble = str(error)
+                log.warning("the old certificates stay", files=str(self), why=kept.trouble)
+            return kept.pems
+        if kept.pems is not None:
+            log.info("certificates were renewed", files=str(self))
+        kept.pems, kept.contexts, kept.trouble = found, contexts, ""
+        return found
+
+    def _read(self) -> Pems:
+        return Pems(self.ca.read_bytes(), self.certificate.read_bytes(), self.key.read_bytes())
+
+    def _contexts(self, found: Pems) -> dict[bool, ssl.SSLContext]:
+        """Contexts of servers and of clients, which are also the proof that all is whole."""
+        contexts = {server: self._context(server=server) for server in (True, False)}
+        if self._read() != found:
+            raise OSError("they are being written")
+        return contexts
+
+    def _context(self, *, server: bool) -> ssl.SSLContext:
+        """Both sides show a certificate, hosts have no names."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
@@ -55,6 +127,9 @@ class TlsFiles:
         context.load_verify_locations(self.ca)
         context.load_cert_chain(self.certificate, self.key)
         return context
+
+    def __str__(self) -> str:
+        return f"{self.ca}, {self.certificate}, {self.key}"
 
 
 def tls_files(ca: str, certificate: str, key: str, *, prefix: str = "--tls-") -> TlsFiles | None:
@@ -78,11 +153,11 @@ def tls_files(ca: str, certificate: str, key: str, *, prefix: str = "--tls-") ->
             raise PermanentError(Reason.INVALID_ARGUMENT, f"{text} is no readable file.")
     files = TlsFiles(*(Path(text) for text in names))
     try:
-        files.socket_context(server=False)
+        files.newest()
     except OSError as error:
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
-            f"{', '.join(names)} are no CA, certificate and its key in PEM: {error}.",
+            f"{files} are no CA, certificate and its key in PEM: {error}.",
         ) from error
     return files
 
