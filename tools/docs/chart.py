@@ -7,12 +7,12 @@ and the key's value, however deep, is its default. A key without a comment only 
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import yaml
+from generated import ROOT, write_or_check
 
-CHART = Path(__file__).resolve().parents[2] / "charts" / "raddle"
+CHART = ROOT / "charts" / "raddle"
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z][A-Za-z0-9]*):")
 
 HEAD = """\
@@ -246,20 +246,5 @@ def dashboard() -> str:
     return json.dumps(board, indent=1) + "\n"
 
 
-def main() -> None:
-    texts = {"README.md": readme(), "files/dashboards/raddle.json": dashboard()}
-    old = [
-        name
-        for name, text in texts.items()
-        if not (CHART / name).exists() or (CHART / name).read_text() != text
-    ]
-    if "--check" in sys.argv:
-        if old:
-            sys.exit(f"charts/raddle is out of date: {', '.join(old)}; run `make docs`")
-        return
-    for name, text in texts.items():
-        (CHART / name).write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(CHART, {"README.md": readme(), "files/dashboards/raddle.json": dashboard()})

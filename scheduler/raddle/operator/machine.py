@@ -20,10 +20,10 @@ from raddle.operator import machine_view
 from raddle.operator.cluster import Cluster
 from raddle.operator.hosts import Host, devices_of, host_of, selected
 from raddle.operator.names import GROUP
-from raddle.operator.pods import RankFacts
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.shares import Shares, shares
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
+from raddle.wire.rank_tables import TableRank
 
 HELD_BY_OTHER = "HELD_BY_OTHER"
 HOST_CORDONED = "HOST_CORDONED"
@@ -92,13 +92,15 @@ class Machine:
         part = self._die(die)
         return part.part.logic_id if part is not None and not self._simulated else None
 
-    def rank_facts(self, rank: job_pb2.RankPlacement, pod_ip: str) -> RankFacts | None:
+    def table_rank(self, rank: job_pb2.RankPlacement, pod_ip: str) -> TableRank | None:
         """What a rank table says of a rank; None for one without a die or a host."""
         host, die = self.host_of(rank.node), self._die(rank.die)
         if host is None or die is None or not die.HasField("part"):
             return None
         part = die.part
-        return RankFacts(
+        return TableRank(
+            rank=rank.rank,
+            node=rank.node,
             supernode=rank.node.partition("/")[0],
             host_ip=host.address,
             pod_ip=pod_ip,
