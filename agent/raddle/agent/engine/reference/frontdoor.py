@@ -46,6 +46,7 @@ class Settings:
 
     schedulers: list[str] = setting([], "addresses of the schedulers, comma-separated")
     job: str = setting("", "namespace/name of the job to serve")
+    name: str = setting("frontdoor", "our name; with TLS our certificate is client/<name>'s")
     model: str = setting("raddle-demo", "model that the job serves: built-in, or a config.json")
     listen: str = setting("127.0.0.1:7480", "address for HTTP")
     request_timeout_s: float = setting(120.0, "longest time of one request")
@@ -246,7 +247,7 @@ async def serve(settings: Settings) -> None:
     shape = parse_shape(_config_text(settings.model))
     namespace, _, name = settings.job.rpartition("/")
     routing = Routing(
-        f"frontdoor-{secrets.token_hex(3)}",
+        f"{settings.name}/{secrets.token_hex(3)}",
         settings.schedulers,
         namespace or "default",
         name,

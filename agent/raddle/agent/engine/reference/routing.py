@@ -46,6 +46,7 @@ class Routing:
         tls: TlsFiles | None = None,
     ) -> None:
         self._id = front_door_id
+        self._identity = f"client/{front_door_id.partition('/')[0]}"
         self._schedulers = schedulers
         self._namespace = namespace
         self._name = name
@@ -72,7 +73,7 @@ class Routing:
         while True:
             address = self.leader or self._schedulers[at % len(self._schedulers)]
             at += 1
-            channel = make_channel(address, identity=f"client/{self._id}", tls=self._tls)
+            channel = make_channel(address, identity=self._identity, tls=self._tls)
             try:
                 await self._follow(channel)
             except grpc.aio.AioRpcError as error:
@@ -153,7 +154,7 @@ class Routing:
     def channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             self._channels[address] = make_channel(
-                address, identity=f"client/{self._id}", tls=self._tls, server_name=AGENT_NAME
+                address, identity=self._identity, tls=self._tls, server_name=AGENT_NAME
             )
         return self._channels[address]
 
