@@ -83,6 +83,7 @@ MATRIX: dict[str, dict[str, Any]] = {
         "devices": {"resourceName": "huawei.com/Ascend910"},
         "agent": {"drivers": ["reference"]},
     },
+    "another name of the machine": {"machine": {"name": "nvl72", "supernode": "ours"}},
     "machine of their own": {
         "machine": {"description": {"machine": "own", "nodes": 4, "npusPerNode": 2}}
     },

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from raddle.machines import load_machine
 from tests.chart.rendering import (
     MATRIX,
     NAMESPACE,
@@ -194,7 +197,10 @@ def test_without_operator_nothing_of_it_is_left() -> None:
     agent = environment(one(documents, "DaemonSet", "raddle-agent"))
     assert agent["RADDLE_AGENT_RANKS"] == "processes"
     machine = one(documents, "Job", "raddle-supernode")["spec"]["template"]["spec"]
-    assert machine["containers"][0]["command"][-2:] == ["supernode", "cloudmatrix384"]
+    assert machine["containers"][0]["command"][-2:] == [
+        "supernode",
+        "/etc/raddle/machine/machine.yaml",
+    ]
 
 
 def test_each_pool_is_a_daemon_set_of_its_own() -> None:
@@ -276,6 +282,16 @@ def test_a_real_machine_is_its_labelled_nodes_only() -> None:
     assert operator["RADDLE_OPERATOR_SIMULATED"] == "false"
     assert operator["RADDLE_OPERATOR_FOREIGN_PODS"] == "true"
     assert operator["RADDLE_OPERATOR_DEVICE_RESOURCE"] == "huawei.com/Ascend910"
+
+
+def test_agents_and_operator_know_the_machine_by_the_name_that_it_is_given(tmp_path: Path) -> None:
+    """A built-in machine may have any name: agents would refuse the positions of another one."""
+    documents = render(MATRIX["another name of the machine"])
+    data = one(documents, "ConfigMap", "raddle-machine")["data"]
+    assert yaml.safe_load(data["supernode.yaml"])["metadata"]["name"] == "ours"
+    file = tmp_path / "machine.yaml"
+    file.write_text(data["machine.yaml"])
+    assert load_machine(str(file)) == replace(load_machine("nvl72"), name="ours")
 
 
 def test_a_machine_of_their_own_is_told_to_agents_and_operator() -> None:

@@ -157,7 +157,8 @@ def rank_pod(
     folder = f"{STATE_PATH}/{relative}"
     table = short_name(job.spec.name, seat.role, seat.instance, "ranktable")
     container = _rank_container(site, job, seat, folder, device)
-    # The agent makes both folders, as the user that the rank runs as.
+    # The agent makes both folders, as the user that the rank runs as, and kubelet waits for them:
+    # what it made itself would be root's, and each rank would need the rights to give it away.
     volumes = [
         {"name": "folder", "hostPath": _folder(f"{site.host_path}/{relative}")},
         {"name": "checkpoints", "hostPath": _folder(f"{site.host_path}/checkpoints")},
