@@ -18,8 +18,7 @@ from raddle.model.kinds import HoldKind, NodeState
 from raddle.model.topology import node_of
 from raddle.operator import machine_view
 from raddle.operator.cluster import Cluster
-from raddle.operator.hosts import Host, devices_of, host_of, selected
-from raddle.operator.names import GROUP
+from raddle.operator.hosts import Host, foreign_holders, host_of, selected
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.shares import Shares, shares
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
@@ -271,21 +270,18 @@ class Machine:
         return found
 
     async def _wanted_die_holds(self) -> dict[str, tuple[str, str]]:
-        """Dies that Pods of others were given by the device plugin."""
+        """Dies that the device plugin gave to Pods of others."""
         if not self._foreign_pods:
             return {}
-        by_host = {host: node for node, host in self._carriers.items()}
-        found = {}
+        by_host: dict[str, list[Object]] = {}
         for pod in await self._cluster.find("Pod"):
-            node = by_host.get((pod.get("spec") or {}).get("nodeName", ""), "")
-            told = self._link.nodes.values.get(node)
-            is_ours = f"{GROUP}/job-uid" in (pod["metadata"].get("labels") or {})
-            numbers = () if told is None or is_ours else devices_of(pod)
-            name = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
-            for die in told.dies if told is not None and numbers else ():
-                if die.HasField("part") and die.part.logic_id in numbers:
-                    found[die.die] = (HELD_BY_OTHER, f"Pod {name} holds it")
-        return found
+            by_host.setdefault((pod.get("spec") or {}).get("nodeName", ""), []).append(pod)
+        return {
+            die: (HELD_BY_OTHER, f"Pod {pod} holds it")
+            for node, host in self._carriers.items()
+            if (told := self._link.nodes.values.get(node)) is not None
+            for die, pod in foreign_holders(told.dies, by_host.get(host, [])).items()
+        }
 
     async def _drain(self) -> None:
         """A NoExecute taint drains a node, and its end ends the drain."""
