@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from structlog.testing import capture_logs
 from raddle.agent.engine.reference.exchange import ExchangeServer
 from raddle.telemetry.addresses import split_address
 from raddle.telemetry.channels import OPTIONS, make_channel
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles, identity_of
+from raddle.telemetry.tls import AGENT_NAME, TlsFiles, identity_of, renew_for_each_connection
 from tests.certificates import Authority
 
 
@@ -48,6 +49,16 @@ async def exchange_server(tls: TlsFiles) -> AsyncIterator[str]:
         server.close()
 
 
+@asynccontextmanager
+async def https_server(tls: TlsFiles) -> AsyncIterator[str]:
+    """A server as a front door has, which asks nobody for a certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.certificate, tls.key)
+    renew_for_each_connection(context, tls.certificate, tls.key)
+    async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context) as server:
+        yield "{}:{}".format(*server.sockets[0].getsockname())
+
+
 def shown(address: str, ours: TlsFiles) -> bytes:
     """The certificate that a server shows to a new connection."""
     with socket.create_connection(split_address(address), 5.0) as plain:
@@ -60,7 +71,7 @@ def shown(address: str, ours: TlsFiles) -> bytes:
     return certificate
 
 
-@pytest.mark.parametrize("serve", [grpc_server, exchange_server])
+@pytest.mark.parametrize("serve", [grpc_server, exchange_server, https_server])
 async def test_a_server_shows_renewed_certificates_without_a_restart(
     tmp_path: Path, serve: Callable[[TlsFiles], AbstractAsyncContextManager[str]]
 ) -> None:

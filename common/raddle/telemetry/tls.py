@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
-import threading
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import grpc
-import structlog
 
 from raddle.model.errors import PermanentError, Reason
+from raddle.telemetry.renewed import Renewed
 
 IDENTITY_METADATA = "raddle-identity"
 DEFAULT_IDENTITY = "client/local"
 SCHEDULER_NAME = "raddle-scheduler"
 AGENT_NAME = "raddle-agent"
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +36,14 @@ class Pems:
     ca: bytes
     certificate: bytes
     key: bytes
+    server_context: ssl.SSLContext = field(repr=False, compare=False)
+    client_context: ssl.SSLContext = field(repr=False, compare=False)
 
     def server_configuration(self) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], self.ca)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
-
-
-@dataclass(slots=True)
-class _Kept:
-    """The newest good state of the files, for all threads."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    pems: Pems | None = None
-    contexts: dict[bool, ssl.SSLContext] = field(default_factory=dict)
-    #: Why the files are no good now; told once.
-    trouble: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +53,11 @@ class TlsFiles:
     ca: Path
     certificate: Path
     key: Path
-    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
+    _pems: Renewed[Pems] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        paths = (self.ca, self.certificate, self.key)
+        object.__setattr__(self, "_pems", Renewed(paths, self._found))
 
     def newest(self) -> Pems:
         """What the files hold; while they are half written, what they held before.
@@ -72,8 +65,7 @@ class TlsFiles:
         Raises:
             OSError: they have never been a CA, a certificate and its key.
         """
-        with self._kept.lock:
-            return self._newest()
+        return self._pems.newest()
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Clients must show a certificate of the same CA; asked anew for each connection."""
@@ -85,42 +77,18 @@ class TlsFiles:
 
     def socket_context(self, *, server: bool) -> ssl.SSLContext:
         """For a plain socket between ranks that is connected now."""
-        with self._kept.lock:
-            self._newest()
-            return self._kept.contexts[server]
+        pems = self.newest()
+        return pems.server_context if server else pems.client_context
 
-    def _newest(self) -> Pems:
-        kept = self._kept
-        try:
-            found = self._read()
-            if found == kept.pems:
-                return found
-            contexts = self._contexts(found)
-        except OSError as error:
-            if kept.pems is None:
-                raise
-            if str(error) != kept.trouble:
-                kept.trouble = str(error)
-                log.warning("the old certificates stay", files=str(self), why=kept.trouble)
-            return kept.pems
-        if kept.pems is not None:
-            log.info("certificates were renewed", files=str(self))
-        kept.pems, kept.contexts, kept.trouble = found, contexts, ""
-        return found
+    def _found(self, ca: bytes, certificate: bytes, key: bytes) -> Pems:
+        """That contexts can be made of them is the proof that they belong together."""
+        server = self._context(ssl.PROTOCOL_TLS_SERVER)
+        client = self._context(ssl.PROTOCOL_TLS_CLIENT)
+        return Pems(ca, certificate, key, server, client)
 
-    def _read(self) -> Pems:
-        return Pems(self.ca.read_bytes(), self.certificate.read_bytes(), self.key.read_bytes())
-
-    def _contexts(self, found: Pems) -> dict[bool, ssl.SSLContext]:
-        """Contexts of servers and of clients, which are also the proof that all is whole."""
-        contexts = {server: self._context(server=server) for server in (True, False)}
-        if self._read() != found:
-            raise OSError("they are being written")
-        return contexts
-
-    def _context(self, *, server: bool) -> ssl.SSLContext:
+    def _context(self, protocol: int) -> ssl.SSLContext:
         """Both sides show a certificate, hosts have no names."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
@@ -128,8 +96,26 @@ class TlsFiles:
         context.load_cert_chain(self.certificate, self.key)
         return context
 
-    def __str__(self) -> str:
-        return f"{self.ca}, {self.certificate}, {self.key}"
+
+def renew_for_each_connection(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Let a server's context show to each new connection what the files hold then.
+
+    Raises:
+        OSError: they hold no certificate with its key.
+    """
+
+    def found(_certificate: bytes, _key: bytes) -> ssl.SSLContext:
+        made = ssl.SSLContext(context.protocol)
+        made.load_cert_chain(certificate, key)
+        return made
+
+    renewed = Renewed((certificate, key), found)
+    renewed.newest()
+
+    def connected(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = renewed.newest()
+
+    context.sni_callback = connected
 
 
 def tls_files(ca: str, certificate: str, key: str, *, prefix: str = "--tls-") -> TlsFiles | None:
@@ -157,7 +143,7 @@ def tls_files(ca: str, certificate: str, key: str, *, prefix: str = "--tls-") ->
     except OSError as error:
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
-            f"{files} are no CA, certificate and its key in PEM: {error}.",
+            f"{', '.join(names)} are no CA, certificate and its key in PEM: {error}.",
         ) from error
     return files
 

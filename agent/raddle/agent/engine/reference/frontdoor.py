@@ -32,7 +32,7 @@ from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryEr
 from raddle.telemetry.addresses import split_address
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.settings import load_settings, require, setting
-from raddle.telemetry.tls import is_loopback, tls_files
+from raddle.telemetry.tls import is_loopback, renew_for_each_connection, tls_files
 
 BODY_BYTES_MAX = 1_000_000
 SEQUENCES_MAX = 10_000
@@ -265,6 +265,10 @@ async def serve(settings: Settings) -> None:
         ssl_certfile=settings.http_certificate or None,
         ssl_keyfile=settings.http_key or None,
     )
+    config.load()
+    if config.ssl is not None:
+        files = (Path(settings.http_certificate), Path(settings.http_key))
+        renew_for_each_connection(config.ssl, *files)
     server = uvicorn.Server(config)
     following = asyncio.create_task(routing.run())
     loop = asyncio.get_running_loop()
