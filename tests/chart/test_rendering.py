@@ -291,7 +291,9 @@ def test_kubelets_are_asked_through_a_container_that_sees_nothing_else() -> None
     agent = one(documents, "DaemonSet", "raddle-agent")
     said = environment(agent)
     assert said["RADDLE_AGENT_DEVICE_RESOURCE"] == "huawei.com/Ascend910"
-    main, relay = agent["spec"]["template"]["spec"]["containers"]
+    spec = agent["spec"]["template"]["spec"]
+    (main,), (_, relay) = spec["containers"], spec["initContainers"]
+    assert relay["restartPolicy"] == "Always"
     assert said["RADDLE_AGENT_POD_RESOURCES"] == relay["command"][-1]
     kubelet = str(Path(relay["command"][-2]).parent)
     mounts = {mount["mountPath"]: mount["name"] for mount in relay["volumeMounts"]}
