@@ -31,7 +31,7 @@ proto: setup      ## Regenerate the stubs beside the .proto files
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
 	    --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/raddle/v1/*.proto
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --mypy_out=quiet:proto \
-	    proto/raddle/etcd/v1/*.proto
+	    proto/raddle/etcd/v1/*.proto proto/raddle/kubelet/v1/*.proto
 
 format: setup     ## Format code and protos
 	$(BIN)/ruff check --fix && $(BIN)/ruff format && $(BIN)/buf format -w proto

@@ -165,7 +165,7 @@ class _Handle:
 async def timed_cluster(**options: Any) -> AsyncIterator[TimedCluster]:
     """A running cluster in a folder of its own."""
     with TemporaryDirectory(prefix="raddle-bench-") as folder:
-        cluster = TimedCluster(Path(folder), **options)
+        cluster = TimedCluster(Path(folder), forks=False, **options)
         try:
             await cluster.start()
             yield cluster

@@ -146,7 +146,7 @@ async def serving(**options: Any) -> AsyncIterator[Serving]:
     """Start all of it on the small machine: 4 nodes of 8 dies, all real."""
     machine = str(Path(__file__).parent / "four_nodes.yaml")
     with TemporaryDirectory(prefix="raddle-bench-") as folder:
-        cluster = LocalCluster(Path(folder), machine=machine, real_nodes=4, **options)
+        cluster = LocalCluster(Path(folder), machine=machine, real_nodes=4, forks=False, **options)
         try:
             await cluster.start()
             request = scheduler_pb2.SubmitJobRequest(spec=job_message(SPEC % MODEL, Path(folder)))

@@ -1,11 +1,13 @@
-"""Helpers that several tests share: waiting for a condition, etcd servers, a cutting proxy."""
+"""Helpers that several tests share: waiting, stopped processes, etcd servers, a cutting proxy."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -14,6 +16,19 @@ from raddle.store.etcd.store import EtcdStore
 from raddle.store.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """SIGSTOP for the time of the block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 async def eventually(

@@ -30,7 +30,7 @@ async def test_a_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.Monk
     with start(_STUBBORN) as child:
         assert child.stdout is not None
         await asyncio.to_thread(child.stdout.readline)
-        watch = ProcessWatch(child.pid)
+        watch = ProcessWatch(child.pid, child)
         code = asyncio.create_task(watch.wait())
         await watch.end()
         assert await code == -signal.SIGKILL
@@ -41,7 +41,7 @@ async def test_another_process_of_the_same_number_is_not_signalled(
 ) -> None:
     """A watch whose process is gone signals nobody, whoever has its number by now."""
     with start("") as child:
-        watch = ProcessWatch(child.pid)
+        watch = ProcessWatch(child.pid, child)
         assert await watch.wait() == 0
 
         def nobody(*_: object) -> None:

@@ -83,6 +83,11 @@ MATRIX: dict[str, dict[str, Any]] = {
         "devices": {"resourceName": "huawei.com/Ascend910"},
         "agent": {"drivers": ["reference"]},
     },
+    "real machine whose kubelets are asked": {
+        "machine": {"simulated": False},
+        "devices": {"resourceName": "huawei.com/Ascend910", "podResources": True},
+    },
+    "another name of the machine": {"machine": {"name": "nvl72", "supernode": "ours"}},
     "machine of their own": {
         "machine": {"description": {"machine": "own", "nodes": 4, "npusPerNode": 2}}
     },

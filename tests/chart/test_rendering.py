@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from raddle.machines import load_machine
 from tests.chart.rendering import (
     MATRIX,
     NAMESPACE,
@@ -29,9 +32,9 @@ DEFAULT_WORKLOADS = {
 }
 #: Points of the restricted Pod Security standard that a pod does not meet, each with its reason:
 #: agents share a folder of the host with ranks, and an init container makes it theirs.
-DEVIATIONS = {
-    "DaemonSet/raddle-agent": {"hostPath", "folder: root", "folder: CHOWN"},
-}
+DEVIATIONS = {"hostPath", "folder: root", "folder: CHOWN"}
+#: Kubelet's socket, where it is wanted, is root's alone.
+KUBELET_DEVIATIONS = {"kubelet: root"}
 
 
 def test_the_default_release_has_all_parts() -> None:
@@ -134,11 +137,12 @@ def _deviations(spec: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_pods_meet_the_restricted_standard(name: str) -> None:
-    """All but the agents', in three named points; and all have requests and a read-only root."""
+    """All but the agents', in named points; and all have requests and a read-only root."""
+    asks_kubelet = MATRIX[name].get("devices", {}).get("podResources", False)
+    of_agents = DEVIATIONS | (KUBELET_DEVIATIONS if asks_kubelet else set())
     for owner, spec in pods(render(MATRIX[name])):
         is_agent = owner.startswith("DaemonSet/")
-        allowed = DEVIATIONS["DaemonSet/raddle-agent"] if is_agent else set()
-        assert _deviations(spec) == allowed, owner
+        assert _deviations(spec) == (of_agents if is_agent else set()), owner
         for container in containers(spec):
             assert container["securityContext"]["readOnlyRootFilesystem"], owner
             assert {"cpu", "memory"} >= set(container["resources"]["requests"]) != set(), owner
@@ -194,7 +198,10 @@ def test_without_operator_nothing_of_it_is_left() -> None:
     agent = environment(one(documents, "DaemonSet", "raddle-agent"))
     assert agent["RADDLE_AGENT_RANKS"] == "processes"
     machine = one(documents, "Job", "raddle-supernode")["spec"]["template"]["spec"]
-    assert machine["containers"][0]["command"][-2:] == ["supernode", "cloudmatrix384"]
+    assert machine["containers"][0]["command"][-2:] == [
+        "supernode",
+        "/etc/raddle/machine/machine.yaml",
+    ]
 
 
 def test_each_pool_is_a_daemon_set_of_its_own() -> None:
@@ -276,6 +283,36 @@ def test_a_real_machine_is_its_labelled_nodes_only() -> None:
     assert operator["RADDLE_OPERATOR_SIMULATED"] == "false"
     assert operator["RADDLE_OPERATOR_FOREIGN_PODS"] == "true"
     assert operator["RADDLE_OPERATOR_DEVICE_RESOURCE"] == "huawei.com/Ascend910"
+
+
+def test_kubelets_are_asked_through_a_container_that_sees_nothing_else() -> None:
+    """The agent gets the answers at a socket of their pod; only the relay mounts kubelet's."""
+    documents = render(MATRIX["real machine whose kubelets are asked"])
+    agent = one(documents, "DaemonSet", "raddle-agent")
+    said = environment(agent)
+    assert said["RADDLE_AGENT_DEVICE_RESOURCE"] == "huawei.com/Ascend910"
+    spec = agent["spec"]["template"]["spec"]
+    (main,), (_, relay) = spec["containers"], spec["initContainers"]
+    assert relay["restartPolicy"] == "Always"
+    assert said["RADDLE_AGENT_POD_RESOURCES"] == relay["command"][-1]
+    kubelet = str(Path(relay["command"][-2]).parent)
+    mounts = {mount["mountPath"]: mount["name"] for mount in relay["volumeMounts"]}
+    assert set(mounts) == {kubelet, "/run/raddle"}
+    assert mounts[kubelet] not in {mount["name"] for mount in main["volumeMounts"]}
+    assert (
+        len(one(render({}), "DaemonSet", "raddle-agent")["spec"]["template"]["spec"]["containers"])
+        == 1
+    )
+
+
+def test_agents_and_operator_know_the_machine_by_the_name_that_it_is_given(tmp_path: Path) -> None:
+    """A built-in machine may have any name: agents would refuse the positions of another one."""
+    documents = render(MATRIX["another name of the machine"])
+    data = one(documents, "ConfigMap", "raddle-machine")["data"]
+    assert yaml.safe_load(data["supernode.yaml"])["metadata"]["name"] == "ours"
+    file = tmp_path / "machine.yaml"
+    file.write_text(data["machine.yaml"])
+    assert load_machine(str(file)) == replace(load_machine("nvl72"), name="ours")
 
 
 def test_a_machine_of_their_own_is_told_to_agents_and_operator() -> None:

@@ -142,6 +142,10 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
     ),
     ({"operator": {"enabled": False}}, "say in agent.nodes which positions"),
     ({"agent": {"nodes": {"w": ["sn0/n00"]}}}, "agent.nodes is for operator.enabled=false"),
+    (
+        {"devices": {"podResources": True}, "machine": {"simulated": False}},
+        "devices.podResources is for machine.simulated=false",
+    ),
     ({"certificates": {"days": 30}}, "must be below certificates.days=30"),
     ({"agent": {"pools": [{"name": "a"}, {"name": "a"}]}}, 'agent.pools names "a" twice'),
 ]

@@ -195,6 +195,15 @@ async def test_a_revoked_lease_takes_its_keys(make_store: MakeStore) -> None:
     assert await store.get("l") is None
 
 
+async def test_what_is_left_of_a_lease_is_told(make_store: MakeStore) -> None:
+    """Of anybody's lease, rounded down at most to a whole second; negative once it is gone."""
+    owner, other = make_store(), make_store()
+    lease = await owner.grant(5)
+    assert 3.0 <= await other.lease_left_s(lease.lease_id) <= 5.0
+    await lease.revoke()
+    assert await other.lease_left_s(lease.lease_id) < 0.0
+
+
 async def test_a_put_under_a_lost_lease_is_refused(make_store: MakeStore) -> None:
     """A key can't be put under a lease that ended."""
     store = make_store()

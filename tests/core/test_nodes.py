@@ -52,6 +52,21 @@ def test_a_node_that_falls_silent_in_calm_is_lost_after_a_moment() -> None:
     assert states(nodes) == {NodeState.LOST}
 
 
+def test_the_first_of_many_leases_to_end_is_not_judged_alone() -> None:
+    """One lease has ended, and seven agents are as silent: a storm. Three would be no storm."""
+    for quiet, state in ((7, NodeState.UNKNOWN), (3, NodeState.LOST)):
+        nodes = tracker(12)
+        nodes.lease_ended("n0", now=100.0)
+        assert nodes.take_probes() == ["n0"]
+        nodes.probed("n0", answered=False, quiet_nodes=quiet, now=100.0)
+        again = nodes.wake(now=100.0)
+        assert again is not None
+        nodes.wake(now=again)
+        assert nodes.take_probes() == ["n0"]
+        nodes.probed("n0", answered=False, quiet_nodes=quiet, now=again)
+        assert states(nodes) == {state}
+
+
 def test_a_node_that_falls_silent_at_a_leader_change_is_judged_right_after_it() -> None:
     """Silence within one lease time of an election proves nothing; what lasts beyond it does."""
     nodes = tracker(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raddle.core.events import (
@@ -27,9 +28,8 @@ from raddle.model.health import (
     RankStage,
     RankStatus,
 )
-from raddle.model.job import AssignmentStage, EngineSpec, JobSpec, ModelSpec, RoleSpec
-from raddle.model.kinds import RoleKind
-from raddle.models import config_text
+from raddle.model.job import AssignmentStage, JobSpec
+from raddle.sim.users import job_spec
 from raddle.wire import records as wire
 
 _STAGES = {
@@ -188,36 +188,10 @@ class World:
 
 
 def spec(name: str = "small", ranks: int = 8) -> JobSpec:
-    engine = EngineSpec(driver="simulated")
-    model = ModelSpec(
-        name="m",
-        config=config_text("raddle-demo"),
-        weight_dtype="int8",
-        kv_dtype="bf16",
-        kv_block_tokens=16,
-    )
-    roles = (
-        RoleSpec(
-            name="decode",
-            kind=RoleKind.DECODE,
-            instances=1,
-            ranks=ranks,
-            tp=1,
-            slots_per_rank=6,
-            spread_nodes=2,
-            engine=engine,
-        ),
-        RoleSpec(
-            name="cache",
-            kind=RoleKind.CACHE,
-            instances=1,
-            ranks=2,
-            tp=1,
-            dram_bytes=10**9,
-            engine=engine,
-        ),
-    )
-    return JobSpec(namespace="default", name=name, queue="default", model=model, roles=roles)
+    """The simulator's job without prefill, which fits a small machine."""
+    whole = job_spec(name)
+    _, decode, cache = whole.roles
+    return replace(whole, roles=(replace(decode, ranks=ranks, spread_nodes=2), cache))
 
 
 def submit(world: World, name: str = "small", key: str = "") -> str:

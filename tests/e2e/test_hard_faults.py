@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from raddle.v1 import health_pb2, scheduler_pb2
 from raddle.wire import records as codec
 from tests.e2e.history import assert_one_writer
 from tests.e2e.served import CLOSED, Served, phase_seen, serving
+from tests.support import stopped
 
 SKEWED = Path(__file__).parent / "skewed"
 pytestmark = pytest.mark.timeout(180)
@@ -42,19 +42,6 @@ async def settled(served: Served) -> None:
     await assert_one_writer(served.cluster.etcd_endpoints)
     _, text = await get_text(served.address, "/metrics")
     assert "raddle_frontdoor_sequences_running 0" in text
-
-
-@contextlib.contextmanager
-def stopped(*pids: int) -> Iterator[None]:
-    """SIGSTOP for the time of the block."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 async def ranks_of(served: Served, role: str) -> list[tuple[str, int]]:

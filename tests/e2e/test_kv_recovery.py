@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,15 @@ def kill(served: Served, rank: Any) -> None:
     os.kill(served.cluster.rank_processes()[rank.incarnation], signal.SIGKILL)
 
 
+async def recover_from_a_killed_rank(served: Served) -> None:
+    await served.kill_decode_rank()
+    await served.ready_at(2)
+
+
 async def test_sequences_of_a_killed_rank_come_back_from_the_pool(served: Served) -> None:
     """SIGKILL of a decode rank: same tokens, blocks instead of computing, and how long it took."""
     await protected(served, members=3)
-
-    async def kill_rank() -> None:
-        await served.kill_decode_rank()
-        await served.ready_at(2)
-
-    await served.same_tokens_while(kill_rank)
+    await served.same_tokens_while(partial(recover_from_a_killed_rank, served))
     (incident,) = await served.incidents()
     plan = incident.plans[0].instances[0]
     assert plan.sequences_restored > 0
@@ -169,12 +170,7 @@ async def test_a_new_leader_learns_all_blocks_and_the_command_line_tells(served:
 async def test_sequences_come_back_from_the_memory_of_peers(tmp_path: Path) -> None:
     """A job without a pool: a killed rank's sequences continue from blocks of other ranks."""
     async with serving(tmp_path, job=NO_POOL) as served:
-
-        async def kill_rank() -> None:
-            await served.kill_decode_rank()
-            await served.ready_at(2)
-
-        await served.same_tokens_while(kill_rank)
+        await served.same_tokens_while(partial(recover_from_a_killed_rank, served))
         (incident,) = await served.incidents()
         plan = incident.plans[0].instances[0]
         assert plan.kv_tokens_restored > 0

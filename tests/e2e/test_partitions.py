@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -19,7 +17,7 @@ from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.parse import job_message
 from tests.e2e.history import assert_one_writer
 from tests.e2e.served import Served, serving
-from tests.support import CuttingProxy, eventually, holds_socket
+from tests.support import CuttingProxy, eventually, holds_socket, stopped
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -188,15 +186,6 @@ async def wide(folder: Path, **options: Any) -> AsyncIterator[Wide]:
         yield found
     finally:
         await cluster.stop()
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 async def test_eight_leases_that_lapse_together_move_nothing(tmp_path: Path) -> None:

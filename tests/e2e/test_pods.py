@@ -69,6 +69,7 @@ async def serving_pods(folder: Path) -> AsyncIterator[ServedByPods]:
             schedulers=2,
             certificates=authority.folder,
             network=bridge,
+            forks=False,
         )
         cluster.prepare()
         deployer = Deployer(cluster, mounted)

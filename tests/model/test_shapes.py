@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,6 @@ from raddle import machines, models, traces
 from raddle.model.errors import PermanentError
 from raddle.model.llm import parse_config
 from raddle.model.topology import parse_position
-from raddle.wire import parse
 
 
 def test_deepseek_v3_has_the_published_sizes() -> None:
@@ -85,11 +86,20 @@ def test_the_built_in_machines_have_their_dies() -> None:
 
 
 @pytest.mark.parametrize("change", ["nodes: 0", "nodes: -3", "nodes: many", "colour: red"])
-def test_a_wrong_machine_is_refused(change: str) -> None:
+def test_a_wrong_machine_is_refused(change: str, tmp_path: Path) -> None:
     """Unknown fields, wrong types and values below one are refused."""
-    text = f"name: sn0\nmachine: m\n{change}\n"
+    file = tmp_path / "machine.yaml"
+    file.write_text(f"name: sn0\nmachine: m\n{change}\n")
     with pytest.raises(PermanentError):
-        parse.supernode(parse.supernode_message(text))
+        machines.load_machine(str(file))
+
+
+def test_a_description_says_what_differs_from_a_built_in_machine(tmp_path: Path) -> None:
+    """What a file leaves out is as in the machine that it names."""
+    file = tmp_path / "machine.yaml"
+    file.write_text("name: ours\nmachine: nvl72\nnodes: 9\n")
+    whole = machines.load_machine("nvl72")
+    assert machines.load_machine(str(file)) == replace(whole, name="ours", nodes=9)
 
 
 @pytest.mark.parametrize("text", ["", "sn0/", "sn0/n1", "sn0/n01/npu", "../x", "sn0/n01\n"])

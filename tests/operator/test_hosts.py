@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from raddle.operator.hosts import devices_of, host_of, selected
+from raddle.operator.hosts import devices_of, foreign_holders, host_of, selected
 from raddle.operator.machine_view import die_maps, node_condition, stamped
 from raddle.v1 import health_pb2, scheduler_pb2
 
@@ -62,6 +62,23 @@ def test_devices_of_a_foreign_pod() -> None:
     assert devices_of(pod | {"status": {"phase": "Succeeded"}}) == ()
     assert devices_of({"metadata": {"annotations": {"huawei.com/AscendReal": "?"}}}) == ()
     assert devices_of({"metadata": {}}) == ()
+
+
+def test_dies_are_held_by_what_kubelet_and_the_device_plugin_say() -> None:
+    """Kubelet's word needs no annotation, and no Pod in the API; a Pod of ours holds nothing."""
+    dies = [scheduler_pb2.DieStatus(die=f"d{number}") for number in range(5)]
+    for number, die in enumerate(dies):
+        die.part.logic_id = number
+    dies[1].holder, dies[2].holder, dies[3].holder = "a/unseen", "a/rank", "a/plain"
+
+    def pod(name: str, devices: str = "", **labels: str) -> dict[str, Any]:
+        annotations = {"huawei.com/AscendReal": devices}
+        metadata = {"namespace": "a", "name": name, "annotations": annotations, "labels": labels}
+        return {"metadata": metadata}
+
+    rank = pod("rank", "Ascend910-2", **{"raddle.dev/job-uid": "j-1"})
+    pods = [rank, pod("plain"), pod("annotated", "Ascend910-4")]
+    assert foreign_holders(dies, pods) == {"d1": "a/unseen", "d3": "a/plain", "d4": "a/annotated"}
 
 
 def told(state: str = "READY") -> scheduler_pb2.WatchNodesResponse:

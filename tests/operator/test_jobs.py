@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
+from tools.kubernetes.cluster import CommandError
 
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
 from tests.operator.conftest import Stage, simulated
@@ -66,6 +68,26 @@ async def test_a_role_is_scaled_and_the_last_word_counts(stage: Stage) -> None:
     await stage.until_condition("scaled", "Ready", "True")
     await stage.until_condition("scaled-decode", "Ready", "True", of="InferenceRole")
     await deleted(stage, "scaled")
+
+
+async def test_clients_that_race_end_with_one_of_their_words(stage: Stage) -> None:
+    """Who writes over what others changed meanwhile is refused; the job has the last word told."""
+    await ready(stage, "race")
+    before, stale = await stage.job("race"), await stage.resource("race")
+    assert before is not None
+    changes = [json.dumps({"spec": {"priority": number}}) for number in range(11, 17)]
+    patch = ("patch", "-n", stage.jobs, "ij", "race", "--type=merge", "-p")
+    await asyncio.gather(*(stage.kubectl(*patch, change) for change in changes))
+    stale["spec"]["priority"] = 99
+    with pytest.raises(CommandError, match="the object has been modified"):
+        await stage.kubectl("replace", "-f", "-", stdin=json.dumps(stale))
+    last = (await stage.resource("race"))["spec"]["priority"]
+    assert last in range(11, 17)
+    await stage.until_job("race", lambda j: j.spec.priority == last, f"has priority {last}")
+    after = await stage.job("race")
+    assert after is not None
+    assert after.job.uid == before.job.uid
+    await deleted(stage, "race")
 
 
 async def test_a_suspended_job_gives_its_dies_back_and_may_change(stage: Stage) -> None:

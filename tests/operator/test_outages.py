@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
 from raddle.v1 import job_pb2, scheduler_pb2
 from tests.operator.conftest import Stage, simulated
+from tests.support import stopped
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 READY = job_pb2.JOB_STATE_READY
@@ -78,6 +80,22 @@ async def test_the_api_server_may_be_killed(stage: Stage) -> None:
     assert after is not None
     assert after.job.uid == before.job.uid
     assert stage.operators["two"].poll() is None
+
+
+async def test_changes_that_fell_out_of_the_history_are_seen(stage: Stage) -> None:
+    """A watch that is too old (410) is begun anew with a list; nothing of meanwhile is missed."""
+    await stage.apply_job("stale")
+    await stage.until_condition("stale", "Ready", "True")
+    seen = (await stage.resource("stale"))["metadata"]["resourceVersion"]
+    with stopped(stage.operators["two"].pid):
+        await stage.apply_job("stale", simulated(), priority=11)
+        await stage.apply_job("meanwhile")
+        await asyncio.to_thread(stage.api.forget)
+        path = "/apis/raddle.dev/v1alpha1/inferencejobs?watch=1&timeoutSeconds=1&resourceVersion="
+        assert '"code":410' in await stage.kubectl("get", "--raw", path + seen)
+    await stage.until_job("stale", lambda j: j.spec.priority == 11, "has its new priority")
+    await stage.until_condition("meanwhile", "Ready", "True")
+    await stage.kubectl("delete", "-n", stage.jobs, "ij", "stale", "meanwhile")
 
 
 async def test_of_two_operators_one_acts_and_hands_over(stage: Stage) -> None:

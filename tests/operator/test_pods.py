@@ -9,6 +9,7 @@ from typing import Any
 from raddle.operator import pods
 from raddle.operator.names import short_name
 from tests.operator.resources import SITE, answer, inference_job, role, seat
+from tests.wire.test_rank_tables import make_table_rank
 
 OWNER = {
     "kind": "InferenceRole",
@@ -109,7 +110,8 @@ def test_a_template_adds_and_does_not_take_away() -> None:
     assert environment["RADDLE_DIE"] == "sn0/n00/npu1/die1"
     assert container["resources"]["requests"] == {"cpu": "2", "memory": "128Mi"}
     assert container["resources"]["limits"] == {"memory": "4Gi"}
-    assert {v["name"]: v for v in spec["volumes"]}["folder"]["hostPath"]
+    # Kubelet would make it as root's, before the agent can make it as its own.
+    assert {v["name"]: v for v in spec["volumes"]}["folder"]["hostPath"]["type"] == "Directory"
     assert "models" in {v["name"] for v in spec["volumes"]}
 
 
@@ -154,9 +156,8 @@ def test_a_front_door_serves_the_job_behind_its_service() -> None:
 def test_rank_tables_have_both_forms() -> None:
     """One ConfigMap an instance, complete when every Pod has its address."""
     told = answer(seat(0), seat(1))
-    facts = pods.RankFacts("sn0", "10.0.0.1", "10.1.0.1", 0, "192.0.2.1", "5")
-    members = [(s, replace(facts, device=s.rank.rank)) for s in pods.seats(told)]
-    made = pods.rank_table(SITE, told.job, OWNER, members)
+    ranks = [make_table_rank(number) for number in (0, 1)]
+    made = pods.rank_table(SITE, told.job, OWNER, "decode", 0, ranks)
     assert made["metadata"]["name"] == "demo-decode-0-ranktable"
     tables = {name: json.loads(text) for name, text in made["data"].items()}
     assert tables[pods.TABLE_1_2]["status"] == "completed"

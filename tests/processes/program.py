@@ -11,14 +11,15 @@ from pathlib import Path
 
 def main() -> None:
     report, action = sys.argv[1:]
-    handles = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    above = [entry for entry in os.listdir("/proc/self/fd") if int(entry) > 2]  # noqa: PTH208
+    handles = [entry for entry in above if Path("/proc/self/fd", entry).exists()]
     found = {
         "pid": os.getpid(),
         "session": os.getsid(0),
         "niceness": os.nice(0),
         "variable": os.environ.get("RADDLE_TEST"),
         "name": Path("/proc/self/comm").read_text().strip(),
-        "sockets": [handle for handle in handles if handle.startswith("socket:")],
+        "handles": handles,
     }
     Path(report).write_text(json.dumps(found))
     sys.stdout.write("a line for the log\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +60,7 @@ async def test_a_program_finds_what_it_was_given(started: Started) -> None:
     report = await started.report()
     assert report["pid"] == report["session"] == process.pid
     assert (report["niceness"], report["variable"]) == (5, "here")
-    assert report["sockets"] == []
+    assert report["handles"] == []
     assert (started.folder / "log").read_text() == "a line for the log\n"
 
 
@@ -108,8 +110,74 @@ async def test_a_server_without_its_modules_is_told(tmp_path: Path) -> None:
     """A module that cannot be loaded is an error that names the log."""
     log = tmp_path / "server.log"
     with (
-        pytest.raises(ChildProcessError, match=r"server\.log"),
+        pytest.raises(ChildProcessError, match=r"No module named 'raddle\.nowhere'"),
         fork_server.running(("raddle.nowhere",), log),
     ):
         pass
-    assert "raddle.nowhere" in log.read_text()
+
+
+async def test_a_process_that_has_ended_before_its_start_is_read(started: Started) -> None:
+    """Number and exit code arrive together, and both count."""
+    processes = [started.run("3") for _ in range(8)]
+    assert [process.wait(20.0) for process in processes] == [3] * 8
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def request(server: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(20.0)
+    connection.connect(server)
+    return connection
+
+
+async def test_bad_requests_cost_nobody_else_anything(started: Started, server: str) -> None:
+    """Half a request, none and one that cannot be read are refused; the next one is served."""
+    with request(server) as half, request(server) as garbage:
+        half.sendall(b'{"module":')
+        garbage.sendall(b"nonsense\n")
+        assert b"JSONDecodeError" in garbage.makefile("rb").readline()
+        request(server).close()
+        assert started.run("5").wait(20.0) == 5
+        assert b"timed out" in half.makefile("rb").readline()
+
+
+async def test_who_gave_up_gets_no_process(tmp_path: Path) -> None:
+    """The server was stopped for so long that nobody waits any more: nothing is started."""
+    with fork_server.running((MODULE,), tmp_path / "server.log") as path:
+        started = Started(tmp_path, dict(os.environ) | {SERVER_VARIABLE: path})
+        first = started.run("wait")
+        server = parent_of(first.pid)
+        await started.report()
+        (tmp_path / "report").unlink()
+        os.kill(server, signal.SIGSTOP)
+        with request(path) as given_up:
+            line = {"module": MODULE, "arguments": [str(tmp_path / "report"), "0"]}
+            given_up.sendall(json.dumps(line).encode() + b"\n")
+        os.kill(server, signal.SIGCONT)
+        assert started.run("4").wait(20.0) == 4
+        assert (await started.report())["pid"] != 0
+        assert children_of(server) == [first.pid]
+        first.kill()
+
+
+async def test_a_process_is_forked_or_not_but_never_twice(tmp_path: Path) -> None:
+    """A server that ends after it was asked is an error, not a second start."""
+    with fork_server.running((MODULE,), tmp_path / "server.log") as path:
+        started = Started(tmp_path, dict(os.environ) | {SERVER_VARIABLE: path})
+        first = started.run("wait")
+        server = parent_of(first.pid)
+        os.kill(server, signal.SIGSTOP)
+        asking = asyncio.create_task(asyncio.to_thread(started.run, "0"))
+        queue = Path("/proc/net/unix")
+        await eventually(lambda: queue.read_text().count(path) > 2, "the request is in the queue")
+        os.kill(server, signal.SIGKILL)
+        with pytest.raises(OSError, match=r"forked|reset"):
+            await asking
+    first.kill()

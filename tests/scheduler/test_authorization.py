@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
@@ -45,6 +47,10 @@ async def teams(served: Served) -> Teams:
     foreign = await served.submit("two", "team-b")
     served.set_policy(POLICY)
     return Teams(served, own, foreign)
+
+
+async def reports(front_door_id: str, uid: str) -> AsyncIterator[Any]:
+    yield router_pb2.ReportSequencesRequest(front_door_id=front_door_id, job_uid=uid, snapshot=True)
 
 
 def update(uid: str, namespace: str = "") -> scheduler_pb2.UpdateJobRequest:
@@ -106,7 +112,7 @@ async def test_routes_are_a_namespaces_own(teams: Teams) -> None:
     """A front door hears only of jobs in its namespaces, and tells only of those."""
     router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
     foreign = teams.foreign.uid
-    ack = router_pb2.AckRoutesRequest(front_door_id="f", job_uid=foreign)
+    ack = router_pb2.AckRoutesRequest(front_door_id="a", job_uid=foreign)
     assert (await refusal(router.AckRoutes(ack))).reason is DENIED
     for request in (
         router_pb2.WatchRoutesRequest(job_uid=foreign),
@@ -115,12 +121,34 @@ async def test_routes_are_a_namespaces_own(teams: Teams) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.WatchRoutes(request).read()
         assert error_from(caught.value).reason is DENIED
+    await router.ReportSequences(reports("a/1", teams.own.uid))
+    assert (await refusal(router.ReportSequences(reports("a/1", foreign)))).reason is DENIED
 
-    async def reports(uid: str) -> Any:
-        yield router_pb2.ReportSequencesRequest(front_door_id="f", job_uid=uid, snapshot=True)
 
-    await router.ReportSequences(reports(teams.own.uid))
-    assert (await refusal(router.ReportSequences(reports(foreign)))).reason is DENIED
+@pytest.mark.parametrize("front_door_id", ["a", "a/1", "a/1/2"])
+async def test_a_front_door_reports_under_its_callers_name(
+    teams: Teams, front_door_id: str
+) -> None:
+    """A caller may have several front doors, which carry its name before the first slash."""
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
+    own = teams.own.uid
+    await router.AckRoutes(router_pb2.AckRoutesRequest(front_door_id=front_door_id, job_uid=own))
+    await router.ReportSequences(reports(front_door_id, own))
+
+
+@pytest.mark.parametrize("front_door_id", ["b", "b/1", "a-b", "client/a", "/a"])
+async def test_a_front_door_may_not_report_for_another(teams: Teams, front_door_id: str) -> None:
+    """Not even for one of its own jobs, whose sequences it would take away; it is logged."""
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
+    own = teams.own.uid
+    ack = router_pb2.AckRoutesRequest(front_door_id=front_door_id, job_uid=own)
+    with capture_logs() as logs:
+        for call in (router.AckRoutes(ack), router.ReportSequences(reports(front_door_id, own))):
+            error = await refusal(call)
+            assert error.reason is DENIED
+            assert f"{TEAM} may not report for front door {front_door_id}" in error.message
+    told = [(line["identity"], line["front_door"]) for line in logs if line["event"] == "refused"]
+    assert told == [(TEAM, front_door_id)] * 2
 
 
 class Records(dict[str, Any]):

@@ -10,7 +10,7 @@ import pytest
 from raddle.machines import load_machine
 from raddle.model import keys
 from raddle.model.errors import Reason
-from raddle.model.health import AgentHealth, AgentRegistration, PartIdentity
+from raddle.model.health import AgentHealth, AgentRegistration, DieHolder, PartIdentity
 from raddle.model.incident import Incident, IncidentPhase, JobPlan
 from raddle.scheduler.authorization import Policy, Rule
 from raddle.store.protocol import Delete, Put, Transaction
@@ -149,6 +149,20 @@ async def test_dies_come_with_their_node(served: Served) -> None:
     assert held.node.node == node
     await served.stub().Uncordon(scheduler_pb2.UncordonRequest(subject=request.subject))
     await changes(stream, lambda message: message.node.dies_held == 0)
+
+
+async def test_a_die_is_told_with_the_pod_that_holds_it(served: Served) -> None:
+    """What kubelet said to the agent goes on to whoever knows whose pod that is."""
+    node = "sn0/n01"
+    agent(served, node)
+    stream = served.stub().WatchNodes(scheduler_pb2.WatchNodesRequest(dies=True))
+    await snapshot(stream)
+    holders = (DieHolder(die=f"{node}/npu1/die0", pod="a/training"),)
+    put(served, keys.health(node), AgentHealth(node=node, boot_id="b", holders=holders))
+    (*_, seen) = await changes(stream, lambda message: any(die.holder for die in message.dies))
+    assert {die.die: die.holder for die in seen.dies if die.holder} == {
+        f"{node}/npu1/die0": "a/training"
+    }
 
 
 async def test_a_reason_of_a_cordon_is_a_code(served: Served) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raddle.wire.rank_tables import TableRank, table_1_2, table_2_0
 
 
-def rank(number: int, node: str = "sn0/n00", pod_ip: str = "10.1.0.1") -> TableRank:
+def make_table_rank(number: int, node: str = "sn0/n00", pod_ip: str = "10.1.0.1") -> TableRank:
     return TableRank(
         rank=number,
         node=node,
@@ -18,7 +18,12 @@ def rank(number: int, node: str = "sn0/n00", pod_ip: str = "10.1.0.1") -> TableR
     )
 
 
-RANKS = [rank(0), rank(1), rank(2, "sn0/n01"), rank(3, "sn0/n01")]
+RANKS = [
+    make_table_rank(0),
+    make_table_rank(1),
+    make_table_rank(2, "sn0/n01"),
+    make_table_rank(3, "sn0/n01"),
+]
 
 
 def test_version_1_2_lists_servers_and_their_supernode() -> None:
@@ -80,5 +85,7 @@ def test_version_2_0_lists_ranks() -> None:
 def test_a_table_is_complete_when_all_have_addresses() -> None:
     """Before that whoever reads it waits."""
     for table in (table_1_2, table_2_0):
-        assert table([rank(0), rank(1, pod_ip="")])["status"] == "initializing"
+        assert (
+            table([make_table_rank(0), make_table_rank(1, pod_ip="")])["status"] == "initializing"
+        )
         assert table([])["status"] == "initializing"

@@ -7,12 +7,12 @@ and the key's value, however deep, is its default. A key without a comment only 
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import yaml
+from generated import ROOT, write_or_check
 
-CHART = Path(__file__).resolve().parents[2] / "charts" / "raddle"
+CHART = ROOT / "charts" / "raddle"
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[A-Za-z][A-Za-z0-9]*):")
 
 HEAD = """\
@@ -33,11 +33,12 @@ from there to a served job, an upgrade, an etcd of your own and a real machine.
   `global.imageRegistry`.
 - **Rights.** All pods meet the restricted Pod Security standard, run as user 65532 on a read-only
   root and drop all capabilities, but the agents' pods, in two points: they share a folder of the
-  host with the ranks, and an init container, as root with CAP_CHOWN alone, makes it theirs.
+  host with the ranks, and an init container, as root with CAP_CHOWN alone, makes it theirs; and
+  with `devices.podResources` a container without capabilities opens kubelet's socket as root.
   Agents, schedulers and etcd have no token for the Kubernetes API.
 - **Certificates** are made by a hook before an installation and renewed by each upgrade that comes
-  within `certificates.renewBeforeDays` of their end, or by cert-manager. Daemons read them when
-  they start: after a renewal `kubectl rollout restart` them; that disturbs no stream.
+  within `certificates.renewBeforeDays` of their end, or by cert-manager. Nothing is restarted for
+  that: new connections show the new ones.
 - **Upgrades** go one pod at a time: a scheduler gives the lead back when it is told to end, ranks
   run on in pods of their own while their agent is replaced, and nothing moves while etcd restarts.
 - **Definitions** of the custom resources are templates, so that upgrades upgrade them; an
@@ -246,20 +247,5 @@ def dashboard() -> str:
     return json.dumps(board, indent=1) + "\n"
 
 
-def main() -> None:
-    texts = {"README.md": readme(), "files/dashboards/raddle.json": dashboard()}
-    old = [
-        name
-        for name, text in texts.items()
-        if not (CHART / name).exists() or (CHART / name).read_text() != text
-    ]
-    if "--check" in sys.argv:
-        if old:
-            sys.exit(f"charts/raddle is out of date: {', '.join(old)}; run `make docs`")
-        return
-    for name, text in texts.items():
-        (CHART / name).write_text(text)
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(CHART, {"README.md": readme(), "files/dashboards/raddle.json": dashboard()})

@@ -23,6 +23,7 @@ from raddle.agent.engine.pod import PodLauncher
 from raddle.agent.engine.process import ProcessLauncher
 from raddle.agent.engine.reference_driver import ReferenceDriver
 from raddle.agent.engine.simulated import SimulatedDriver
+from raddle.agent.health.pod_resources import PodResources
 from raddle.agent.health.simulated import SimulatedSource
 from raddle.agent.leader_link import LeaderAddress, StatsStream
 from raddle.agent.metrics import Metrics
@@ -74,6 +75,10 @@ class Settings:
     rank_start_timeout_s: float = setting(60.0, "how long a rank may take until it serves")
     rank_host: str = setting("127.0.0.1", "address that ranks listen on and are reached at")
     faults_dir: str = setting("", "folder of simulated faults: <node with - for />.json")
+    pod_resources: str = setting(
+        "", "kubelet's pod-resources socket, to hear which pods hold dies; empty: not asked"
+    )
+    device_resource: str = setting("", "extended resource whose devices are dies")
     kv_events: str = setting("", "YAML list of ZeroMQ publishers of KV events to follow")
     metrics_listen: str = setting(
         "", "address for Prometheus metrics, and for probes at /live and /ready; empty for none"
@@ -115,6 +120,8 @@ def check(settings: Settings) -> SuperNode:
             Reason.INVALID_ARGUMENT,
             f"--ranks {settings.ranks!r} is unknown; known are {', '.join(LAUNCHERS)}.",
         )
+    if settings.pod_resources:
+        require([("--device-resource", settings.device_resource)])
     read_sources(settings.kv_events)
     tls = tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key)
     require_safe_listen(f"{settings.rank_host}:0", tls)
@@ -165,7 +172,10 @@ class AgentProcess:
         )
         source = SimulatedSource(node, self._supernode, store, file)
         drivers = partial(self._drivers, node, stream)
-        return Parts(NodeAgent(facts, store, source, stream, drivers), stream, store)
+        s = self._settings
+        kubelet = PodResources(s.pod_resources, s.device_resource) if s.pod_resources else None
+        agent = NodeAgent(facts, store, source, stream, drivers, pod_resources=kubelet)
+        return Parts(agent, stream, store)
 
     def _drivers(
         self, node: str, stream: StatsStream, tell: Callable[[Event], None]

@@ -32,6 +32,7 @@ from raddle.agent.core.events import (
 from raddle.agent.core.faults import FaultLog
 from raddle.agent.core.machine import AgentMachine
 from raddle.agent.engine.driver import EngineDriver, JobContext
+from raddle.agent.health.pod_resources import PodResources
 from raddle.agent.health.source import HealthSource
 from raddle.agent.leader_link import Stream
 from raddle.model import keys
@@ -70,12 +71,14 @@ class NodeAgent:
         stream: Stream,
         make_drivers: Callable[[Callable[[Event], None]], list[EngineDriver]],
         *,
+        pod_resources: PodResources | None = None,
         clock: Callable[[], float] = time.time,
         make_machine: Callable[[str], AgentMachine] = AgentMachine,
     ) -> None:
         self._facts = facts
         self._store = store
         self._source = source
+        self._pod_resources = pod_resources
         self._stream = stream
         self._clock = clock
         self._machine = make_machine(facts.name)
@@ -87,6 +90,7 @@ class NodeAgent:
         #: What we wrote may be gone from the store: it is told again.
         self._acks_doubtful = asyncio.Event()
         self._health_doubtful = asyncio.Event()
+        self._holders_changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._faults = FaultLog(facts.name, facts.boot_id)
         #: Does the store hold our health, under a lease that lives?
@@ -107,6 +111,8 @@ class NodeAgent:
             self._write_acks(),
             self._stream.run(),
         ]
+        if self._pod_resources is not None:
+            parts.append(self._follow_holders(self._pod_resources))
         tasks = [asyncio.create_task(part) for part in parts]
         try:
             await asyncio.gather(*tasks)
@@ -342,9 +348,11 @@ class NodeAgent:
         faults = self._source.follow()
         change = asyncio.ensure_future(anext(faults))
         doubt = asyncio.create_task(self._health_doubtful.wait())
+        held = asyncio.create_task(self._holders_changed.wait())
         try:
             while True:
-                await asyncio.wait({lost, change, doubt}, return_when=asyncio.FIRST_COMPLETED)
+                waiting = {lost, change, doubt, held}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if lost.done():
                     log.warning("lease lost; reporting anew", node=self._facts.name)
                     return
@@ -354,17 +362,29 @@ class NodeAgent:
                     await self._register()
                     await self._put_health(lease)
                     continue
-                self._faults.update(change.result(), now=self._clock())
+                if held.done():
+                    self._holders_changed.clear()
+                    held = asyncio.create_task(self._holders_changed.wait())
+                if change.done():
+                    self._faults.update(change.result(), now=self._clock())
+                    change = asyncio.ensure_future(anext(faults))
+                elif not self.is_reporting:
+                    # A first report without the faults would call all dies healthy.
+                    continue
                 await self._put_health(lease)
-                change = asyncio.ensure_future(anext(faults))
         finally:
             self.is_reporting = False
-            for task in (lost, change, doubt):
+            for task in (lost, change, doubt, held):
                 task.cancel()
             # A generator that runs can't be closed.
-            await asyncio.gather(lost, change, doubt, return_exceptions=True)
+            await asyncio.gather(lost, change, doubt, held, return_exceptions=True)
             await faults.aclose()
             await lease.revoke()
+
+    async def _follow_holders(self, pod_resources: PodResources) -> None:
+        async for holders in pod_resources.follow(self._source.parts()):
+            self._faults.holders = holders
+            self._holders_changed.set()
 
     async def _put_health(self, lease: Lease) -> None:
         key = keys.health(self._facts.name)

@@ -90,11 +90,6 @@ podAntiAffinity:
 {{- list $short $space (printf "%s.svc" $space) (printf "%s.svc.%s" $space .Values.clusterDomain) | toJson }}
 {{- end }}
 
-{{/* The built-in machine, or the file with the given description. */}}
-{{- define "raddle.machine" -}}
-{{ if .Values.machine.description }}/etc/raddle/machine/machine.yaml{{ else }}{{ .Values.machine.name }}{{ end }}
-{{- end }}
-
 {{- define "raddle.hostPath" -}}
 {{ .Values.agent.hostPath | default (printf "/var/lib/raddle/%s-%s" .Release.Namespace (include "raddle.name" .)) }}
 {{- end }}
@@ -169,19 +164,6 @@ podAntiAffinity:
 {{- define "raddle.etcdMounts" -}}
 {{- if and (not .Values.etcd.enabled) (not .Values.etcd.external.insecure) }}
 - {name: etcd, mountPath: /etc/raddle/etcd, readOnly: true}
-{{- end }}
-{{- end }}
-
-{{- define "raddle.machineVolumes" -}}
-{{- if .Values.machine.description }}
-- name: machine
-  configMap: {name: {{ include "raddle.name" . }}-machine}
-{{- end }}
-{{- end }}
-
-{{- define "raddle.machineMounts" -}}
-{{- if .Values.machine.description }}
-- {name: machine, mountPath: /etc/raddle/machine, readOnly: true}
 {{- end }}
 {{- end }}
 

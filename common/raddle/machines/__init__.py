@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.topology import SuperNode
+from raddle.v1 import topology_pb2
 from raddle.wire import parse
 
 
@@ -23,7 +26,7 @@ def load_machine(name_or_path: str) -> SuperNode:
         PermanentError: NOT_FOUND, UNKNOWN_FIELD or INVALID_ARGUMENT with the field's path.
     """
     if name_or_path in names():
-        text = (resources.files(__name__) / f"{name_or_path}.yaml").read_text()
+        text = _text(name_or_path)
     else:
         try:
             text = Path(name_or_path).read_text()
@@ -37,4 +40,21 @@ def load_machine(name_or_path: str) -> SuperNode:
                 Reason.NOT_FOUND,
                 f"{name_or_path!r} is neither a readable file nor a built-in machine ({known}).",
             ) from error
-    return parse.supernode(parse.supernode_message(text))
+    return parse.supernode(machine_message(parse.read_document(text), "supernode"))
+
+
+def machine_message(document: Mapping[str, Any], what: str) -> topology_pb2.SuperNode:
+    """A described machine: its own fields over those of the built-in machine that it names.
+
+    Raises:
+        PermanentError: UNKNOWN_FIELD or INVALID_ARGUMENT with the field's path in `what`.
+    """
+    message = topology_pb2.SuperNode()
+    if document.get("machine") in names():
+        parse.set_fields(parse.read_document(_text(document["machine"])), message, what)
+    parse.set_fields(document, message, what)
+    return message
+
+
+def _text(built_in: str) -> str:
+    return (resources.files(__name__) / f"{built_in}.yaml").read_text()

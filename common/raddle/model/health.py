@@ -98,6 +98,16 @@ class ActiveFault:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DieHolder:
+    """A die that kubelet gave to a pod."""
+
+    # `sn0/n07/npu3/die1`.
+    die: str = ""
+    # `namespace/name`.
+    pod: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentHealth:
     """One node's report. Stored under agents/<node>/health with the agent's lease."""
 
@@ -107,6 +117,8 @@ class AgentHealth:
     active_faults: tuple[ActiveFault, ...] = ()
     # The last 64.
     occurrences: tuple[FaultOccurrence, ...] = ()
+    # What kubelet gave to pods, ours included, if the agent asks it.
+    holders: tuple[DieHolder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

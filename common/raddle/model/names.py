@@ -7,6 +7,8 @@ import re
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.types import RankKey
 
+# As device plugins name what they give: `Ascend910-3`, and more after it for a part of a device.
+_DEVICE = re.compile(r"[A-Za-z0-9.]+-(\d+)(?:-.*)?\Z")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 
 
@@ -23,6 +25,12 @@ def check_name(path: str, value: str) -> None:
             " beginning and ending with a letter or digit.",
             field=path,
         )
+
+
+def device_number(name: str) -> int | None:
+    """Number on its node of the die that a device plugin's name means."""
+    match = _DEVICE.match(name)
+    return int(match[1]) if match else None
 
 
 def ranks_folder(node: str) -> str:

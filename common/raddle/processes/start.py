@@ -3,11 +3,14 @@
 A Python program spends most of a second loading its modules. Where many start on one machine (a
 laptop's cluster, tests), a fork server has loaded them once: `RADDLE_FORK_SERVER` names its socket,
 and everything that is started here, and by what is started, is forked from it. Elsewhere each
-process starts anew. What runs is the same either way.
+process starts anew. The programs do not notice; `ps` shows the server's command line for all (their
+own names are in `ps -o comm`), and limits, umask and what libraries read while they are loaded are
+the server's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -18,10 +21,10 @@ import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 SERVER_VARIABLE = "RADDLE_FORK_SERVER"
-_ANSWER_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +64,16 @@ class Process(Protocol):
 
 
 def start(command: Command) -> Process:
-    """Start a process that outlives us.
+    """Start a process that outlives us; blocks for as long as that takes.
 
     Raises:
-        OSError: its log cannot be written, or no process can be started.
+        OSError: its log cannot be opened, or no process can be started.
     """
-    # Checked here, so that a full or missing disk is told to the caller.
+    # Told to the caller, not to the fork server's log.
     command.log.open("ab").close()
     server = command.environment.get(SERVER_VARIABLE)
-    if server:
-        try:
-            return _fork(command, server)
-        except (FileNotFoundError, ConnectionError):
-            # Its cluster has ended, or it was killed.
-            pass
-    return _start_anew(command)
+    connection = _connect(server) if server else None
+    return _start_anew(command) if connection is None else _fork(command, connection)
 
 
 def _start_anew(command: Command) -> Process:
@@ -91,38 +89,46 @@ def _start_anew(command: Command) -> Process:
         )
 
 
-def _fork(command: Command, server: str) -> ForkedProcess:
+def _connect(server: str) -> socket.socket | None:
+    """None if nobody serves there (any more): its cluster has ended."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(_ANSWER_TIMEOUT_S)
     try:
-        connection.settimeout(_ANSWER_TIMEOUT_S)
         connection.connect(server)
-        request = {
-            "module": command.module,
-            "arguments": command.arguments,
-            "log": str(command.log.absolute()),
-            "environment": command.environment,
-            "niceness": command.niceness,
-            "folder": str(Path.cwd()),
-        }
+    except OSError:
+        connection.close()
+        return None
+    return connection
+
+
+def _fork(command: Command, connection: socket.socket) -> ForkedProcess:
+    """From here on only the server may start it: whether it did is not known without an answer."""
+    request = {
+        "module": command.module,
+        "arguments": command.arguments,
+        "log": str(command.log.absolute()),
+        "environment": command.environment,
+        "niceness": command.niceness,
+        "folder": str(Path.cwd()),
+    }
+    with connection:
         connection.sendall(json.dumps(request).encode() + b"\n")
-        answer = read_line(connection)
-    except BaseException:
-        connection.close()
-        raise
-    if answer is None:
-        connection.close()
-        raise ConnectionResetError("the fork server ended")
-    return ForkedProcess(connection, int(answer["pid"]))
+        answers = connection.makefile("rb")
+    with contextlib.ExitStack() as unless_started:
+        unless_started.callback(answers.close)
+        answer = read_answer(answers) or {"error": "it ended"}
+        if "error" in answer:
+            raise ChildProcessError(f"no {command.module} was forked: {answer['error']}")
+        process = ForkedProcess(answers, int(answer["pid"]))
+        unless_started.pop_all()
+    return process
 
 
-def read_line(connection: socket.socket) -> dict[str, Any] | None:
-    """The next object on a connection; None at its end."""
-    line = b""
-    while not line.endswith(b"\n"):
-        part = connection.recv(1 << 20)
-        if not part:
-            return None
-        line += part
+def read_answer(answers: BinaryIO) -> dict[str, Any] | None:
+    """The next of a server's answers; None at the end."""
+    line = answers.readline()
+    if not line:
+        return None
     found: dict[str, Any] = json.loads(line)
     return found
 
@@ -130,11 +136,11 @@ def read_line(connection: socket.socket) -> dict[str, Any] | None:
 class ForkedProcess:
     """A child of the fork server; dropping this leaves the process alone."""
 
-    def __init__(self, connection: socket.socket, pid: int) -> None:
+    def __init__(self, answers: BinaryIO, pid: int) -> None:
         self.pid = pid
-        self._connection = connection
+        self._answers = answers
         self._code: int | None = None
-        weakref.finalize(self, connection.close)
+        weakref.finalize(self, answers.close)
         try:
             self._handle = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -154,7 +160,8 @@ class ForkedProcess:
 
     def send_signal(self, number: signal.Signals) -> None:
         if not self._ended(0.0):
-            signal.pidfd_send_signal(self._handle, number)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -164,7 +171,9 @@ class ForkedProcess:
 
     def _ended(self, timeout: float | None) -> bool:
         if self._code is None:
-            if not select.select([self._handle], [], [], timeout)[0]:
+            ended = select.poll()
+            ended.register(self._handle, select.POLLIN)
+            if not ended.poll(None if timeout is None else timeout * 1000):
                 return False
             self._code = self._read_code()
         return True
@@ -172,7 +181,7 @@ class ForkedProcess:
     def _read_code(self) -> int:
         """The server has it as the parent; -1 if the server is gone."""
         try:
-            answer = read_line(self._connection)
+            answer = read_answer(self._answers)
         except OSError:
             return -1
         return int(answer["code"]) if answer is not None else -1

@@ -95,6 +95,11 @@ class MemoryBackend:
         self._end_after(lease_id, ttl_s)
         return True
 
+    def lease_left_s(self, lease_id: int) -> float:
+        """Negative for one that is gone."""
+        timer = self.leases.get(lease_id)
+        return timer.when() - asyncio.get_running_loop().time() if timer is not None else -1.0
+
     def _end_after(self, lease_id: int, ttl_s: float) -> None:
         loop = asyncio.get_running_loop()
         self.leases[lease_id] = loop.call_later(ttl_s, self.end_lease, lease_id)
@@ -277,6 +282,12 @@ class MemoryStore:
         lease = MemoryLease(self, self.backend.grant(ttl_s), ttl_s)
         self._leases.append(lease)
         return lease
+
+    async def lease_left_s(self, lease_id: int, *, timeout_s: float = 2.0) -> float:  # noqa: ARG002
+        await self._reach()
+        left_s = self.backend.lease_left_s(lease_id)
+        await self._reach()
+        return left_s
 
     async def close(self) -> None:
         """Stop renewing leases; they end by themselves."""

@@ -156,6 +156,13 @@ class Store(Protocol):
         """Grant a lease that is kept alive until lost or revoked."""
         ...
 
+    async def lease_left_s(self, lease_id: int, *, timeout_s: float = 2.0) -> float:
+        """Seconds until the store ends somebody's lease unless it is renewed; etcd rounds down.
+
+        Negative for one that is gone. Raises TemporaryError when the store is unreachable.
+        """
+        ...
+
     async def close(self) -> None:
         """Stop all tasks and connections. Leases are left to expire unless revoked before."""
         ...

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
-from raddle.telemetry.tls import IDENTITY_METADATA, SCHEDULER_NAME, TlsFiles
+from raddle.telemetry.tls import IDENTITY_METADATA, SCHEDULER_NAME, Pems, TlsFiles
 
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 OPTIONS: tuple[tuple[str, int | str], ...] = (
@@ -73,6 +73,69 @@ class _StreamUnary(_Identity, grpc.aio.StreamUnaryClientInterceptor):
         return await continuation(self.details(client_call_details), request_iterator)
 
 
+class _RenewedChannel(grpc.aio.Channel):
+    """A channel that connects with the newest certificates each time that it has to connect.
+
+    gRPC takes certificates once for a channel. So while one is not connected it is replaced if they
+    were renewed; one that is connected goes on.
+    """
+
+    def __init__(self, tls: TlsFiles, make: Callable[[Pems], grpc.aio.Channel]) -> None:
+        self._tls = tls
+        self._make = make
+        self._pems = tls.newest()
+        self._channel = make(self._pems)
+        #: Calls may still be under way there.
+        self._left: list[grpc.aio.Channel] = []
+
+    def _newest(self) -> grpc.aio.Channel:
+        state = self._channel.get_state()
+        if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN):
+            return self._channel
+        pems = self._tls.newest()
+        if pems != self._pems:
+            self._left.append(self._channel)
+            self._channel, self._pems = self._make(pems), pems
+        return self._channel
+
+    def _method(self, kind: str, args: Any, how: Any) -> Any:
+        def call(*request: Any, **more: Any) -> Any:
+            return getattr(self._newest(), kind)(*args, **how)(*request, **more)
+
+        return call
+
+    def unary_unary(self, *args: Any, **how: Any) -> Any:
+        return self._method("unary_unary", args, how)
+
+    def unary_stream(self, *args: Any, **how: Any) -> Any:
+        return self._method("unary_stream", args, how)
+
+    def stream_unary(self, *args: Any, **how: Any) -> Any:
+        return self._method("stream_unary", args, how)
+
+    def stream_stream(self, *args: Any, **how: Any) -> Any:
+        return self._method("stream_stream", args, how)
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._newest().get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._channel.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._newest().channel_ready()
+
+    async def close(self, grace: float | None = None) -> None:
+        for channel in (*self._left, self._channel):
+            await channel.close(grace)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
 def make_channel(
     address: str,
     *,
@@ -91,6 +154,10 @@ def make_channel(
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     options = (*options, ("grpc.ssl_target_name_override", server_name))
-    return grpc.aio.secure_channel(
-        address, tls.channel_credentials(), options=options, interceptors=interceptors
-    )
+
+    def make(pems: Pems) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(
+            address, pems.channel_credentials(), options=options, interceptors=interceptors
+        )
+
+    return _RenewedChannel(tls, make)

@@ -5,13 +5,15 @@ identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. An agent of 
 `agent/<pattern>` (`agent/sn0/*`, `agent/*`). The alternative name is the
 server's kind (`raddle-scheduler`, `raddle-agent`), whatever host it runs on; ranks show the
 certificate of their agent. On loopback without TLS a caller names itself in metadata.
+
+Somebody else may renew the files at any time: each new connection shows what they hold then.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,29 @@ from typing import Any
 import grpc
 
 from raddle.model.errors import PermanentError, Reason
+from raddle.telemetry.renewed import Renewed
 
 IDENTITY_METADATA = "raddle-identity"
 DEFAULT_IDENTITY = "client/local"
 SCHEDULER_NAME = "raddle-scheduler"
 AGENT_NAME = "raddle-agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Pems:
+    """What the files held at one moment, found to belong together."""
+
+    ca: bytes
+    certificate: bytes
+    key: bytes
+    server_context: ssl.SSLContext = field(repr=False, compare=False)
+    client_context: ssl.SSLContext = field(repr=False, compare=False)
+
+    def server_configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], self.ca)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +53,69 @@ class TlsFiles:
     ca: Path
     certificate: Path
     key: Path
+    _pems: Renewed[Pems] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        paths = (self.ca, self.certificate, self.key)
+        object.__setattr__(self, "_pems", Renewed(paths, self._found))
+
+    def newest(self) -> Pems:
+        """What the files hold; while they are half written, what they held before.
+
+        Raises:
+            OSError: they have never been a CA, a certificate and its key.
+        """
+        return self._pems.newest()
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Clients must show a certificate of the same CA."""
-        pair = (self.key.read_bytes(), self.certificate.read_bytes())
-        return grpc.ssl_server_credentials(
-            [pair], root_certificates=self.ca.read_bytes(), require_client_auth=True
-        )
-
-    def channel_credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(
-            self.ca.read_bytes(), self.key.read_bytes(), self.certificate.read_bytes()
+        """Clients must show a certificate of the same CA; asked anew for each connection."""
+        return grpc.dynamic_ssl_server_credentials(
+            self.newest().server_configuration(),
+            lambda: self.newest().server_configuration(),
+            require_client_authentication=True,
         )
 
     def socket_context(self, *, server: bool) -> ssl.SSLContext:
-        """For plain sockets between ranks: both sides show a certificate, hosts have no names."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        """For a plain socket between ranks that is connected now."""
+        pems = self.newest()
+        return pems.server_context if server else pems.client_context
+
+    def _found(self, ca: bytes, certificate: bytes, key: bytes) -> Pems:
+        """That contexts can be made of them is the proof that they belong together."""
+        server = self._context(ssl.PROTOCOL_TLS_SERVER)
+        client = self._context(ssl.PROTOCOL_TLS_CLIENT)
+        return Pems(ca, certificate, key, server, client)
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        """Both sides show a certificate, hosts have no names."""
+        context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(self.ca)
         context.load_cert_chain(self.certificate, self.key)
         return context
+
+
+def renew_for_each_connection(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Let a server's context show to each new connection what the files hold then.
+
+    Raises:
+        OSError: they hold no certificate with its key.
+    """
+
+    def found(_certificate: bytes, _key: bytes) -> ssl.SSLContext:
+        made = ssl.SSLContext(context.protocol)
+        made.load_cert_chain(certificate, key)
+        return made
+
+    renewed = Renewed((certificate, key), found)
+    renewed.newest()
+
+    def connected(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = renewed.newest()
+
+    context.sni_callback = connected
 
 
 def tls_files(ca: str, certificate: str, key: str, *, prefix: str = "--tls-") -> TlsFiles | None:
@@ -78,7 +139,7 @@ def tls_files(ca: str, certificate: str, key: str, *, prefix: str = "--tls-") ->
             raise PermanentError(Reason.INVALID_ARGUMENT, f"{text} is no readable file.")
     files = TlsFiles(*(Path(text) for text in names))
     try:
-        files.socket_context(server=False)
+        files.newest()
     except OSError as error:
         raise PermanentError(
             Reason.INVALID_ARGUMENT,

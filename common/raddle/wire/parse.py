@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def job_message(text: str, folder: Path) -> job_pb2.JobSpec:
         model["config"] = _config_text(model.get("config"), folder)
     _refuse_zeros(document)
     message = job_pb2.JobSpec()
-    _parse(document, message, "job")
+    set_fields(document, message, "job")
     return message
 
 
@@ -127,24 +128,22 @@ def _config_text(config: Any, folder: Path) -> str:
         ) from error
 
 
-def supernode_message(text: str) -> topology_pb2.SuperNode:
-    """The `SuperNode` message of a supernode file."""
-    message = topology_pb2.SuperNode()
-    _parse(read_document(text), message, "supernode")
-    return message
+def set_fields(document: Mapping[str, Any], message: Message, what: str) -> None:
+    """Set the fields that a document gives; the others stay.
 
-
-def _parse(document: dict[str, Any], message: Message, what: str) -> None:
+    Raises:
+        PermanentError: UNKNOWN_FIELD or INVALID_ARGUMENT naming the path.
+    """
     _require_mappings(document, message.DESCRIPTOR, "")
     try:
-        json_format.ParseDict(document, message)
+        json_format.ParseDict(dict(document), message)
     except (json_format.ParseError, TypeError) as error:
         text = " ".join(str(error).split())
         reason = Reason.UNKNOWN_FIELD if "no field named" in text else Reason.INVALID_ARGUMENT
         raise PermanentError(reason, f"{what}: {text[:400]}") from error
 
 
-def _require_mappings(document: dict[str, Any], message: Any, prefix: str) -> None:
+def _require_mappings(document: Mapping[str, Any], message: Any, prefix: str) -> None:
     """Refuse a text or a list where fields belong, which `ParseDict` would take for names.
 
     Raises:

@@ -172,6 +172,7 @@ class AgentHealth(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     ACTIVE_FAULTS_FIELD_NUMBER: _builtins.int
     OCCURRENCES_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     node: _builtins.str
     boot_id: _builtins.str
@@ -182,6 +183,10 @@ class AgentHealth(_message.Message):
     def occurrences(self) -> _containers.RepeatedCompositeFieldContainer[Global___FaultOccurrence]:
         """The last 64."""
 
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___DieHolder]:
+        """What kubelet gave to pods, ours included, if the agent asks it."""
+
     def __init__(
         self,
         *,
@@ -191,14 +196,41 @@ class AgentHealth(_message.Message):
         sequence: _builtins.int = ...,
         active_faults: _abc.Iterable[Global___ActiveFault] | None = ...,
         occurrences: _abc.Iterable[Global___FaultOccurrence] | None = ...,
+        holders: _abc.Iterable[Global___DieHolder] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_faults", b"active_faults", "boot_id", b"boot_id", "node", b"node", "occurrences", b"occurrences", "schema_version", b"schema_version", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_faults", b"active_faults", "boot_id", b"boot_id", "holders", b"holders", "node", b"node", "occurrences", b"occurrences", "schema_version", b"schema_version", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AgentHealth: _TypeAlias = AgentHealth  # noqa: Y015
+
+@_typing.final
+class DieHolder(_message.Message):
+    """A die that kubelet gave to a pod."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIE_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    die: _builtins.str
+    """`sn0/n07/npu3/die1`."""
+    pod: _builtins.str
+    """`namespace/name`."""
+    def __init__(
+        self,
+        *,
+        die: _builtins.str = ...,
+        pod: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "pod", b"pod"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DieHolder: _TypeAlias = DieHolder  # noqa: Y015
 
 @_typing.final
 class RankStatus(_message.Message):

@@ -112,6 +112,7 @@ class WatchRoutesRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     front_door_id: _builtins.str
+    """As in ReportSequencesRequest."""
     job_uid: _builtins.str
     namespace: _builtins.str
     name: _builtins.str
@@ -163,6 +164,7 @@ class AckRoutesRequest(_message.Message):
     JOB_UID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     front_door_id: _builtins.str
+    """As in ReportSequencesRequest."""
     job_uid: _builtins.str
     epoch: _builtins.int
     def __init__(
@@ -209,6 +211,7 @@ class ReportSequencesRequest(_message.Message):
     UPDATED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     front_door_id: _builtins.str
+    """Of a caller `client/NAME` it is `NAME`, or `NAME/` and what tells its front doors apart."""
     job_uid: _builtins.str
     snapshot: _builtins.bool
     """The first message: forget what this front door said before."""

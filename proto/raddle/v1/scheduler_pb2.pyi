@@ -779,12 +779,15 @@ class DieStatus(_message.Message):
     WHY_FIELD_NUMBER: _builtins.int
     HOLDS_FIELD_NUMBER: _builtins.int
     PART_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
     die: _builtins.str
     hold: _builtins.str
     """Empty, or CORDON, DRAIN, FAULT, SEPARATION."""
     health: _health_pb2.FaultLevel.ValueType
     job_uid: _builtins.str
     rank_state: _builtins.str
+    holder: _builtins.str
+    """The pod, `namespace/name`, that kubelet gave the die to, as the node's agent heard; empty: none."""
     @_builtins.property
     def faults(self) -> _containers.RepeatedCompositeFieldContainer[_health_pb2.ActiveFault]: ...
     @_builtins.property
@@ -812,10 +815,11 @@ class DieStatus(_message.Message):
         why: _types_pb2.Why | None = ...,
         holds: _abc.Iterable[_health_pb2.Hold] | None = ...,
         part: _topology_pb2.PartIdentity | None = ...,
+        holder: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "rank", b"rank", "why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "faults", b"faults", "health", b"health", "hold", b"hold", "holds", b"holds", "job_uid", b"job_uid", "part", b"part", "rank", b"rank", "rank_state", b"rank_state", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["die", b"die", "faults", b"faults", "health", b"health", "hold", b"hold", "holder", b"holder", "holds", b"holds", "job_uid", b"job_uid", "part", b"part", "rank", b"rank", "rank_state", b"rank_state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,6 +106,7 @@ class LocalCluster:
             RaddleError: a part did not come up; the message has its last words.
         """
         self.tell(f"starting etcd, data and logs in {self.folder}")
+        self._environment.pop(SERVER_VARIABLE, None)
         if self.forks:
             self._start_fork_server()
         await self._start_etcd()
@@ -123,9 +124,11 @@ class LocalCluster:
         log = self.folder / "logs" / "fork-server.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         modules = (_SCHEDULER, _AGENT, _FRONT_DOOR, _RANK)
-        self._environment[SERVER_VARIABLE] = self._at_end.enter_context(
-            fork_server.running(modules, log)
-        )
+        try:
+            server = self._at_end.enter_context(fork_server.running(modules, log))
+        except OSError as error:
+            raise TemporaryError(Reason.ENGINE_FAILED, str(error)) from error
+        self._environment[SERVER_VARIABLE] = server
 
     async def _start_etcd(self) -> None:
         if self.etcd_members == 1:
@@ -327,9 +330,9 @@ class LocalCluster:
         for pid in self.rank_processes().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for member in self.etcds:
-            await member.stop()
-        self._at_end.close()
+        with self._at_end:
+            for member in self.etcds:
+                await member.stop()
 
 
 def _is_running(pid: int, start_time_ticks: int) -> bool:

@@ -54,6 +54,8 @@ class NodeProbed:
 
     node: str
     answered: bool
+    #: Other nodes whose agents are as silent, though their leases have not ended yet.
+    quiet_nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,12 @@ class Machine:
 
     @_take.register
     def _(self, event: NodeProbed) -> None:
-        self.context.nodes.probed(event.node, answered=event.answered, now=self.context.now)
+        self.context.nodes.probed(
+            event.node,
+            answered=event.answered,
+            quiet_nodes=event.quiet_nodes,
+            now=self.context.now,
+        )
 
     @_take.register
     def _(self, event: RankProbed) -> None:

@@ -137,7 +137,13 @@ class NodeTracker:
         """An operator's word against a silent node needs no probe."""
         self._set(self.node(name), NodeState.LOST, "DECLARED_LOST", message)
 
-    def probed(self, name: str, *, answered: bool, now: float) -> None:
+    def probed(self, name: str, *, answered: bool, now: float, quiet_nodes: int = 0) -> None:
+        """What the leader found when it asked a silent node itself.
+
+        Args:
+            quiet_nodes: others whose agents fell silent too, but whose leases still run: leases
+                that one event ends do so up to a renewal apart.
+        """
         node = self.node(name)
         node.probing = False
         if node.state not in (NodeState.SUSPECT, NodeState.UNKNOWN):
@@ -159,7 +165,7 @@ class NodeTracker:
         elif now < node.silent_since_s + self._gather_s(node) and not node.accused:
             # Judged a moment later; `wake` asks again.
             return
-        elif self._is_spared(node, now) and not node.accused:
+        elif self._is_spared(node, quiet_nodes, now) and not node.accused:
             self._set(
                 node,
                 NodeState.UNKNOWN,
@@ -179,22 +185,22 @@ class NodeTracker:
         """How long it is seen whether others follow a silent node."""
         return LAPSES_APART_S if node.silent_since_s < self.grace_until_s else STORM_GATHER_S
 
-    def _is_spared(self, node: Node, now: float) -> bool:
+    def _is_spared(self, node: Node, quiet_nodes: int, now: float) -> bool:
         quiet_s = max(self.grace_until_s, node.spared_until_s)
-        many = self._many_silent(now) or len(self._unknown()) > self.storm_nodes_max
-        return now < quiet_s or many
+        many = max(self._count_silent(now) + quiet_nodes, len(self._unknown()))
+        return now < quiet_s or many > self.storm_nodes_max
 
     def _unknown(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.state is NodeState.UNKNOWN]
 
-    def _many_silent(self, now: float) -> bool:
-        silent = sum(
+    def _count_silent(self, now: float) -> int:
+        """Nodes that fell silent within one window."""
+        return sum(
             1
             for node in self.nodes.values()
             if node.state in (NodeState.SUSPECT, NodeState.UNKNOWN, NodeState.LOST)
             and now - node.silent_since_s <= STORM_WINDOW_S
         )
-        return silent > self.storm_nodes_max
 
     def wake(self, *, now: float) -> float | None:
         """Ask silent nodes again when it is time to judge; the time to look again, or None."""
@@ -223,9 +229,10 @@ class NodeTracker:
         if not waiting:
             return None
         # The few that fell silent around a leader change are judged as soon as that is over.
-        wait_s = STORM_WINDOW_S if self._many_silent(now) else LAPSES_APART_S
+        many = self._count_silent(now) > self.storm_nodes_max
+        wait_s = STORM_WINDOW_S if many else LAPSES_APART_S
         together_s = max(self.grace_until_s, max(n.silent_since_s for n in waiting) + wait_s)
-        later = []
+        later: list[float] = []
         for node in waiting:
             due = max(together_s, node.spared_until_s)
             if now < due:

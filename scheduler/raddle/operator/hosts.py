@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raddle.operator.names import ASCEND_ANNOTATION, NODE_LABEL, from_key
+from raddle.model.names import device_number
+from raddle.operator.names import ASCEND_ANNOTATION, GROUP, NODE_LABEL, from_key
+from raddle.v1 import scheduler_pb2
 
 #: Taints that Kubernetes sets itself: they tell of health or of a cordon, and are no order.
 _OWN_TAINTS = "node.kubernetes.io/"
 #: Somebody said that the machine is off and nothing runs there.
 _OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
-_DEVICE = re.compile(r"^[A-Za-z0-9.]+-(\d+)(?:-.*)?$")
 _ENDED = ("Succeeded", "Failed")
 
 
@@ -76,5 +76,30 @@ def devices_of(pod: Mapping[str, Any]) -> tuple[int, ...]:
     text = (metadata.get("annotations") or {}).get(ASCEND_ANNOTATION, "")
     if (pod.get("status") or {}).get("phase") in _ENDED:
         return ()
-    matches = [_DEVICE.match(part.strip()) for part in text.split(",")]
-    return tuple(sorted({int(match[1]) for match in matches if match}))
+    numbers = {device_number(part.strip()) for part in text.split(",")}
+    return tuple(sorted(number for number in numbers if number is not None))
+
+
+def foreign_holders(
+    dies: Iterable[scheduler_pb2.DieStatus], pods: Iterable[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Dies of a Kubernetes node that Pods of others hold, among all Pods of that node.
+
+    Two say so: the device plugin in an annotation, and kubelet through the node's agent. Kubelet
+    knows Pods without the annotation, and Pods that the API server shows no more.
+    """
+    ours: set[str] = set()
+    given: dict[int, str] = {}
+    for pod in pods:
+        name = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
+        if f"{GROUP}/job-uid" in (pod["metadata"].get("labels") or {}):
+            ours.add(name)
+        else:
+            given |= dict.fromkeys(devices_of(pod), name)
+    found = {}
+    for die in dies:
+        if die.holder and die.holder not in ours:
+            found[die.die] = die.holder
+        elif die.HasField("part") and die.part.logic_id in given:
+            found[die.die] = given[die.part.logic_id]
+    return found

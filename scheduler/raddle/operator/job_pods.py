@@ -15,6 +15,7 @@ from raddle.operator.conditions import camel
 from raddle.operator.machine import Machine
 from raddle.operator.names import GROUP, MANAGER
 from raddle.v1 import scheduler_pb2
+from raddle.wire.rank_tables import TableRank
 
 _HASH = f"{GROUP}/hash"
 Object = dict[str, Any]
@@ -123,14 +124,14 @@ class JobPods:
         addresses = {
             pod["metadata"]["name"]: (pod.get("status") or {}).get("podIP", "") for pod in present
         }
-        groups: dict[tuple[str, int], list[tuple[pods.Seat, pods.RankFacts]]] = {}
+        groups: dict[tuple[str, int], list[TableRank]] = {}
         for seat in seats:
             name = pods.pod_name(answer.job.spec.name, seat)
-            facts = self._machine.rank_facts(seat.rank, addresses.get(name, ""))
-            if facts is not None:
-                groups.setdefault((seat.role, seat.instance), []).append((seat, facts))
-        for (role, _), members in groups.items():
-            item = pods.rank_table(self._site, answer.job, roles[role], members)
+            rank = self._machine.table_rank(seat.rank, addresses.get(name, ""))
+            if rank is not None:
+                groups.setdefault((seat.role, seat.instance), []).append(rank)
+        for (role, instance), ranks in groups.items():
+            item = pods.rank_table(self._site, answer.job, roles[role], role, instance, ranks)
             await self._ensure(item, roles[role])
 
     async def _ensure(self, item: Object, owner: Object) -> None:

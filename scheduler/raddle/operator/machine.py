@@ -17,12 +17,11 @@ from raddle.model.kinds import HoldKind, NodeState
 from raddle.model.topology import node_of
 from raddle.operator import machine_view
 from raddle.operator.cluster import Cluster
-from raddle.operator.hosts import Host, devices_of, host_of, selected
-from raddle.operator.names import GROUP
-from raddle.operator.pods import RankFacts
+from raddle.operator.hosts import Host, foreign_holders, host_of, selected
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.shares import Shares, shares
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
+from raddle.wire.rank_tables import TableRank
 
 HELD_BY_OTHER = "HELD_BY_OTHER"
 HOST_CORDONED = "HOST_CORDONED"
@@ -97,13 +96,15 @@ class Machine:
         part = self._die(die)
         return part.part.logic_id if part is not None and not self._simulated else None
 
-    def rank_facts(self, rank: job_pb2.RankPlacement, pod_ip: str) -> RankFacts | None:
+    def table_rank(self, rank: job_pb2.RankPlacement, pod_ip: str) -> TableRank | None:
         """What a rank table says of a rank; None for one without a die or a host."""
         host, die = self.host_of(rank.node), self._die(rank.die)
         if host is None or die is None or not die.HasField("part"):
             return None
         part = die.part
-        return RankFacts(
+        return TableRank(
+            rank=rank.rank,
+            node=rank.node,
             supernode=rank.node.partition("/")[0],
             host_ip=host.address,
             pod_ip=pod_ip,
@@ -274,21 +275,18 @@ class Machine:
         return found
 
     async def _wanted_die_holds(self) -> dict[str, tuple[str, str]]:
-        """Dies that Pods of others were given by the device plugin."""
+        """Dies that the device plugin gave to Pods of others."""
         if not self._foreign_pods:
             return {}
-        by_host = {host: node for node, host in self._carriers.items()}
-        found = {}
+        by_host: dict[str, list[Object]] = {}
         for pod in await self._cluster.find("Pod"):
-            node = by_host.get((pod.get("spec") or {}).get("nodeName", ""), "")
-            told = self._link.nodes.values.get(node)
-            is_ours = f"{GROUP}/job-uid" in (pod["metadata"].get("labels") or {})
-            numbers = () if told is None or is_ours else devices_of(pod)
-            name = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
-            for die in told.dies if told is not None and numbers else ():
-                if die.HasField("part") and die.part.logic_id in numbers:
-                    found[die.die] = (HELD_BY_OTHER, f"Pod {name} holds it")
-        return found
+            by_host.setdefault((pod.get("spec") or {}).get("nodeName", ""), []).append(pod)
+        return {
+            die: (HELD_BY_OTHER, f"Pod {pod} holds it")
+            for node, host in self._carriers.items()
+            if (told := self._link.nodes.values.get(node)) is not None
+            for die, pod in foreign_holders(told.dies, by_host.get(host, [])).items()
+        }
 
     async def _drain(self) -> None:
         """A NoExecute taint drains a node, and its end ends the drain."""

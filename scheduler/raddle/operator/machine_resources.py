@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from google.protobuf import json_format
-
-from raddle import machines
-from raddle.machines import load_machine
+from raddle.machines import machine_message
 from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.model.kinds import NodeState
 from raddle.operator.cluster import Cluster
@@ -17,7 +14,7 @@ from raddle.operator.names import FINALIZER
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.telling import write_status
 from raddle.v1 import incident_pb2, scheduler_pb2, topology_pb2
-from raddle.wire.codec import to_message
+from raddle.wire.parse import set_fields
 
 Object = dict[str, Any]
 _OVER = (incident_pb2.MAINTENANCE_STATE_CANCELLED, incident_pb2.MAINTENANCE_STATE_EXPIRED)
@@ -27,17 +24,9 @@ def supernode_message(resource: Mapping[str, Any]) -> topology_pb2.SuperNode:
     """The description of a resource: its own fields over those of the machine that it names.
 
     Raises:
-        PermanentError: INVALID_ARGUMENT naming what is wrong.
+        PermanentError: UNKNOWN_FIELD or INVALID_ARGUMENT naming what is wrong.
     """
-    spec = resource["spec"]
-    message = topology_pb2.SuperNode()
-    if spec.get("machine") in machines.names():
-        message = to_message(load_machine(spec["machine"]), topology_pb2.SuperNode)
-    try:
-        json_format.ParseDict(spec, message)
-    except (json_format.ParseError, TypeError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise PermanentError(Reason.INVALID_ARGUMENT, f"spec: {text}") from error
+    message = machine_message(resource["spec"], "spec")
     message.name = resource["metadata"]["name"]
     return message
 
@@ -46,14 +35,10 @@ def maintenance_request(resource: Mapping[str, Any]) -> scheduler_pb2.CreateMain
     """The drain of a resource.
 
     Raises:
-        PermanentError: INVALID_ARGUMENT naming what is wrong.
+        PermanentError: UNKNOWN_FIELD or INVALID_ARGUMENT naming what is wrong.
     """
     request = scheduler_pb2.CreateMaintenanceRequest()
-    try:
-        json_format.ParseDict(dict(resource["spec"]), request)
-    except (json_format.ParseError, TypeError) as error:
-        text = " ".join(str(error).split())[:400]
-        raise PermanentError(Reason.INVALID_ARGUMENT, f"spec: {text}") from error
+    set_fields(resource["spec"], request, "spec")
     return request
 
 

@@ -157,7 +157,8 @@ def rank_pod(
     folder = f"{STATE_PATH}/{relative}"
     table = short_name(job.spec.name, seat.role, seat.instance, "ranktable")
     container = _rank_container(site, job, seat, folder, device)
-    # The agent makes both folders, as the user that the rank runs as.
+    # The agent makes both folders, as the user that the rank runs as, and kubelet waits for them:
+    # what it made itself would be root's, and each rank would need the rights to give it away.
     volumes = [
         {"name": "folder", "hostPath": _folder(f"{site.host_path}/{relative}")},
         {"name": "checkpoints", "hostPath": _folder(f"{site.host_path}/checkpoints")},
@@ -306,46 +307,22 @@ def _container(ours: Object, theirs: Mapping[str, Any]) -> Object:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class RankFacts:
-    """What a rank table needs beside the placement."""
-
-    supernode: str
-    host_ip: str
-    pod_ip: str
-    device: int
-    device_ip: str
-    super_device_id: str
-
-
 def rank_table(
     site: Site,
     job: job_pb2.Job,
     role_resource: Mapping[str, Any],
-    members: Sequence[tuple[Seat, RankFacts]],
+    role: str,
+    instance: int,
+    ranks: Sequence[TableRank],
 ) -> Object:
-    """The ConfigMap with the tables of one instance, whose ranks are `members` in order."""
-    first = members[0][0]
-    ranks = [
-        TableRank(
-            rank=seat.rank.rank,
-            node=seat.rank.node,
-            supernode=facts.supernode,
-            host_ip=facts.host_ip,
-            pod_ip=facts.pod_ip,
-            device=facts.device,
-            device_ip=facts.device_ip,
-            super_device_id=facts.super_device_id,
-        )
-        for seat, facts in members
-    ]
+    """The ConfigMap with the tables of one instance, whose ranks come in order."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {
-            "name": short_name(job.spec.name, first.role, first.instance, "ranktable"),
+            "name": short_name(job.spec.name, role, instance, "ranktable"),
             "namespace": role_resource["metadata"]["namespace"],
-            "labels": labels(site, "rank", job) | {f"{GROUP}/role": first.role},
+            "labels": labels(site, "rank", job) | {f"{GROUP}/role": role},
             "ownerReferences": owner(role_resource),
         },
         "data": {

@@ -107,7 +107,11 @@ def _die(
         status.hold = holds[0].kind
         status.why.reason, status.why.message = holds[0].reason, holds[0].message
         status.holds.extend(to_message(hold, health_pb2.Hold) for hold in holds)
-    faults = _faults_of(mirror.get(keys.health(node_of(position))), position)
+    health: AgentHealth | None = mirror.get(keys.health(node_of(position)))
+    for held in health.holders if health is not None else ():
+        if held.die == position:
+            status.holder = held.pod
+    faults = _faults_of(health, position)
     status.faults.extend(to_message(fault, health_pb2.ActiveFault) for fault in faults)
     if faults:
         worst = max(_LEVELS.index(fault.level) for fault in faults)

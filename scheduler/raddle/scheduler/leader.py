@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ from raddle.core.context import Context
 from raddle.core.events import (
     Committed,
     Event,
+    NodeProbed,
     RecordChanged,
     RequestReceived,
     StoreLeaderChanged,
@@ -40,6 +42,7 @@ from raddle.model.types import Why
 from raddle.scheduler.metrics import Metrics
 from raddle.scheduler.mirror import Mirror
 from raddle.scheduler.probes import RankProber
+from raddle.scheduler.quiet import QuietNodes
 from raddle.scheduler.subjects import subjects
 from raddle.store.election import Term
 from raddle.store.protocol import Compare, Delete, Put, Store, Transaction
@@ -91,6 +94,7 @@ class Leader:
         self._prober = prober
         self._metrics = metrics
         self._clock = clock or steady_clock()
+        self._quiet_nodes = QuietNodes(store, mirror, self._clock, self._leased_nodes)
         self._make_machine = make_machine
         self._store_term = mirror.store_term
         self._queue: asyncio.Queue[Event] = asyncio.Queue(EVENTS_MAX)
@@ -309,9 +313,19 @@ class Leader:
             case WakeAt(time_s):
                 self._wake_at(time_s)
             case ProbeNode():
-                self._start(self._prober.node(instruction))
+                self._start(self._probe_node(instruction))
             case ProbeRank():
                 self._start(self._prober.rank(instruction))
+
+    async def _probe_node(self, probe: ProbeNode) -> NodeProbed:
+        probed, quiet_nodes = await asyncio.gather(
+            self._prober.node(probe), self._quiet_nodes.count(probe.node)
+        )
+        return replace(probed, quiet_nodes=quiet_nodes)
+
+    def _leased_nodes(self) -> list[str]:
+        nodes = self.nodes()
+        return [n.name for n in nodes.nodes.values() if n.has_lease] if nodes is not None else []
 
     async def _commit(self, commit: Commit, writes: tuple[Put | Delete, ...]) -> None:
         expected = [Compare(w.key, self._mirror.mod_revision(w.key)) for w in writes]

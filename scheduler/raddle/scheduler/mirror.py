@@ -32,6 +32,8 @@ class Mirror:
         self._store = store
         self._values: dict[str, Any] = {}
         self._revisions: dict[str, int] = {}
+        #: Keys that end with a lease.
+        self._leases: dict[str, int] = {}
         #: Revisions of deletions that an older echo or list may still contradict.
         self._gone: dict[str, int] = {}
         self._listeners: list[Listener] = []
@@ -128,6 +130,8 @@ class Mirror:
             self._drop(key, change.mod_revision)
             return
         self._revisions[key] = change.mod_revision
+        if change.record.lease_id:
+            self._leases[key] = change.record.lease_id
         try:
             value = wire.decode(key, change.record.value)
         except PermanentError as error:
@@ -139,6 +143,7 @@ class Mirror:
 
     def _drop(self, key: str, revision: int) -> None:
         self._revisions.pop(key, None)
+        self._leases.pop(key, None)
         self._is_readable(key)
         if self._refreshes:
             # The list under way may be of before.
@@ -229,6 +234,10 @@ class Mirror:
     def mod_revision(self, key: str) -> int:
         """0 for a key that does not exist."""
         return self._revisions.get(key, 0)
+
+    def lease(self, key: str) -> int:
+        """The lease that a key ends with; 0 for none."""
+        return self._leases.get(key, 0)
 
     def records(self) -> dict[str, Any]:
         """A copy of all readable records."""

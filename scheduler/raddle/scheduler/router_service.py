@@ -12,7 +12,7 @@ import structlog
 from raddle.core.events import FrontDoorLost, SequencesReported
 from raddle.model import keys
 from raddle.model.routes import Routes, SequenceReport
-from raddle.scheduler.interceptor import caller_of
+from raddle.scheduler.interceptor import caller_of, refuse_foreign_front_door
 from raddle.scheduler.replica import Replica
 from raddle.scheduler.view import View
 from raddle.scheduler.watches import Watches
@@ -60,7 +60,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if seen.revision > newest.get(seen.key, 0):
                 yield _response(seen.value)
 
-    async def AckRoutes(self, request: Any, _context: Context) -> router_pb2.AckRoutesResponse:
+    async def AckRoutes(self, request: Any, context: Context) -> router_pb2.AckRoutesResponse:
+        refuse_foreign_front_door(context, request.front_door_id)
         log.info(
             "routes acknowledged",
             front_door=request.front_door_id,
@@ -70,13 +71,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return router_pb2.AckRoutesResponse()
 
     async def ReportSequences(
-        self, request_iterator: Any, _context: Context
+        self, request_iterator: Any, context: Context
     ) -> router_pb2.ReportSequencesResponse:
         leader = self._replica.require_leader()
         name = ""
         try:
             async for request in request_iterator:
                 require_text("front_door_id", request.front_door_id)
+                refuse_foreign_front_door(context, request.front_door_id)
                 name = request.front_door_id
                 leader.tell(
                     SequencesReported(

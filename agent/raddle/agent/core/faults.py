@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raddle.model.health import ActiveFault, AgentHealth, FaultOccurrence
+from raddle.model.health import ActiveFault, AgentHealth, DieHolder, FaultOccurrence
 
 OCCURRENCES_KEPT = 64
 
@@ -15,6 +15,8 @@ class FaultLog:
     def __init__(self, node: str, boot_id: str) -> None:
         self.node = node
         self.boot_id = boot_id
+        #: Dies that kubelet gave to pods.
+        self.holders: tuple[DieHolder, ...] = ()
         self._active: tuple[ActiveFault, ...] = ()
         self._occurrences: list[FaultOccurrence] = []
         self._sequence = 0
@@ -55,4 +57,5 @@ class FaultLog:
             sequence=self._sequence,
             active_faults=self._active,
             occurrences=tuple(self._occurrences),
+            holders=self.holders,
         )

@@ -29,7 +29,7 @@ from raddle.agent.engine.reference.config import (
     write_config,
 )
 from raddle.model.errors import Reason, TemporaryError
-from raddle.processes.start import Command, start
+from raddle.processes.start import Command, Process, start
 
 STOP_GRACE_S = 2.0
 LOG_FILE = "rank.log"
@@ -51,11 +51,11 @@ class ProcessLauncher:
         """As `Launcher.start`; an error carries the process's last words."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._start_timeout_s
-        pid = _launch(folder, config)
-        life = ProcessWatch(pid)
+        process = await asyncio.to_thread(_launch, folder, config)
+        life = ProcessWatch(process.pid, process)
         while wanted():
             address = read_address(folder)
-            if address is not None and address.pid == pid:
+            if address is not None and address.pid == process.pid:
                 return Running(address, config, life)
             if life.is_over or loop.time() > deadline:
                 await life.end()
@@ -81,13 +81,13 @@ class ProcessLauncher:
         return None
 
 
-def _launch(folder: Path, config: RankConfig) -> int:
-    """Start a rank process that outlives us; gives its number."""
+def _launch(folder: Path, config: RankConfig) -> Process:
+    """Start a rank process that outlives us."""
     make_folder(folder)
     write_config(folder / CONFIG_FILE, config)
     environment = os.environ | _environment(config)
     command = Command(_MODULE, (str(folder),), folder / LOG_FILE, environment, _NICENESS)
-    return start(command).pid
+    return start(command)
 
 
 def _environment(config: RankConfig) -> dict[str, str]:
@@ -101,10 +101,11 @@ def _environment(config: RankConfig) -> dict[str, str]:
 
 
 class ProcessWatch(EndWatch):
-    """The life of one process, child or not."""
+    """The life of one process, started by us or found."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, process: Process | None = None) -> None:
         self.pid = pid
+        self._process = process
         try:
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -112,13 +113,10 @@ class ProcessWatch(EndWatch):
         super().__init__(handle)
 
     async def wait(self) -> int:
-        """The exit code if it was our child; else -1."""
+        """The exit code if we started it; else -1."""
         await self._ended.wait()
-        try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)  # noqa: ASYNC222 - it never blocks
-        except ChildProcessError:
-            return -1
-        return os.waitstatus_to_exitcode(status) if pid else -1
+        code = self._process.poll() if self._process is not None else None
+        return -1 if code is None else code
 
     async def end(self) -> None:
         """SIGTERM, then SIGKILL after a grace."""

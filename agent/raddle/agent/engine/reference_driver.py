@@ -47,6 +47,7 @@ ATTEMPTS_OF_A_HUNG_RANK = 2
 # Weights and KV blocks take the time that they take.
 LOAD_TIMEOUT_S = 30.0
 _RETRY_S = 0.1
+_RETRY_S_MAX = 1.0
 _FINAL = (Reason.WRONG_JOB, Reason.ENGINE_UNSUPPORTED)
 log = structlog.get_logger()
 
@@ -69,6 +70,8 @@ class ReferenceRank:
         self.tasks: list[asyncio.Task[None]] = []
         #: Set when reports shall begin again, with all that the rank holds.
         self.again = asyncio.Event()
+        #: How long to wait before reports that broke off are asked for again.
+        self.reports_pause_s = _RETRY_S
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -243,23 +246,25 @@ class ReferenceDriver:
             rank.again.set()
 
     async def _follow_reports(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        """Follow a rank's reports until it is gone or to be ended: one that hangs may never go."""
         _speak_of(slot)
-        while slot in self._ranks:
+        while slot in self._ranks and slot not in self._stopping:
             rank.again.clear()
             following = asyncio.create_task(self._follow(slot, rank))
             again = asyncio.create_task(rank.again.wait())
             try:
                 await asyncio.wait({following, again}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({again}, timeout=rank.reports_pause_s)
+                rank.reports_pause_s = min(2 * rank.reports_pause_s, _RETRY_S_MAX)
             finally:
                 for task in (following, again):
                     task.cancel()
                 await asyncio.gather(following, again, return_exceptions=True)
-            if not rank.again.is_set():
-                await asyncio.sleep(_RETRY_S)
 
     async def _follow(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
         try:
             async for message in rank.stub.WatchStats(engine_pb2.WatchStatsRequest()):
+                rank.reports_pause_s = _RETRY_S
                 self._reported(slot, from_message(message, RankStats))
         except grpc.aio.AioRpcError as error:
             log.info("rank reports broke off", why=error.details())

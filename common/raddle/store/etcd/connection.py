@@ -46,6 +46,7 @@ _MEMBER_FAILED = (
 # Refusals in etcd's words: one comes without a code of its own, a watch's come without any code.
 _REFUSALS = ("permission denied", "user name is empty", "invalid auth token")
 T = TypeVar("T", bound=Message)
+Pems = tuple[bytes, bytes | None, bytes | None]
 log = structlog.get_logger()
 
 
@@ -57,8 +58,9 @@ class EtcdTls:
     certificate: Path | None = None
     key: Path | None = None
 
-    def credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(
+    def read(self) -> Pems:
+        """CA, key and certificate as they are now; somebody else may renew them at any time."""
+        return (
             self.ca.read_bytes(),
             self.key.read_bytes() if self.key else None,
             self.certificate.read_bytes() if self.certificate else None,
@@ -99,6 +101,10 @@ class Connection:
         self._endpoints = random.sample(list(endpoints), len(endpoints))
         self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
+        #: What each channel shows, over TLS.
+        self._shown: dict[str, Pems] = {}
+        #: Channels with certificates that were renewed; calls may still be under way there.
+        self._left: list[grpc.aio.Channel] = []
         self._stubs: dict[tuple[str, str], Any] = {}
         self._bad_until: dict[str, float] = {}
         self._current = self._endpoints[0]
@@ -112,12 +118,16 @@ class Connection:
             if self._tls is None:
                 made = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
             else:
-                made = grpc.aio.secure_channel(endpoint, self._tls.credentials(), options=_OPTIONS)
+                if endpoint not in self._shown:
+                    self._shown[endpoint] = self._tls.read()
+                credentials = grpc.ssl_channel_credentials(*self._shown[endpoint])
+                made = grpc.aio.secure_channel(endpoint, credentials, options=_OPTIONS)
             self._channels[endpoint] = made
         return self._channels[endpoint]
 
     def failed(self, endpoint: str) -> None:
         """Avoid a member for a while; move on if it was the current one."""
+        self._renew(endpoint)
         now = time.monotonic()
         self._bad_until[endpoint] = now + PENALTY_S
         if endpoint != self._current:
@@ -125,6 +135,20 @@ class Connection:
         at = self._endpoints.index(endpoint)
         order = self._endpoints[at + 1 :] + self._endpoints[: at + 1]
         self._current = min(order, key=lambda e: max(0.0, self._bad_until.get(e, 0.0) - now))
+
+    def _renew(self, endpoint: str) -> None:
+        """Leave a member's channel if its certificates were renewed since it was made."""
+        if self._tls is None or endpoint not in self._channels:
+            return
+        try:
+            found = self._tls.read()
+        except OSError as error:
+            log.warning("the old certificates stay", why=str(error))
+            return
+        if found != self._shown[endpoint]:
+            self._shown[endpoint] = found
+            self._left.append(self._channels.pop(endpoint))
+            self._stubs = {key: stub for key, stub in self._stubs.items() if key[0] != endpoint}
 
     async def call(self, path: str, request: Message, answer: type[T], timeout_s: float) -> T:
         """One attempt at the current member.
@@ -198,7 +222,7 @@ class Connection:
         return status.version
 
     async def close(self) -> None:
-        for channel in self._channels.values():
+        for channel in (*self._left, *self._channels.values()):
             await channel.close()
 
 

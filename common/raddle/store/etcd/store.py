@@ -220,6 +220,18 @@ class EtcdStore:
         # A grant that was applied but not answered expires by itself.
         return EtcdLease(self.connection, answer.id, float(answer.ttl), sent)
 
+    async def lease_left_s(self, lease_id: int, *, timeout_s: float = 2.0) -> float:
+        try:
+            answer = await self.connection.read(
+                "/etcdserverpb.Lease/LeaseTimeToLive",
+                rpc.LeaseTimeToLiveRequest(id=lease_id),
+                rpc.LeaseTimeToLiveResponse,
+                timeout_s,
+            )
+        except StoreCallError as error:
+            raise translate(error) from error
+        return float(answer.ttl)
+
     async def server_version(self) -> str:
         return await self.connection.server_version()
 

@@ -132,7 +132,7 @@ class ExchangeServer:
         self._job = job_tag(job_uid)
         self._serve = serve
         self._weights = weights
-        self._context = tls.socket_context(server=True) if tls is not None else None
+        self._tls = tls
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, 0), family=family, backlog=512)
         self.address = host_port(host, self._socket.getsockname()[1])
@@ -154,10 +154,11 @@ class ExchangeServer:
         Raises:
             OSError: no certificate of our CA, or not an agent's.
         """
-        if self._context is None:
+        if self._tls is None:
             return connection
         connection.settimeout(_HANDSHAKE_TIMEOUT_S)
-        secured = self._context.wrap_socket(connection, server_side=True)
+        context = self._tls.socket_context(server=True)
+        secured = context.wrap_socket(connection, server_side=True)
         secured.settimeout(None)
         name = _common_name(secured)
         if not name.startswith("agent/"):
@@ -199,7 +200,7 @@ class ExchangeClient:
     def __init__(self, job_uid: str, deadline_s: float, tls: TlsFiles | None = None) -> None:
         self._job = job_tag(job_uid)
         self._deadline_s = deadline_s
-        self._context = tls.socket_context(server=False) if tls is not None else None
+        self._tls = tls
         self._connections: dict[str, socket.socket] = {}
         #: Peers that were asked and have not answered yet.
         self._asked: set[str] = set()
@@ -290,7 +291,9 @@ class ExchangeClient:
         made = socket.create_connection(split_address(address), self._deadline_s)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         made.settimeout(self._deadline_s)
-        return made if self._context is None else self._context.wrap_socket(made)
+        if self._tls is None:
+            return made
+        return self._tls.socket_context(server=False).wrap_socket(made)
 
     def _drop(self, peer: Member) -> None:
         self._break({peer.data_address})

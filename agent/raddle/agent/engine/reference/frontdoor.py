@@ -32,7 +32,7 @@ from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryEr
 from raddle.telemetry.addresses import split_address
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.settings import load_settings, require, setting
-from raddle.telemetry.tls import is_loopback, tls_files
+from raddle.telemetry.tls import is_loopback, renew_for_each_connection, tls_files
 
 BODY_BYTES_MAX = 1_000_000
 SEQUENCES_MAX = 10_000
@@ -46,6 +46,7 @@ class Settings:
 
     schedulers: list[str] = setting([], "addresses of the schedulers, comma-separated")
     job: str = setting("", "namespace/name of the job to serve")
+    name: str = setting("frontdoor", "our name; with TLS our certificate is client/<name>'s")
     model: str = setting("raddle-demo", "model that the job serves: built-in, or a config.json")
     listen: str = setting("127.0.0.1:7480", "address for HTTP")
     request_timeout_s: float = setting(120.0, "longest time of one request")
@@ -79,7 +80,7 @@ class FrontDoor:
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.list_models),
             Route("/health", self.health),
-            Route("/ready", self.health),
+            Route("/ready", self.ready),
             Route("/live", self.live),
             Route("/metrics", self.metrics),
         ]
@@ -90,6 +91,12 @@ class FrontDoor:
     async def health(self, _request: Request) -> Response:
         live = self._routing.is_live
         return JSONResponse({"live": live}, status_code=200 if live else 503)
+
+    async def ready(self, _request: Request) -> Response:
+        """Whoever balances over front doors may send requests here: some are held for a while."""
+        if self._routing.takes_requests:
+            return PlainTextResponse("ok\n")
+        return PlainTextResponse("the job is not live yet, or it has ended\n", status_code=503)
 
     async def live(self, _request: Request) -> Response:
         """The process works, whatever its job does."""
@@ -240,7 +247,7 @@ async def serve(settings: Settings) -> None:
     shape = parse_shape(_config_text(settings.model))
     namespace, _, name = settings.job.rpartition("/")
     routing = Routing(
-        f"frontdoor-{secrets.token_hex(3)}",
+        f"{settings.name}/{secrets.token_hex(3)}",
         settings.schedulers,
         namespace or "default",
         name,
@@ -258,6 +265,10 @@ async def serve(settings: Settings) -> None:
         ssl_certfile=settings.http_certificate or None,
         ssl_keyfile=settings.http_key or None,
     )
+    config.load()
+    if config.ssl is not None:
+        files = (Path(settings.http_certificate), Path(settings.http_key))
+        renew_for_each_connection(config.ssl, *files)
     server = uvicorn.Server(config)
     following = asyncio.create_task(routing.run())
     loop = asyncio.get_running_loop()

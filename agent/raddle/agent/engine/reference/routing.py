@@ -27,6 +27,8 @@ from raddle.wire.status import error_from
 
 _RETRY_S = 0.05
 _REPORT_INTERVAL_S = 0.05
+# Only the routes of a job that was live once are fenced.
+_LIVE_ONCE = (RouteState.LIVE, RouteState.FENCED)
 T = TypeVar("T")
 log = structlog.get_logger()
 
@@ -44,12 +46,15 @@ class Routing:
         tls: TlsFiles | None = None,
     ) -> None:
         self._id = front_door_id
+        self._identity = f"client/{front_door_id.partition('/')[0]}"
         self._schedulers = schedulers
         self._namespace = namespace
         self._name = name
         self._tls = tls
         self._cache_key = cache_key(model_digest)
         self._routes: Routes | None = None
+        #: The job that is or was live: another one of the same name has to become so first.
+        self._live_job_uid = ""
         self._changed = asyncio.Event()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._lost: dict[str, asyncio.Event] = {}
@@ -69,7 +74,7 @@ class Routing:
             address = self.leader or self._schedulers[at % len(self._schedulers)]
             at += 1
             channel = make_channel(
-                address, identity=f"client/{self._id}", tls=self._tls, follows=True
+                address, identity=self._identity, tls=self._tls, follows=True
             )
             try:
                 await self._follow(channel)
@@ -110,6 +115,8 @@ class Routing:
             log.warning("older routes are refused", epoch=routes.epoch, known=old.epoch)
             return
         self._routes = routes
+        if routes.state in _LIVE_ONCE:
+            self._live_job_uid = routes.job_uid
         present = {member.incarnation for member in routes.members}
         for incarnation in [i for i in self._lost if i not in present]:
             self._lost.pop(incarnation).set()
@@ -138,10 +145,18 @@ class Routing:
     def is_live(self) -> bool:
         return self._routes is not None and self._routes.state is RouteState.LIVE
 
+    @property
+    def takes_requests(self) -> bool:
+        """Is the job live, or was it and will be again? What comes in between is held."""
+        routes = self._routes
+        if routes is None or routes.state is RouteState.ENDED:
+            return False
+        return routes.job_uid == self._live_job_uid
+
     def channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             self._channels[address] = make_channel(
-                address, identity=f"client/{self._id}", tls=self._tls, server_name=AGENT_NAME
+                address, identity=self._identity, tls=self._tls, server_name=AGENT_NAME
             )
         return self._channels[address]
 

@@ -1,0 +1,115 @@
+"""What the chart renders, as a real API server takes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tools.kubernetes import crds
+
+from tests.chart.rendering import MATRIX, NAMESPACE, render
+from tests.kubernetes import ApiServer
+
+#: Objects of other projects, whose definitions this server does not have.
+OTHERS = ("cert-manager.io/v1", "monitoring.coreos.com/v1")
+RIGHTS = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
+Rights = dict[tuple[str, str], set[str]]
+
+
+def verbs(text: str) -> set[str]:
+    return set(text.split())
+
+
+#: Of the operator, wherever it looks.
+EVERYWHERE: Rights = {
+    ("nodes", ""): verbs("get list watch"),
+    ("nodes/status", ""): verbs("patch"),
+    ("supernodes.raddle.dev", ""): verbs("create get list watch"),
+    ("supernodes.raddle.dev", "sn0"): verbs("patch"),
+    ("supernodes.raddle.dev/status", ""): verbs("patch"),
+    ("maintenances.raddle.dev", ""): verbs("get list patch watch"),
+    ("maintenances.raddle.dev/status", ""): verbs("patch"),
+    ("maintenances.raddle.dev/finalizers", ""): verbs("update"),
+}
+#: And in the release's namespace, which is the jobs' by default.
+OPERATOR: Rights = EVERYWHERE | {
+    ("leases.coordination.k8s.io", ""): verbs("create"),
+    ("leases.coordination.k8s.io", "raddle-operator"): verbs("get patch update"),
+    ("inferencejobs.raddle.dev", ""): verbs("get list patch watch"),
+    ("inferenceroles.raddle.dev", ""): verbs("create delete get list patch watch"),
+    ("inferencejobs.raddle.dev/status", ""): verbs("patch"),
+    ("inferenceroles.raddle.dev/status", ""): verbs("patch"),
+    ("inferencejobs.raddle.dev/finalizers", ""): verbs("update"),
+    ("inferenceroles.raddle.dev/finalizers", ""): verbs("update"),
+    ("pods", ""): verbs("create delete get list watch"),
+    ("configmaps", ""): verbs("create delete get patch"),
+    ("services", ""): verbs("create delete get patch"),
+    ("deployments.apps", ""): verbs("create delete get list patch watch"),
+    ("events", ""): verbs("create patch"),
+}
+SECRETS = ("ca", "scheduler", "agent", "operator", "admin", "frontdoor", "etcd")
+CERTIFICATES: Rights = {
+    ("secrets", ""): verbs("create"),
+    **{("secrets", f"raddle-tls-{name}"): verbs("get patch") for name in SECRETS},
+}
+
+
+@pytest.fixture(scope="module")
+def server(api_server: ApiServer) -> Iterator[ApiServer]:
+    """With our definitions, and the namespaces that the matrix names."""
+    api_server.kubectl("apply", "--server-side", "-f", str(crds.FOLDER))
+    kinds = [f"crd/{path.stem}.raddle.dev" for path in crds.FOLDER.glob("*.yaml")]
+    api_server.kubectl("wait", "--for=condition=Established", *kinds)
+    for name in (NAMESPACE, "team-a"):
+        api_server.kubectl("create", "namespace", name)
+    yield api_server
+    for name in (NAMESPACE, "team-a"):
+        api_server.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def applied(server: ApiServer, documents: list[dict[str, Any]], *flags: str) -> str:
+    items = {"apiVersion": "v1", "kind": "List", "items": documents}
+    command = ("apply", "--namespace", NAMESPACE, "--server-side", "-f", "-", *flags)
+    return server.kubectl(*command, stdin=json.dumps(items))
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_every_object_is_accepted(server: ApiServer, name: str) -> None:
+    """No unknown field, no wrong type, no rule that the server would not take."""
+    documents = [d for d in render(MATRIX[name]) if d["apiVersion"] not in OTHERS]
+    said = applied(server, documents, "--dry-run=server", "--validate=strict")
+    assert said.count("server-side applied") == len(documents)
+
+
+def rights_of(server: ApiServer, account: str, namespace: str) -> Rights:
+    """What `kubectl auth can-i --list` says beyond what every account may."""
+    who = f"--as=system:serviceaccount:{NAMESPACE}:{account}"
+    group = f"--as-group=system:serviceaccounts:{NAMESPACE}"
+    everybody = "--as-group=system:authenticated"
+    said = server.kubectl(
+        "auth", "can-i", "--list", "--no-headers", who, group, everybody, "-n", namespace
+    )
+    found: Rights = defaultdict(set)
+    for line in said.splitlines():
+        match = re.fullmatch(r"(\S*)\s+\[(.*?)\]\s+\[(.*?)\]\s+\[(.*?)\]\s*", line)
+        assert match is not None, line
+        resource, _, names, allowed = match.groups()
+        if resource and not resource.startswith(("selfsubject", "podcertificate")):
+            for name in names.split() or [""]:
+                found[resource, name] |= set(allowed.split())
+    return dict(found)
+
+
+def test_each_account_has_the_rights_that_it_needs_and_no_other(server: ApiServer) -> None:
+    """Schedulers, agents and etcd have none; the operator's are these; the hook makes Secrets."""
+    applied(server, [d for d in render({}) if d["kind"] in RIGHTS])
+    for account in ("raddle-scheduler", "raddle-agent", "raddle-etcd"):
+        assert rights_of(server, account, NAMESPACE) == {}
+    assert rights_of(server, "raddle-operator", NAMESPACE) == OPERATOR
+    assert rights_of(server, "raddle-operator", "default") == EVERYWHERE
+    assert rights_of(server, "raddle-certificates", NAMESPACE) == CERTIFICATES
+    assert rights_of(server, "raddle-certificates", "default") == {}

@@ -1,0 +1,117 @@
+"""Certificates that are renewed while servers and channels run."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from raddle.agent.engine.reference.exchange import ExchangeServer
+from raddle.telemetry.addresses import split_address
+from raddle.telemetry.channels import OPTIONS, make_channel
+from raddle.telemetry.tls import AGENT_NAME, TlsFiles, identity_of, renew_for_each_connection
+from tests.certificates import Authority
+from tests.support import eventually
+
+
+async def _who(_request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    return identity_of(context).encode()
+
+
+@asynccontextmanager
+async def grpc_server(tls: TlsFiles, port: int = 0) -> AsyncIterator[str]:
+    """A server that answers each caller with its identity."""
+    server = grpc.aio.server(options=OPTIONS)
+    methods: dict[str, Any] = {"Who": grpc.unary_unary_rpc_method_handler(_who)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", methods),))
+    bound = server.add_secure_port(f"127.0.0.1:{port}", tls.server_credentials())
+    await server.start()
+    try:
+        yield f"127.0.0.1:{bound}"
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def exchange_server(tls: TlsFiles) -> AsyncIterator[str]:
+    """A rank's server for expert traffic, which has nothing to give."""
+    server = ExchangeServer("j-1", lambda *_: None, lambda *_: None, tls=tls)
+    try:
+        yield server.address
+    finally:
+        server.close()
+
+
+@asynccontextmanager
+async def https_server(tls: TlsFiles) -> AsyncIterator[str]:
+    """A server as a front door has, which asks nobody for a certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.certificate, tls.key)
+    renew_for_each_connection(context, tls.certificate, tls.key)
+    async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context) as server:
+        yield "{}:{}".format(*server.sockets[0].getsockname())
+
+
+def shown(address: str, ours: TlsFiles) -> bytes:
+    """The certificate that a server shows to a new connection."""
+    with socket.create_connection(split_address(address), 5.0) as plain:
+        # A server of gRPC turns away who does not say that it speaks HTTP/2.
+        context = ours.socket_context(server=False)
+        context.set_alpn_protocols(["h2"])
+        with context.wrap_socket(plain) as secured:
+            certificate = secured.getpeercert(binary_form=True)
+    assert certificate is not None
+    return certificate
+
+
+@pytest.mark.parametrize("serve", [grpc_server, exchange_server, https_server])
+async def test_a_server_shows_renewed_certificates_without_a_restart(
+    tmp_path: Path, serve: Callable[[TlsFiles], AbstractAsyncContextManager[str]]
+) -> None:
+    """The next connection gets what the files hold; what does not fit is told and not shown."""
+    authority = Authority(tmp_path)
+    ours, other = authority.issue("agent/sn0/n01"), authority.issue("agent/sn0/n02")
+    async with serve(authority.issue("agent/sn0/n00")) as address:
+        first = await asyncio.to_thread(shown, address, ours)
+        renewed = authority.issue("agent/sn0/n00")
+        second = await asyncio.to_thread(shown, address, ours)
+        assert second != first
+        renewed.certificate.write_bytes(other.certificate.read_bytes())
+        with capture_logs() as logs:
+            assert await asyncio.to_thread(shown, address, ours) == second
+            assert await asyncio.to_thread(shown, address, ours) == second
+        assert [line["event"] for line in logs] == ["the old certificates stay"]
+        renewed.key.write_bytes(other.key.read_bytes())
+        assert await asyncio.to_thread(shown, address, ours) not in {first, second}
+
+
+async def test_a_channel_connects_again_with_renewed_certificates(tmp_path: Path) -> None:
+    """A connection that stands goes on; the next one of the same channel shows the new ones."""
+    authority = Authority(tmp_path)
+    servers = authority.issue("agent/sn0/n00")
+    ours = authority.issue("client/a", name="ours")
+
+    async def is_renewed() -> bool:
+        # The first call may go out on the connection that has just ended.
+        with suppress(grpc.aio.AioRpcError):
+            return bool(await who(b"", wait_for_ready=True, timeout=10.0) == b"client/b")
+        return False
+
+    async with grpc_server(servers) as address:
+        channel = make_channel(address, tls=ours, server_name=AGENT_NAME)
+        who: Any = channel.unary_unary("/test/Who")
+        assert await who(b"") == b"client/a"
+        await channel.channel_ready()
+        authority.issue("client/b", name="ours")
+        assert await who(b"") == b"client/a"
+    async with grpc_server(servers, split_address(address)[1]):
+        await eventually(is_renewed, "the new connection")
+    await channel.close()
