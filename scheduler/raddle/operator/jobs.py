@@ -74,6 +74,9 @@ class Jobs:
         if resource["metadata"].get("deletionTimestamp"):
             await self._let_go(resource)
             return True
+        incident = self._incident((resource.get("status") or {}).get("jobUid", ""))
+        if incident is not None:
+            await self._teller.announce(resource, incident)
         await self._hold(resource)
         roles = await self._roles(resource)
         sizes = {role["spec"]["role"]: role["spec"]["replicas"] for role in roles.values()}

@@ -76,6 +76,16 @@ class Teller:
         for role in roles:
             await self._say_role(role, answer, conditions)
 
+    async def announce(self, resource: Object, incident: incident_pb2.Incident) -> None:
+        """Show a new incident at once, before it is looked at what there is to do about it."""
+        status = resource.setdefault("status", {})
+        if status.get("incident") != incident.id:
+            status["incident"] = incident.id
+            await self._cluster.patch(
+                resource, {"status": {"incident": incident.id}}, part="status"
+            )
+            await self._tell_incident(resource, incident)
+
     async def _say_role(
         self, role: Object, answer: Answer | None, conditions: list[Condition]
     ) -> None:

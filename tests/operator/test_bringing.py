@@ -1,12 +1,12 @@
-"""An InferenceJob that is deleted: its job ends, with its Pods, and then the resource goes.
-
-The API server and the scheduler are dictionaries here: a rank that hangs needs a node elsewhere.
-"""
+"""What is done about an InferenceJob, where the API server and the scheduler are dictionaries."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
+
+from raddle.model.errors import Reason, TemporaryError
 from raddle.operator.cluster import Cluster
 from raddle.operator.jobs import Jobs
 from raddle.operator.machine import Machine
@@ -34,6 +34,9 @@ class ApiServer:
             found[name] = (found.get(name) or {}) | value
         return found
 
+    async def apply(self, item: Object) -> Object:
+        return await self.create(item)
+
     async def create(self, item: Object) -> Object:
         return self.items.setdefault((item["kind"], item["metadata"]["name"]), item)
 
@@ -49,12 +52,38 @@ class Scheduler:
         self.answer = answer(seat(0), state=state)
         self.answer.job.managed_by = MANAGER
         self.calls: list[str] = []
+        self.away = False
 
     async def call(self, method: str, _request: Any) -> Any:
         self.calls.append(method)
+        if self.away:
+            raise TemporaryError(Reason.NO_LEADER, "away")
         if method == "GetJob":
             return self.answer
         return scheduler_pb2.CancelJobResponse(job=self.answer.job)
+
+
+def jobs_of(api: ApiServer, scheduler: Scheduler) -> Jobs:
+    link, machine = cast("SchedulerLink", scheduler), cast("Machine", None)
+    return Jobs(cast("Cluster", api), link, machine, SITE, ranks_in_pods=True)
+
+
+async def test_an_incident_is_shown_before_anything_is_done_about_it() -> None:
+    """Who looks sees it though the scheduler cannot be asked about the job just now."""
+    resource, scheduler = inference_job(), Scheduler("RECOVERING")
+    resource["metadata"]["finalizers"] = [FINALIZER]
+    resource["status"] = {"jobUid": scheduler.answer.job.uid, "incident": "i-000001"}
+    told = scheduler_pb2.WatchIncidentsResponse(kind=scheduler_pb2.WATCH_KIND_CHANGED)
+    told.incident.id = "i-000002"
+    told.incident.plans.add(job_uid=scheduler.answer.job.uid)
+    scheduler.incidents.take(told)
+    scheduler.away = True
+    api = ApiServer(resource)
+    with pytest.raises(TemporaryError):
+        await jobs_of(api, scheduler).bring("default", "demo")
+    assert resource["status"]["incident"] == "i-000002"
+    (event,) = await api.find("Event")
+    assert event["reason"] == "IncidentOpened"
 
 
 async def test_a_rank_that_hangs_ends_with_its_pod() -> None:
@@ -69,13 +98,7 @@ async def test_a_rank_that_hangs_ends_with_its_pod() -> None:
     metadata = {"name": "demo-decode-0-0-1", "namespace": "default", "labels": labels}
     api = ApiServer(resource, {"kind": "Pod", "metadata": metadata})
     scheduler = Scheduler("STOPPING")
-    jobs = Jobs(
-        cast("Cluster", api),
-        cast("SchedulerLink", scheduler),
-        cast("Machine", None),
-        SITE,
-        ranks_in_pods=True,
-    )
+    jobs = jobs_of(api, scheduler)
     assert await jobs.bring("default", "demo")
     assert await api.find("Pod") == []
     assert resource["metadata"]["finalizers"] == [FINALIZER]
