@@ -57,7 +57,7 @@ def machine_for_cluster() -> None:
 
 @pytest.fixture(scope="session")
 def archives(machine_for_cluster: None) -> list[Path]:
-    """Archives with the images of this checkout, tagged `dev`."""
+    """Archives with the images of this checkout, tagged with its version."""
     return cluster_archives()
 
 
@@ -84,7 +84,7 @@ def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
-class _Entrance(CuttingProxy):
+class Entrance(CuttingProxy):
     """A way from this machine's loopback to an address of a cluster."""
 
     def __init__(self, cluster: Cluster, target: str) -> None:
@@ -103,10 +103,10 @@ async def forward(
     cluster: Cluster,
 ) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
     """`await forward("10.202.0.9:80")` is an address on loopback that leads to that one."""
-    entrances: list[_Entrance] = []
+    entrances: list[Entrance] = []
 
     async def open_entrance(target: str) -> str:
-        entrances.append(_Entrance(cluster, target))
+        entrances.append(Entrance(cluster, target))
         return await entrances[-1].start()
 
     yield open_entrance

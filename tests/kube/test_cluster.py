@@ -17,10 +17,11 @@ import pytest
 from tools.build import cache_folder
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster, CommandError
+from tools.kubernetes.images import version
 
 from tests.support import eventually
 
-IMAGE = "localhost/raddle:dev"
+IMAGE = f"localhost/raddle:{version()}"
 #: What containerd, kubelet and kube-proxy would make or change on a machine that is theirs.
 FOLDERS = ("/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/etc/cni", "/opt/containerd")
 SETTINGS = ("vm", "net/ipv4", "net/netfilter", "net/bridge", "kernel/keys", "kernel/panic")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster
+from tools.kubernetes.images import version
 
 RESTRICTED = {
     "runAsNonRoot": True,
@@ -23,7 +24,7 @@ def output(cluster: Cluster, namespace: str, image: str, *command: str) -> tuple
 
     The image's own user must be a number that is not 0, or the kubelet refuses it.
     """
-    container: dict[str, Any] = {"name": "only", "image": f"localhost/{image}:dev"}
+    container: dict[str, Any] = {"name": "only", "image": f"localhost/{image}:{version()}"}
     container |= {"command": list(command), "securityContext": RESTRICTED}
     manifest = {
         "apiVersion": "v1",

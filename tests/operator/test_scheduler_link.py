@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from typing import Any
 
+import grpc
 import pytest
 
 from raddle.model.errors import TemporaryError
 from raddle.operator.scheduler_link import Picture, SchedulerLink
-from raddle.v1 import scheduler_pb2
-from tests.support import eventually
+from raddle.telemetry.channels import OPTIONS
+from raddle.v1 import scheduler_pb2, scheduler_pb2_grpc
+from tests.support import CuttingProxy, eventually
 
 SNAPSHOT = scheduler_pb2.WATCH_KIND_SNAPSHOT
 SYNCED = scheduler_pb2.WATCH_KIND_SYNCED
@@ -28,6 +32,38 @@ async def test_a_call_under_which_the_way_is_closed_may_be_repeated() -> None:
         with pytest.raises(TemporaryError):
             await calling
         await link.close()
+
+
+class _Silent(scheduler_pb2_grpc.SchedulerServicer):
+    """Begins a watch of jobs and tells nothing after that."""
+
+    async def WatchJobs(self, _request: Any, _context: Any) -> AsyncIterator[Any]:
+        yield scheduler_pb2.WatchJobsResponse(kind=SYNCED)
+        await asyncio.Event().wait()
+
+
+async def test_a_scheduler_that_falls_silent_is_left() -> None:
+    """Its connections do not end by themselves, and a watch that tells nothing need not be dead."""
+    server = grpc.aio.server(options=OPTIONS)
+    servicer: Any = _Silent
+    scheduler_pb2_grpc.add_SchedulerServicer_to_server(servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    proxy = CuttingProxy(f"127.0.0.1:{port}")
+    link = SchedulerLink([await proxy.start()], None)
+    request = scheduler_pb2.WatchJobsRequest()
+    following = asyncio.create_task(link._follow("WatchJobs", request, link.jobs))
+    try:
+        await eventually(link.jobs.synced.is_set, "the watch tells")
+        before = link.breaks
+        proxy.freeze()
+        await eventually(lambda: link.breaks > before, "the watch is begun again", 30.0)
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await link.close()
+        await proxy.stop()
+        await server.stop(None)
 
 
 def told(kind: scheduler_pb2.WatchKind.ValueType, uid: str = "") -> scheduler_pb2.WatchJobsResponse:

@@ -17,7 +17,13 @@ from structlog.testing import capture_logs
 from raddle.agent.engine.reference.exchange import ExchangeServer
 from raddle.telemetry.addresses import split_address
 from raddle.telemetry.channels import OPTIONS, make_channel
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles, identity_of, renew_for_each_connection
+from raddle.telemetry.tls import (
+    AGENT_NAME,
+    SCHEDULER_NAME,
+    TlsFiles,
+    identity_of,
+    renew_for_each_connection,
+)
 from tests.certificates import Authority
 from tests.support import eventually
 
@@ -115,3 +121,22 @@ async def test_a_channel_connects_again_with_renewed_certificates(tmp_path: Path
     async with grpc_server(servers, split_address(address)[1]):
         await eventually(is_renewed, "the new connection")
     await channel.close()
+
+
+async def test_a_server_serves_all_who_connect_at_once(tmp_path: Path) -> None:
+    """Each connection asks for the newest certificate, and gRPC ended the process when many did."""
+    authority = Authority(tmp_path)
+    scheduler, client = authority.issue("scheduler"), authority.issue("client/many").newest()
+    async with grpc_server(scheduler) as address:
+        for turn in range(3):
+            channels = [
+                grpc.aio.secure_channel(
+                    address,
+                    client.channel_credentials(),
+                    # Channels of equal arguments would share a connection.
+                    options=[("grpc.ssl_target_name_override", SCHEDULER_NAME), ("test", number)],
+                )
+                for number in range(60 * turn, 60 * turn + 60)
+            ]
+            await asyncio.gather(*(channel.channel_ready() for channel in channels))
+            await asyncio.gather(*(channel.close() for channel in channels))

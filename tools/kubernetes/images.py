@@ -32,7 +32,6 @@ BASE_SCRIPT = Path(__file__).resolve().parent / "base-image.sh"
 BASE_IMAGE = "localhost/python:3.11-slim-bookworm"
 #: Image by target of the Dockerfile.
 TARGETS = {"raddle": "raddle", "agent": "raddle-agent", "etcd": "raddle-etcd"}
-TEST_TAG = "dev"
 #: So many images, layers among them, and so many archives for clusters stay in the cache.
 CACHED_IMAGES_MAX = 100
 CACHED_ARCHIVES_MAX = 3
@@ -163,11 +162,12 @@ def _contents(layout: Path) -> Iterator[str]:
 def cluster_archives() -> list[Path]:
     """The archive that nodes of a cluster import: this checkout's images, and the pause image."""
     builder = Builder(cache_folder() / "images")
-    images = build_images(builder, TEST_TAG)
+    images = build_images(builder, version())
     pause = built("kubernetes") / "pause"
     entry = ("--entrypoint", '["/pause"]')
     images.append(builder.from_files(servers.PAUSE_IMAGE, pause, "/pause", *entry))
-    key = hashlib.sha256(" ".join(image.identity for image in images).encode()).hexdigest()[:16]
+    named = " ".join(f"{image.reference}@{image.identity}" for image in images)
+    key = hashlib.sha256(named.encode()).hexdigest()[:16]
     archive = builder.folder / f"cluster-{key}.tar"
     if not archive.exists():
         write_archive(builder, images, archive)
@@ -178,6 +178,12 @@ def cluster_archives() -> list[Path]:
     return [archive]
 
 
+def version() -> str:
+    """This checkout's version, which is also the tag that the chart asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return str(project["version"])
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -185,8 +191,7 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    parser.add_argument("--tag", default=project["version"])
+    parser.add_argument("--tag", default=version())
     options = parser.parse_args()
     lacks = missing_for_images()
     if lacks:

@@ -17,7 +17,7 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -26,6 +26,13 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # Two servers on one port would share its connections silently.
     ("grpc.so_reuseport", 0),
+)
+# A host that vanishes and a process that hangs end no connection: who follows a watch must ask, and
+# often. The first is noticed by the first timeout, the second by the last, which is 60 s otherwise.
+_FOLLOWING = (
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
 )
 
 
@@ -135,13 +142,18 @@ def make_channel(
     identity: str = "",
     tls: TlsFiles | None = None,
     server_name: str = SCHEDULER_NAME,
+    follows: bool = False,
 ) -> grpc.aio.Channel:
-    """A channel to one `host:port`, whose certificate must carry `server_name`."""
+    """A channel to one `host:port`, whose certificate must carry `server_name`.
+
+    One that `follows` a watch breaks within 3 s of silence from the server or its host.
+    """
     kinds = (_UnaryUnary, _UnaryStream, _StreamUnary) if identity else ()
     interceptors: list[Any] = [kind(identity) for kind in kinds]
+    options = tuple((dict(OPTIONS) | dict(_FOLLOWING if follows else ())).items())
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=OPTIONS, interceptors=interceptors)
-    options = (*OPTIONS, ("grpc.ssl_target_name_override", server_name))
+        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+    options = (*options, ("grpc.ssl_target_name_override", server_name))
 
     def make(pems: Pems) -> grpc.aio.Channel:
         return grpc.aio.secure_channel(

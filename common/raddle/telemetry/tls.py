@@ -69,10 +69,18 @@ class TlsFiles:
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Clients must show a certificate of the same CA; asked anew for each connection."""
+        shown = self.newest()
+
+        def renewed() -> Any:
+            # None is no change: gRPC crashes when connections that come together each bring one.
+            nonlocal shown
+            if (newest := self.newest()) == shown:
+                return None
+            shown = newest
+            return newest.server_configuration()
+
         return grpc.dynamic_ssl_server_credentials(
-            self.newest().server_configuration(),
-            lambda: self.newest().server_configuration(),
-            require_client_authentication=True,
+            shown.server_configuration(), renewed, require_client_authentication=True
         )
 
     def socket_context(self, *, server: bool) -> ssl.SSLContext:

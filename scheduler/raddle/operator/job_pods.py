@@ -14,7 +14,7 @@ from raddle.operator.cluster import Cluster
 from raddle.operator.conditions import camel
 from raddle.operator.machine import Machine
 from raddle.operator.names import GROUP, MANAGER
-from raddle.v1 import job_pb2, scheduler_pb2
+from raddle.v1 import scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 
 _HASH = f"{GROUP}/hash"
@@ -41,13 +41,11 @@ class JobPods:
         present: list[Object],
     ) -> list[job_status.Problem]:
         """Pods, rank tables, front door and Service of a job; gives what does not come up."""
-        if not self._ranks_in_pods or job_status.is_ended(answer.job):
+        if not self._ranks_in_pods or job_status.is_over(answer.job):
             await self.withdraw(resource, present)
             return []
-        await self._machine.wait_known()
+        self._machine.require_known()
         ranks = [pod for pod in present if _component(pod) == "rank"]
-        if answer.job.state == job_pb2.JOB_STATE_STOPPING:
-            return []
         seats = list(pods.seats(answer))
         await self._secrets(resource["metadata"]["namespace"])
         problems = await self._rank_pods(resource, roles, answer, ranks, seats)

@@ -199,6 +199,11 @@ def is_closed(incident: incident_pb2.Incident) -> bool:
     return incident.phase == _CLOSED
 
 
+def is_over(job: job_pb2.Job) -> bool:
+    """Nothing of the job shall run any more: it has ended or is being ended."""
+    return is_ended(job) or job.state == job_pb2.JOB_STATE_STOPPING
+
+
 def is_ended(job: job_pb2.Job) -> bool:
     return job.state in _ENDED
 

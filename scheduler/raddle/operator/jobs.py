@@ -86,7 +86,7 @@ class Jobs:
                 # A job that runs goes on while the scheduler is away; what was said of it stays.
                 await self._teller.say(resource, None, job_status.refused(error), None, [])
             raise
-        present = await self._cluster.find("Pod", namespace, f"{GROUP}/job={name}")
+        present = await self._present(resource)
         said_of = list(roles.values())
         if brought.answer is None:
             await self._pods.withdraw(resource, present)
@@ -134,6 +134,12 @@ class Jobs:
             raise
         return found
 
+    async def _present(self, resource: Object) -> list[Object]:
+        """The Pods that carry the name of this resource's job."""
+        metadata = resource["metadata"]
+        selector = f"{GROUP}/job={metadata['name']}"
+        return await self._cluster.find("Pod", metadata["namespace"], selector)
+
     async def _let_go(self, resource: Object) -> None:
         """End the job and forget it, then let the resource go."""
         finalizers = resource["metadata"].get("finalizers") or []
@@ -142,7 +148,8 @@ class Jobs:
         found = await self._find(resource)
         is_ours = found is not None and found.job.managed_by == MANAGER
         if found is not None and is_ours and not await self._end(found.job):
-            # The watch tells when it has ended.
+            # The watch tells when it has ended. A rank that hangs ends with its Pod alone.
+            await self._pods.withdraw(resource, await self._present(resource))
             answer = await self._find(resource) or found
             conditions = job_status.conditions(answer, None, [])
             await self._teller.say(resource, answer, conditions, None, [])

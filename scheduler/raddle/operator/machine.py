@@ -7,7 +7,6 @@ Kubernetes' own tools see it. Everything is read anew each time; nothing depends
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -67,15 +66,21 @@ class Machine:
         self._hosts: dict[str, Host] = {}
         #: Node of the machine -> Kubernetes node.
         self._carriers: dict[str, str] = {}
-        self._known = asyncio.Event()
+        self._is_known = False
         #: What was written where last, so that it is not written again.
         self._written: dict[str, Any] = {}
 
     # --- what others ask -------------------------------------------------------------------------
 
-    async def wait_known(self) -> None:
-        """Return once it is known who plays which node."""
-        await self._known.wait()
+    def require_known(self) -> None:
+        """Refuse until it is known who plays which node; whoever asked is called again then.
+
+        Raises:
+            TemporaryError: NO_LEADER, for only the scheduler knows the nodes.
+        """
+        if not self._is_known:
+            message = "it is not known yet which Kubernetes node plays which node"
+            raise TemporaryError(Reason.NO_LEADER, message)
 
     def host_of(self, node: str) -> Host | None:
         """The Kubernetes node that plays a node of the machine."""
@@ -125,11 +130,11 @@ class Machine:
         now = await self._shares_now()
         wanted = self._wanted(now)
         carriers = {node: host for host, nodes in wanted.items() for node in nodes}
-        moved = carriers != self._carriers or not self._known.is_set()
+        moved = carriers != self._carriers or not self._is_known
         self._carriers = carriers
         if wanted != now:
             await self._write_shares(now, wanted)
-        self._known.set()
+        self._is_known = True
         await self._tell_lost(now)
         await self._order()
         await self._show()

@@ -23,7 +23,7 @@ from raddle.wire.status import error_from
 IDENTITY = "operator"
 TIMEOUT_S = 10.0
 _RETRY_S_MIN = 0.2
-_RETRY_S_MAX = 5.0
+_RETRY_S_MAX = 1.0
 log = structlog.get_logger()
 
 
@@ -91,7 +91,9 @@ class SchedulerLink:
             if not self._address:
                 self._address = self._schedulers[self._next % len(self._schedulers)]
                 self._next += 1
-            self._channel = make_channel(self._address, identity=IDENTITY, tls=self._tls)
+            self._channel = make_channel(
+                self._address, identity=IDENTITY, tls=self._tls, follows=True
+            )
         return scheduler_pb2_grpc.SchedulerStub(self._channel)
 
     async def call(self, method: str, request: Any) -> Any:

@@ -65,14 +65,11 @@ def _take(found: dict[str, list[str]], takers: list[str], total: int, busy: set[
 
 
 def _give(found: dict[str, list[str]], takers: list[str], free: list[str]) -> None:
-    """Give each free node to whoever has fewest, neighbours together."""
-    counts = {host: len(found[host]) for host in takers}
-    wanted: dict[str, int] = dict.fromkeys(takers, 0)
-    for _ in free:
-        host = min(takers, key=lambda h: (counts[h], h))
-        counts[host] += 1
-        wanted[host] += 1
-    position = 0
-    for host, count in wanted.items():
-        found[host] += free[position : position + count]
-        position += count
+    """Deal each free node to whoever has fewest.
+
+    Neighbours come to different Kubernetes nodes, so that a job that spreads over nodes of the
+    machine outlives the loss of a Kubernetes node.
+    """
+    for node in free:
+        host = min(takers, key=lambda h: (len(found[h]), h))
+        found[host].append(node)

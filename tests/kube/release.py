@@ -1,0 +1,210 @@
+"""An installed release, as those see it who have only kubectl and Raddle's own command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from tools.kubernetes.box import wait_until
+from tools.kubernetes.cluster import Cluster, CommandError
+
+NAMESPACE = "raddle"
+JOB = "small"
+#: On two cores that everything shares.
+PATIENCE_S = 300.0
+#: Kinds that come and go by themselves.
+_FLEETING = {"componentstatuses", "events", "events.events.k8s.io"}
+Object = dict[str, Any]
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """When an incident of the job was opened, and when kubectl showed it."""
+
+    incident: str
+    opened: datetime
+    listed: datetime
+    described: datetime
+
+
+class Release:
+    """The release `raddle` with the job `small` on a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        #: The Kubernetes node that is lost now.
+        self.lost = ""
+
+    def kubectl(self, *arguments: str, stdin: str = "") -> str:
+        return self.cluster.kubectl("--namespace", NAMESPACE, *arguments, stdin=stdin)
+
+    def raddle(self, *arguments: str) -> Any:
+        """What `raddle ...` says in a scheduler's pod, decoded."""
+        pod = next(
+            pod["metadata"]["name"]
+            for pod in self.pods("app.kubernetes.io/component=scheduler")
+            if pod["spec"]["nodeName"] != self.lost and is_ready(pod)
+        )
+        command = ("exec", pod, "--", "raddle", *arguments, "--output", "json")
+        return json.loads(self.kubectl(*command))
+
+    # --- objects ---------------------------------------------------------------------------------
+
+    def pods(self, selector: str) -> list[Object]:
+        """Pods that are not on their way out."""
+        found = self.cluster.get("pods", "--namespace", NAMESPACE, "--selector", selector)["items"]
+        return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+
+    def nodes_of(self, selector: str) -> set[str]:
+        return {pod["spec"].get("nodeName", "") for pod in self.pods(selector)}
+
+    def rank_pods(self, role: str = "") -> list[Object]:
+        which = f",raddle.dev/role={role}" if role else ""
+        return self.pods(f"raddle.dev/job={JOB},app.kubernetes.io/component=rank{which}")
+
+    def own_pods(self) -> dict[str, str]:
+        """Uid -> name of the pods of Raddle itself."""
+        components = "scheduler,agent,operator,etcd"
+        pods = self.pods(f"app.kubernetes.io/component in ({components})")
+        return {pod["metadata"]["uid"]: pod["metadata"]["name"] for pod in pods}
+
+    def objects(self) -> set[str]:
+        """Everything in the cluster that lasts, by kind and name."""
+        kinds = self.cluster.kubectl("api-resources", "--verbs=list", "--output=name").split()
+        lasting = ",".join(kind for kind in kinds if kind not in _FLEETING)
+        return set(self.cluster.kubectl("get", lasting, "-A", "--output=name").split())
+
+    # --- the job ---------------------------------------------------------------------------------
+
+    def status(self) -> Object:
+        found = self.cluster.get("inferencejob", JOB, "--namespace", NAMESPACE)
+        status: Object = found.get("status") or {}
+        return status
+
+    def is_ready(self, epoch: int) -> bool:
+        """Do the conditions say that the job serves at this epoch or a later one?"""
+        status = self.status()
+        said = {row["type"]: row["status"] for row in status.get("conditions", ())}
+        wanted = {"Ready": "True", "Placed": "True", "Recovering": "False", "Queued": "False"}
+        return wanted.items() <= said.items() and status["liveEpoch"] >= epoch
+
+    def until_ready(self, epoch: int) -> None:
+        wait_until(lambda: self.is_ready(epoch), f"the job serves at epoch {epoch}", PATIENCE_S)
+
+    def listed_incident(self) -> str:
+        """The newest incident by the line that `kubectl get ij` prints; empty if there is none."""
+        found = re.findall(r"\bi-\d+\b", self.kubectl("get", "ij", JOB, "--no-headers"))
+        return found[-1] if found else ""
+
+    def next_incident(self, before: str) -> Shown:
+        """Wait until `kubectl get` and `kubectl describe` show another incident."""
+        incident = ""
+
+        def is_listed() -> bool:
+            nonlocal incident
+            incident = self.listed_incident()
+            return incident not in ("", before)
+
+        def is_described() -> bool:
+            text = self.kubectl("describe", "ij", JOB)
+            return re.search(rf"IncidentOpened .*\b{incident}\b", text) is not None
+
+        wait_until(is_listed, "kubectl get shows the incident")
+        listed = now()
+        wait_until(is_described, "kubectl describe shows the incident")
+        described = now()
+        opened = self.incident(incident)["create_time"]
+        return Shown(incident, datetime.fromisoformat(opened), listed, described)
+
+    def incident(self, incident: str) -> Object:
+        found: Object = self.raddle("incidents", incident)["incident"]
+        return found
+
+    def is_closed(self, incident: str) -> bool:
+        return bool(self.incident(incident)["phase"] == "INCIDENT_PHASE_CLOSED")
+
+    def signal_rank(self, role: str, number: signal.Signals) -> None:
+        """Signal the process of one rank in its pod, by the number that the machine knows it by."""
+        pod = next(pod for pod in self.rank_pods(role) if is_ready(pod))
+        pids = self.cluster.container_pids(NAMESPACE, pod["metadata"]["name"], "rank")
+        os.kill(pids[0], number)
+
+    # --- who leads -------------------------------------------------------------------------------
+
+    def leader(self) -> str:
+        """The pod of the scheduler that leads; empty while none does."""
+        try:
+            return str(self.raddle("version")["leader_identity"])
+        except CommandError:
+            return ""
+
+    def acting_operator(self) -> str:
+        """The pod of the operator that acts."""
+        lease = self.cluster.get("lease", "raddle-operator", "--namespace", NAMESPACE)
+        return str(lease["spec"].get("holderIdentity") or "")
+
+    def move_leader(self, node: str, *, here: bool) -> None:
+        """Delete the leading scheduler's pod until one on this Kubernetes node leads, or none."""
+
+        def moved() -> bool:
+            pod = self.leader()
+            if not pod:
+                return False
+            on_it = self._node_of(pod) == node
+            if on_it != here:
+                self.kubectl("delete", "pod", pod)
+            return on_it == here
+
+        wait_until(moved, f"the leader is {'' if here else 'not '}on {node}", PATIENCE_S)
+
+    def move_operator_from(self, node: str) -> None:
+        """Another operator acts if the one that does is on this Kubernetes node."""
+
+        def moved() -> bool:
+            pod = self.acting_operator()
+            if pod and self._node_of(pod) == node:
+                self.kubectl("delete", "pod", pod)
+                return False
+            return bool(pod)
+
+        wait_until(moved, f"no operator on {node} acts", PATIENCE_S)
+
+    def _node_of(self, pod: str) -> str:
+        found = self.cluster.get("pods", "--namespace", NAMESPACE)["items"]
+        return next(
+            (item["spec"].get("nodeName", "") for item in found if item["metadata"]["name"] == pod),
+            "",
+        )
+
+    # --- Kubernetes nodes ------------------------------------------------------------------------
+
+    def lose_node(self, node: str) -> None:
+        self.lost = node
+        self.cluster.kill_node(node)
+
+    def regain_node(self, node: str) -> None:
+        """Bring it back, and wait until every node of the machine reports."""
+        self.cluster.start_node(node)
+        self.lost = ""
+        wait_until(self._is_whole, "all nodes of the machine report", PATIENCE_S)
+
+    def _is_whole(self) -> bool:
+        try:
+            nodes = self.raddle("nodes")["nodes"]
+        except CommandError:
+            return False
+        return bool(nodes) and all(node["state"] == "READY" for node in nodes)
+
+
+def is_ready(pod: Object) -> bool:
+    said = {row["type"]: row["status"] for row in pod["status"].get("conditions", ())}
+    return said.get("Ready") == "True"
