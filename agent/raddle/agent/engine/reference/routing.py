@@ -73,9 +73,7 @@ class Routing:
         while True:
             address = self.leader or self._schedulers[at % len(self._schedulers)]
             at += 1
-            channel = make_channel(
-                address, identity=self._identity, tls=self._tls, follows=True
-            )
+            channel = make_channel(address, identity=self._identity, tls=self._tls, follows=True)
             try:
                 await self._follow(channel)
             except grpc.aio.AioRpcError as error:
