@@ -105,14 +105,23 @@ class Release:
         found = re.findall(r"\bi-\d+\b", self.kubectl("get", "ij", JOB, "--no-headers"))
         return found[-1] if found else ""
 
-    def next_incident(self, before: str) -> Shown:
-        """Wait until `kubectl get` and `kubectl describe` show another incident."""
+    def next_incident(self, killed: datetime) -> Shown:
+        """Wait until `kubectl get` and `kubectl describe` show an incident of after the kill."""
+        older = {""}
+        while True:
+            shown = self._shown(older)
+            if shown.opened >= killed:
+                return shown
+            older.add(shown.incident)
+
+    def _shown(self, older: set[str]) -> Shown:
+        """When the newest incident was shown; it is asked last, so that asking delays nothing."""
         incident = ""
 
         def is_listed() -> bool:
             nonlocal incident
             incident = self.listed_incident()
-            return incident not in ("", before)
+            return incident not in older
 
         def is_described() -> bool:
             text = self.kubectl("describe", "ij", JOB)
@@ -122,8 +131,8 @@ class Release:
         listed = now()
         wait_until(is_described, "kubectl describe shows the incident")
         described = now()
-        opened = self.incident(incident)["create_time"]
-        return Shown(incident, datetime.fromisoformat(opened), listed, described)
+        opened = datetime.fromisoformat(self.incident(incident)["create_time"])
+        return Shown(incident, opened, listed, described)
 
     def incident(self, incident: str) -> Object:
         found: Object = self.raddle("incidents", incident)["incident"]

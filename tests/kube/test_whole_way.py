@@ -76,10 +76,10 @@ def _ask(guide: Guide) -> None:
 
 def _is_shown(release: Release, kill: Callable[[], None]) -> None:
     """Kill something; what kubectl shows of it comes in time, and the job recovers."""
-    incident, epoch = release.listed_incident(), release.status()["epoch"]
+    epoch = release.status()["epoch"]
     killed = now()
     kill()
-    shown = release.next_incident(incident)
+    shown = release.next_incident(killed)
     _in_time(shown.opened, shown.listed, shown.described, killed)
     release.until_ready(epoch + 1)
     wait_until(lambda: release.is_closed(shown.incident), "the incident closes", PATIENCE_S)
