@@ -23,6 +23,7 @@ from raddle.model.errors import PermanentError
 from raddle.model.kv import BlockSpace, KvEventKind, KvTier
 from raddle.model.stats import KvEvent, RankStats
 from raddle.model.types import RankKey
+from raddle.store.ports import free_port
 
 SPACE = BlockSpace(model_digest="m")
 # vLLM 0.33: [1.5, [{"type": "BlockStored", ...}, {"type": "BlockRemoved", ...},
@@ -195,14 +196,16 @@ def test_sources_are_read_from_a_file(tmp_path: Path) -> None:
 class Publisher:
     """A PUB socket and a replay ROUTER as vLLM binds them, with a buffer of its last messages."""
 
-    def __init__(self, context: zmq.asyncio.Context, ports: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, context: zmq.asyncio.Context, ports: tuple[int, int] | None = None) -> None:
+        # Nobody else is given them while a test lets go of them and binds them again.
+        ports = ports or (free_port(), free_port())
         self._pub = context.socket(zmq.XPUB)
         self._router = context.socket(zmq.ROUTER)
         for socket in (self._pub, self._router):
             socket.setsockopt(zmq.LINGER, 0)
         self._pub.setsockopt(zmq.XPUB_VERBOSE, 1)
-        self._pub.bind(f"tcp://127.0.0.1:{ports[0] or '*'}")
-        self._router.bind(f"tcp://127.0.0.1:{ports[1] or '*'}")
+        self._pub.bind(f"tcp://127.0.0.1:{ports[0]}")
+        self._router.bind(f"tcp://127.0.0.1:{ports[1]}")
         self.endpoint = self._pub.getsockopt_string(zmq.LAST_ENDPOINT)
         self.replay_endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self.buffer: dict[int, bytes] = {}
