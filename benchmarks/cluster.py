@@ -51,8 +51,7 @@ class TimedCluster(LocalCluster):
 
     async def _run_agents(self, number: int, nodes: list[str]) -> None:
         name = f"agents-{number}"
-        log = self.folder / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log = self.log_of(name)
         command = [sys.executable, "-m", "benchmarks.timed_agents", "--nodes", ",".join(nodes)]
         command += ["--machine", self.machine, "--etcd", self.etcd_endpoints]
         with log.open("ab") as output:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tools.kubernetes import servers
+from tools.kubernetes import crds, servers
 from tools.kubernetes.authority import Authority
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster, CommandError, run_command
@@ -156,6 +156,11 @@ class ApiServer:
         process.kill()
         process.wait()
 
+    def make_namespace(self, name: str) -> None:
+        """With the account that a controller would make, and without which no Pod is taken."""
+        self.kubectl("create", "namespace", name)
+        self.kubectl("create", "serviceaccount", "default", "--namespace", name)
+
     def forget(self) -> None:
         """Compact all history and start the server anew: watches from before now get a 410."""
         etcdctl = [
@@ -197,3 +202,12 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def served_definitions(api_server: ApiServer) -> ApiServer:
+    """The API server with our definitions."""
+    api_server.kubectl("apply", "--server-side", "-f", str(crds.FOLDER))
+    names = [f"crd/{path.stem}.raddle.dev" for path in crds.FOLDER.glob("*.yaml")]
+    api_server.kubectl("wait", "--for=condition=Established", *names)
+    return api_server

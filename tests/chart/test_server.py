@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tools.kubernetes import crds
 
 from tests.chart.rendering import MATRIX, NAMESPACE, render
 from tests.kubernetes import ApiServer
@@ -59,18 +58,13 @@ CERTIFICATES: Rights = {
 
 
 @pytest.fixture(scope="module")
-def server(api_server: ApiServer) -> Iterator[ApiServer]:
+def server(served_definitions: ApiServer) -> Iterator[ApiServer]:
     """With our definitions, and the namespaces that the matrix names."""
-    api_server.kubectl("apply", "--server-side", "-f", str(crds.FOLDER))
-    kinds = [f"crd/{path.stem}.raddle.dev" for path in crds.FOLDER.glob("*.yaml")]
-    api_server.kubectl("wait", "--for=condition=Established", *kinds)
     for name in (NAMESPACE, "team-a"):
-        api_server.kubectl("create", "namespace", name)
-        # A controller would make it; without it no Pod is taken.
-        api_server.kubectl("create", "serviceaccount", "default", "--namespace", name)
-    yield api_server
+        served_definitions.make_namespace(name)
+    yield served_definitions
     for name in (NAMESPACE, "team-a"):
-        api_server.kubectl("delete", "namespace", name, "--wait=false")
+        served_definitions.kubectl("delete", "namespace", name, "--wait=false")
 
 
 def applied(server: ApiServer, documents: list[dict[str, Any]], *flags: str) -> str:

@@ -153,8 +153,7 @@ class Hosts(LocalCluster):
 
     def spawn(self, name: str, *command: str) -> Child:
         address = self.hosts.setdefault(name, self.network.address())
-        log = self.folder / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log = self.log_of(name)
         program = [sys.executable, "-m", *command, *self._flags(name, address)]
         script = f"mount --bind {self.folder}/hosts /etc/hosts; exec {shlex.join(program)}"
         process = self.network.start(address, script, log)

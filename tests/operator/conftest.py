@@ -19,7 +19,6 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from tools.kubernetes import crds
 
 from raddle.cli.cluster import LocalCluster
 from raddle.model.errors import Reason
@@ -58,9 +57,7 @@ class Stage:
     async def set_up(self) -> None:
         """Two Kubernetes nodes, which the agents that run already are on, and an operator."""
         for space in (self.space, self.jobs):
-            await self.kubectl("create", "namespace", space)
-            # A controller would make it; without it no Pod is taken.
-            await self.kubectl("create", "serviceaccount", "default", "-n", space)
+            await asyncio.to_thread(self.api.make_namespace, space)
         nodes = list(self.raddle.supernode.node_names())
         half = len(nodes) // 2
         flags = []
@@ -218,15 +215,6 @@ def _agents_with_pods(name: str) -> list[str]:
     if not name.startswith("agent"):
         return []
     return ["--drivers", "simulated,reference", "--ranks", "pods"]
-
-
-@pytest.fixture(scope="session")
-def served_definitions(api_server: ApiServer) -> ApiServer:
-    """The API server with our definitions."""
-    api_server.kubectl("apply", "--server-side", "-f", str(crds.FOLDER))
-    names = [f"crd/{path.stem}.raddle.dev" for path in crds.FOLDER.glob("*.yaml")]
-    api_server.kubectl("wait", "--for=condition=Established", *names)
-    return api_server
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -17,13 +17,10 @@ NAMESPACE = "definitions"
 
 
 @pytest.fixture(scope="module")
-def api(api_server: ApiServer) -> ApiServer:
+def api(served_definitions: ApiServer) -> ApiServer:
     """The API server with our definitions and a namespace of these tests."""
-    api_server.kubectl("apply", "--server-side", "-f", str(crds.FOLDER))
-    names = [f"crd/{path.stem}.raddle.dev" for path in crds.FOLDER.glob("*.yaml")]
-    api_server.kubectl("wait", "--for=condition=Established", *names)
-    api_server.kubectl("create", "namespace", NAMESPACE)
-    return api_server
+    served_definitions.make_namespace(NAMESPACE)
+    return served_definitions
 
 
 def resource(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 
 from raddle.processes import fork_server
 from raddle.processes.start import SERVER_VARIABLE, Command, ForkedProcess, Process, start
-from tests.support import eventually
+from tests.support import eventually, stopped
 
 MODULE = "tests.processes.program"
 
@@ -156,11 +156,9 @@ async def test_who_gave_up_gets_no_process(tmp_path: Path) -> None:
         server = parent_of(first.pid)
         await started.report()
         (tmp_path / "report").unlink()
-        os.kill(server, signal.SIGSTOP)
-        with request(path) as given_up:
+        with stopped(server), request(path) as given_up:
             line = {"module": MODULE, "arguments": [str(tmp_path / "report"), "0"]}
             given_up.sendall(json.dumps(line).encode() + b"\n")
-        os.kill(server, signal.SIGCONT)
         assert started.run("4").wait(20.0) == 4
         assert (await started.report())["pid"] != 0
         assert children_of(server) == [first.pid]
@@ -173,11 +171,11 @@ async def test_a_process_is_forked_or_not_but_never_twice(tmp_path: Path) -> Non
         started = Started(tmp_path, dict(os.environ) | {SERVER_VARIABLE: path})
         first = started.run("wait")
         server = parent_of(first.pid)
-        os.kill(server, signal.SIGSTOP)
-        asking = asyncio.create_task(asyncio.to_thread(started.run, "0"))
-        queue = Path("/proc/net/unix")
-        await eventually(lambda: queue.read_text().count(path) > 2, "the request is in the queue")
-        os.kill(server, signal.SIGKILL)
+        with stopped(server):
+            asking = asyncio.create_task(asyncio.to_thread(started.run, "0"))
+            queue = Path("/proc/net/unix")
+            await eventually(lambda: queue.read_text().count(path) > 2, "the request is queued")
+            os.kill(server, signal.SIGKILL)
         with pytest.raises(OSError, match=r"forked|reset"):
             await asking
     first.kill()

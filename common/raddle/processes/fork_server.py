@@ -9,7 +9,6 @@ is as good as new.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import importlib
 import json
@@ -25,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -237,7 +236,7 @@ def _redirect(log: str) -> None:
 def main() -> None:
     """Entry point."""
     path, *modules = sys.argv[1:]
-    with contextlib.redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):
         for module in modules:
             importlib.import_module(module)
     # Pages that the collector does not touch stay shared with the children.

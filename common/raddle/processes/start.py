@@ -116,7 +116,7 @@ def _fork(command: Command, connection: socket.socket) -> ForkedProcess:
         answers = connection.makefile("rb")
     with contextlib.ExitStack() as unless_started:
         unless_started.callback(answers.close)
-        answer = read_answer(answers) or {"error": "it ended"}
+        answer = _read_answer(answers) or {"error": "it ended"}
         if "error" in answer:
             raise ChildProcessError(f"no {command.module} was forked: {answer['error']}")
         process = ForkedProcess(answers, int(answer["pid"]))
@@ -124,7 +124,7 @@ def _fork(command: Command, connection: socket.socket) -> ForkedProcess:
     return process
 
 
-def read_answer(answers: BinaryIO) -> dict[str, Any] | None:
+def _read_answer(answers: BinaryIO) -> dict[str, Any] | None:
     """The next of a server's answers; None at the end."""
     line = answers.readline()
     if not line:
@@ -181,7 +181,7 @@ class ForkedProcess:
     def _read_code(self) -> int:
         """The server has it as the parent; -1 if the server is gone."""
         try:
-            answer = read_answer(self._answers)
+            answer = _read_answer(self._answers)
         except OSError:
             return -1
         return int(answer["code"]) if answer is not None else -1

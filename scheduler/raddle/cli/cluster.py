@@ -90,10 +90,15 @@ class LocalCluster:
         assert self._channel is not None, "the cluster is not started"
         return scheduler_pb2_grpc.SchedulerStub(self._channel)
 
+    def log_of(self, name: str) -> Path:
+        """The log of one process; its folder is there."""
+        folder = self.folder / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.log"
+
     def spawn(self, name: str, *command: str) -> Child:
         """Start one of our daemons with its log in the cluster's folder."""
-        log = self.folder / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log = self.log_of(name)
         module, *arguments = [*command, *self.more_flags(name)]
         process = start(Command(module, tuple(arguments), log, self._environment))
         self.children[name] = Child(name, process, log)
@@ -121,11 +126,10 @@ class LocalCluster:
         await self._wait_nodes()
 
     def _start_fork_server(self) -> None:
-        log = self.folder / "logs" / "fork-server.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         modules = (_SCHEDULER, _AGENT, _FRONT_DOOR, _RANK)
+        running = fork_server.running(modules, self.log_of("fork-server"))
         try:
-            server = self._at_end.enter_context(fork_server.running(modules, log))
+            server = self._at_end.enter_context(running)
         except OSError as error:
             raise TemporaryError(Reason.ENGINE_FAILED, str(error)) from error
         self._environment[SERVER_VARIABLE] = server

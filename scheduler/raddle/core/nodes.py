@@ -70,8 +70,8 @@ class NodeTracker:
         for name, node in other.nodes.items():
             if node.has_stream:
                 self.stream_opened(name)
-            mine = self.node(name)
-            if node.state is NodeState.UNKNOWN and mine.state is NodeState.SUSPECT:
+            if node.state is NodeState.UNKNOWN and self.node(name).state is NodeState.SUSPECT:
+                mine = self.node(name)
                 mine.silent_since_s = node.silent_since_s
                 mine.stormed, mine.spared_until_s = node.stormed, node.spared_until_s
                 self._set(mine, NodeState.UNKNOWN, node.why.reason, node.why.message)
@@ -221,10 +221,12 @@ class NodeTracker:
 
     def _wake_unknown(self, now: float) -> float | None:
         unknown = self._unknown()
-        self._mark_storm(unknown, now)
         if len(unknown) > self.storm_nodes_max:
             # However long: a second witness speaks, or nodes come back.
+            for node in unknown:
+                node.stormed = True
             return now + STORM_WINDOW_S
+        self._spare_last(unknown, now)
         waiting = [node for node in unknown if not node.probing]
         if not waiting:
             return None
@@ -241,16 +243,14 @@ class NodeTracker:
                 self._to_probe[node.name] = None
         return min(later, default=None)
 
-    def _mark_storm(self, unknown: list[Node], now: float) -> None:
+    def _spare_last(self, unknown: list[Node], now: float) -> None:
         """Nodes come back from a storm one by one: the last of them are not the dead ones.
 
         They are spared for a window from the first moment at which they are few, and only once:
         others that come and go do not put a dead node's end off.
         """
         for node in unknown:
-            if len(unknown) > self.storm_nodes_max:
-                node.stormed = True
-            elif node.stormed and not node.spared_until_s:
+            if node.stormed and not node.spared_until_s:
                 node.spared_until_s = now + STORM_WINDOW_S
 
     def take_changed(self) -> list[str]:

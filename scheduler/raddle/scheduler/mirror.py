@@ -137,14 +137,14 @@ class Mirror:
         except PermanentError as error:
             self._set_aside(key, error)
             return
-        self._is_readable(key)
+        self._clear_trouble(key)
         self._values[key] = value
         self._tell(key, value, change.mod_revision)
 
     def _drop(self, key: str, revision: int) -> None:
         self._revisions.pop(key, None)
         self._leases.pop(key, None)
-        self._is_readable(key)
+        self._clear_trouble(key)
         if self._refreshes:
             # The list under way may be of before.
             self._gone[key] = revision
@@ -157,10 +157,10 @@ class Mirror:
         where = self.too_new if newer else self.set_aside
         if key not in where:
             log.error("record set aside", key=key, reason=error.reason, why=error.message)
-        self._is_readable(key)
+        self._clear_trouble(key)
         where[key] = error.message
 
-    def _is_readable(self, key: str) -> None:
+    def _clear_trouble(self, key: str) -> None:
         """Nothing of it is set aside (any more)."""
         self.set_aside.pop(key, None)
         self.too_new.pop(key, None)
@@ -168,7 +168,7 @@ class Mirror:
     def apply_own(self, writes: tuple[Write, ...], revision: int) -> None:
         """Our own commit succeeded at this revision: no need to wait for its echo."""
         for write in writes:
-            self._is_readable(write.key)
+            self._clear_trouble(write.key)
             if write.value is None:
                 self._revisions.pop(write.key, None)
                 self._values.pop(write.key, None)
