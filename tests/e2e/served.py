@@ -123,7 +123,14 @@ class Served:
         ]
 
     async def kill_decode_rank(self) -> None:
-        os.kill((await self.decode_ranks())[0][1], signal.SIGKILL)
+        """SIGKILL the rank of the running sequence with the most tokens to come, else the first."""
+        processes = {name: process for _, process, name in await self.decode_ranks()}
+        to_come = dict.fromkeys(processes, 0)
+        for number, name in self.answers.served_by.items():
+            if name in processes:
+                left = len(self.expected.tokens[number]) - len(self.answers.tokens[number])
+                to_come[name] = max(to_come[name], left)
+        os.kill(processes[max(to_come, key=to_come.__getitem__)], signal.SIGKILL)
 
     async def leader_number(self) -> int:
         """Which of the cluster's schedulers leads."""

@@ -16,9 +16,10 @@ REQUEST_TIMEOUT_S = 90.0
 
 @dataclass(slots=True)
 class Answers:
-    """Tokens of each request, and why a request did not finish."""
+    """Tokens of each request, the process that decodes it, and why a request did not finish."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    served_by: dict[int, str] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     finished: int = 0
 
@@ -40,6 +41,7 @@ async def send_all(
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     async for event in stream_events(address, request):
                         answers.tokens[number] += event["choices"][0]["tokens"]
+                        answers.served_by[number] = event["served_by"]
                 if len(answers.tokens[number]) == request.output_tokens:
                     answers.finished += 1
                 else:
