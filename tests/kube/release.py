@@ -15,6 +15,7 @@ from tools.kubernetes.cluster import Cluster, CommandError
 
 NAMESPACE = "raddle"
 JOB = "small"
+SCHEDULERS = "app.kubernetes.io/component=scheduler"
 #: On two cores that everything shares.
 PATIENCE_S = 300.0
 #: Kinds that come and go by themselves.
@@ -36,33 +37,59 @@ class Shown:
     described: datetime
 
 
-class Release:
-    """The release `raddle` with the job `small` on a cluster."""
+class Installation:
+    """What stands in a namespace after `helm install`."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
         self.cluster = cluster
+        self.namespace = namespace
         #: The Kubernetes node that is lost now.
         self.lost = ""
 
     def kubectl(self, *arguments: str, stdin: str = "") -> str:
-        return self.cluster.kubectl("--namespace", NAMESPACE, *arguments, stdin=stdin)
+        return self.cluster.kubectl("--namespace", self.namespace, *arguments, stdin=stdin)
 
-    def raddle(self, *arguments: str) -> Any:
-        """What `raddle ...` says in a scheduler's pod, decoded."""
-        pod = next(
+    def raddle(self, *arguments: str, stdin: str = "") -> Any:
+        """What `raddle ...` says in a scheduler's pod, decoded.
+
+        Raises:
+            CommandError: no scheduler is ready, or the command failed.
+        """
+        ready = [
             pod["metadata"]["name"]
-            for pod in self.pods("app.kubernetes.io/component=scheduler")
-            if pod["spec"]["nodeName"] != self.lost and is_ready(pod)
-        )
-        command = ("exec", pod, "--", "raddle", *arguments, "--output", "json")
-        return json.loads(self.kubectl(*command))
-
-    # --- objects ---------------------------------------------------------------------------------
+            for pod in self.pods(SCHEDULERS)
+            if pod["spec"].get("nodeName") != self.lost and is_ready(pod)
+        ]
+        if not ready:
+            raise CommandError("no scheduler is ready")
+        command = ("exec", "-i", ready[0], "--", "raddle", *arguments, "--output", "json")
+        return json.loads(self.kubectl(*command, stdin=stdin))
 
     def pods(self, selector: str) -> list[Object]:
         """Pods that are not on their way out."""
-        found = self.cluster.get("pods", "--namespace", NAMESPACE, "--selector", selector)["items"]
+        command = ("pods", "--namespace", self.namespace, "--selector", selector)
+        found = self.cluster.get(*command)["items"]
         return [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
+
+    def leader(self) -> str:
+        """The pod of the scheduler that leads; empty while none does."""
+        try:
+            return str(self.raddle("version")["leader_identity"])
+        except CommandError:
+            return ""
+
+    def incident(self, incident: str) -> Object:
+        found: Object = self.raddle("incidents", incident)["incident"]
+        return found
+
+
+class Release(Installation):
+    """The release `raddle` with the job `small` on a cluster."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster, NAMESPACE)
+
+    # --- objects ---------------------------------------------------------------------------------
 
     def nodes_of(self, selector: str) -> set[str]:
         return {pod["spec"].get("nodeName", "") for pod in self.pods(selector)}
@@ -134,10 +161,6 @@ class Release:
         opened = datetime.fromisoformat(self.incident(incident)["create_time"])
         return Shown(incident, opened, listed, described)
 
-    def incident(self, incident: str) -> Object:
-        found: Object = self.raddle("incidents", incident)["incident"]
-        return found
-
     def is_closed(self, incident: str) -> bool:
         return bool(self.incident(incident)["phase"] == "INCIDENT_PHASE_CLOSED")
 
@@ -149,17 +172,23 @@ class Release:
 
     # --- who leads -------------------------------------------------------------------------------
 
-    def leader(self) -> str:
-        """The pod of the scheduler that leads; empty while none does."""
-        try:
-            return str(self.raddle("version")["leader_identity"])
-        except CommandError:
-            return ""
-
     def acting_operator(self) -> str:
         """The pod of the operator that acts."""
         lease = self.cluster.get("lease", "raddle-operator", "--namespace", NAMESPACE)
         return str(lease["spec"].get("holderIdentity") or "")
+
+    def evict(self, pod: str) -> None:
+        """As `kubectl drain` does it.
+
+        Raises:
+            CommandError: a budget forbids it now.
+        """
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}/eviction"
+        self.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
+
+    def schedulers_are_ready(self, count: int) -> bool:
+        return [is_ready(pod) for pod in self.pods(SCHEDULERS)] == [True] * count
 
     def move_leader(self, node: str, *, here: bool) -> None:
         """Delete the leading scheduler's pod until one on this Kubernetes node leads, or none."""

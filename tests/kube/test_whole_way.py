@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from tools.kubernetes.box import wait_until
-from tools.kubernetes.cluster import Cluster
+from tools.kubernetes.cluster import Cluster, CommandError
 
 from raddle import traces
 from tests.kube.guide import Guide
 from tests.kube.known_tokens import known_tokens
 from tests.kube.load import Load
-from tests.kube.release import JOB, NAMESPACE, PATIENCE_S, Release, now
+from tests.kube.release import JOB, NAMESPACE, PATIENCE_S, SCHEDULERS, Release, now
 from tests.support import ROOT
 
 #: What the guide and the NOTES promise of an incident.
@@ -47,6 +47,7 @@ def test_the_whole_way(cluster: Cluster, tmp_path: Path) -> None:
         load.settle()
         _a_deleted_pod(guide, release)
         load.settle()
+        _evicted_schedulers(release)
         _a_lost_node(release, load, leads=False)
         _a_lost_node(release, load, leads=True)
         _all_of_raddle_restarts(release)
@@ -107,6 +108,17 @@ def _a_deleted_pod(guide: Guide, release: Release) -> None:
     epoch = release.status()["epoch"]
     guide.follow("Kill a rank")
     release.until_ready(epoch + 1)
+
+
+def _evicted_schedulers(release: Release) -> None:
+    """The budget lets one of the schedulers go, the next one when there are three again."""
+    first, second, _ = (pod["metadata"]["name"] for pod in release.pods(SCHEDULERS))
+    release.evict(first)
+    with pytest.raises(CommandError, match="disruption budget"):
+        release.evict(second)
+    wait_until(lambda: release.schedulers_are_ready(3), "three schedulers are ready", PATIENCE_S)
+    release.evict(second)
+    wait_until(lambda: release.schedulers_are_ready(3), "three schedulers are ready", PATIENCE_S)
 
 
 def _a_lost_node(release: Release, load: Load, *, leads: bool) -> None:

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from raddle.etcd.v1 import rpc_pb2
 from raddle.store.embedded import EmbeddedEtcd, EtcdBinary
 from raddle.store.etcd import connection as etcd_connection
-from raddle.store.etcd.connection import Connection, EtcdTls
+from raddle.store.etcd.connection import Connection
 from raddle.store.etcd.store import EtcdStore
 from tests.certificates import Authority
 from tests.support import (
@@ -68,14 +68,15 @@ async def test_a_member_that_comes_back_is_tried_every_second(
 async def test_a_member_that_failed_is_connected_with_renewed_certificates(tmp_path: Path) -> None:
     """A channel stays while its certificates do; after a renewal the next connection has them."""
     made = Authority(tmp_path).issue("scheduler")
-    connection = Connection(["a:1"], EtcdTls(made.ca, made.certificate, made.key))
+    connection = Connection(["a:1"], made)
     first = connection.channel("a:1")
     connection.failed("a:1")
     assert connection.channel("a:1") is first
     Authority(tmp_path).issue("scheduler")
     connection.failed("a:1")
     assert connection.channel("a:1") is not first
-    made.key.unlink()
+    half = Authority(tmp_path / "another").issue("scheduler")
+    made.key.write_bytes(half.key.read_bytes())
     with capture_logs() as logs:
         connection.failed("a:1")
     assert [line["event"] for line in logs] == ["the old certificates stay"]

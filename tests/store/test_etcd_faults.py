@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from raddle.etcd.v1 import rpc_pb2
 from raddle.model.errors import RaddleError, Reason
 from raddle.store.embedded import EmbeddedEtcd
-from raddle.store.etcd.connection import EtcdTls, send
+from raddle.store.etcd.connection import send
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.follow import follow
 from raddle.store.protocol import Changes, Delete, Put, Snapshot, Transaction
@@ -154,20 +155,16 @@ async def test_the_store_over_tls_knows_its_clients(tmp_path: Path) -> None:
     authority.issue("etcd")
     authority.issue("scheduler")
     foreign = Authority(tmp_path / "foreign").issue("scheduler")
-    ca = authority.folder / "ca.crt"
-    pair = authority.files("etcd")
-    own = EtcdTls(pair.ca, pair.certificate, pair.key)
+    own, good = authority.files("etcd"), authority.files("scheduler")
     server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd(), tls=own)
     await server.start()
-    ours = authority.files("scheduler")
-    good = EtcdTls(ours.ca, ours.certificate, ours.key)
     store = EtcdStore([server.endpoint], "t", operation_key="operations/a", tls=good)
     result = await store.commit(put("k", b"1"), timeout_s=5.0)
     assert result.succeeded
     async for changes in store.watch("k", from_revision=result.revision):
         assert changes.changes[0].key == "k"
         break
-    for tls in (None, EtcdTls(ca), EtcdTls(ca, foreign.certificate, foreign.key)):
+    for tls in (None, replace(foreign, ca=good.ca)):
         stranger = EtcdStore([server.endpoint], "t", operation_key="operations/b", tls=tls)
         with pytest.raises(RaddleError) as caught:
             await stranger.connection.server_version(timeout_s=0.7)

@@ -15,7 +15,6 @@ from raddle.etcd.v1 import rpc_pb2 as rpc
 from raddle.model.errors import PermanentError, Reason
 from raddle.store.embedded import EmbeddedEtcd
 from raddle.store.etcd import watch as etcd_watch
-from raddle.store.etcd.connection import EtcdTls
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.protocol import Change, Changes, Put, Transaction
 from tests.certificates import Authority
@@ -145,7 +144,7 @@ async def test_a_watch_leaves_a_member_that_gives_no_sign_of_life(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stream that is open and silent is asked once, then given up for another."""
-    monkeypatch.setattr(etcd_watch, "SILENCE_S", 0.2)
+    monkeypatch.setattr(etcd_watch, "SILENCE_S", 0.6)
     asked = []
 
     async def falls_silent(stream: Stream) -> None:
@@ -257,18 +256,17 @@ async def test_a_user_without_permission_is_refused(tmp_path: Path) -> None:
     """Where etcd knows its users by certificates, a watch outside their keys ends with a reason."""
     authority = Authority(tmp_path / "certificates")
     made = {name: authority.issue(name) for name in ("etcd", "root", "scheduler", "stranger")}
-    tls = {name: EtcdTls(f.ca, f.certificate, f.key) for name, f in made.items()}
-    server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd(), tls=tls["etcd"])
+    server = EmbeddedEtcd(tmp_path / "etcd", binary=built_etcd(), tls=made["etcd"])
     await server.start()
     root = made["root"]
     enable_users(server, [f"--cacert={root.ca}", f"--cert={root.certificate}", f"--key={root.key}"])
-    store = EtcdStore([server.endpoint], "t", operation_key="operations/a", tls=tls["scheduler"])
+    store = EtcdStore([server.endpoint], "t", operation_key="operations/a", tls=made["scheduler"])
     assert (await store.commit(Transaction(writes=(Put("k", b""),)))).succeeded
     assert await store.server_version()
     await store.close()
     for user, cluster in (("scheduler", "other"), ("stranger", "t")):
         await is_refused(
-            EtcdStore([server.endpoint], cluster, operation_key="operations/a", tls=tls[user])
+            EtcdStore([server.endpoint], cluster, operation_key="operations/a", tls=made[user])
         )
     await end(server)
 

@@ -35,12 +35,11 @@ from raddle.model import keys
 from raddle.model.errors import PermanentError, RaddleError, Reason
 from raddle.model.stats import RankStats
 from raddle.model.topology import SuperNode
-from raddle.store.etcd.connection import EtcdTls
 from raddle.store.etcd.store import EtcdStore
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.metrics import serve_metrics, turning
 from raddle.telemetry.settings import load_settings, require, setting
-from raddle.telemetry.tls import require_safe_listen, tls_files
+from raddle.telemetry.tls import TlsFiles, require_safe_listen, tls_files
 
 if TYPE_CHECKING:
     from raddle.agent.engine.kv_events.subscriber import KvSubscriber
@@ -131,10 +130,9 @@ def check(settings: Settings) -> SuperNode:
     return supernode
 
 
-def _etcd_tls(settings: Settings) -> EtcdTls | None:
+def _etcd_tls(settings: Settings) -> TlsFiles | None:
     names = (settings.etcd_ca, settings.etcd_certificate, settings.etcd_key)
-    files = tls_files(*names, prefix="--etcd-")
-    return EtcdTls(files.ca, files.certificate, files.key) if files else None
+    return tls_files(*names, prefix="--etcd-")
 
 
 class AgentProcess:

@@ -22,8 +22,9 @@ from pathlib import Path
 import structlog
 
 from raddle.model.errors import PermanentError, Reason
-from raddle.store.etcd.connection import SERVER_VERSION_MIN, EtcdTls
+from raddle.store.etcd.connection import SERVER_VERSION_MIN
 from raddle.store.ports import free_port
+from raddle.telemetry.tls import TlsFiles
 
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
@@ -112,7 +113,7 @@ class EmbeddedEtcd:
         client_port: int | None = None,
         election_ms: int = 100,
         quota_bytes: int = QUOTA_BYTES,
-        tls: EtcdTls | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self.binary = binary or find_etcd()
         self.folder = data_folder

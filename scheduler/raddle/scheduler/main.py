@@ -36,7 +36,6 @@ from raddle.scheduler.router_service import RouterService
 from raddle.scheduler.scheduler_service import SchedulerService
 from raddle.scheduler.watches import Watches
 from raddle.store.election import Election, Probe, Term
-from raddle.store.etcd.connection import EtcdTls
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.protocol import Record
 from raddle.telemetry.channels import OPTIONS, make_channel
@@ -79,9 +78,8 @@ class Settings:
     etcd_key: str = setting("", "our key for etcd (PEM)")
 
 
-def etcd_tls(ca: str, certificate: str, key: str) -> EtcdTls | None:
-    files = tls_files(ca, certificate, key, prefix="--etcd-")
-    return EtcdTls(files.ca, files.certificate, files.key) if files else None
+def etcd_tls(ca: str, certificate: str, key: str) -> TlsFiles | None:
+    return tls_files(ca, certificate, key, prefix="--etcd-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class Files:
     """What the settings' files hold."""
 
     tls: TlsFiles | None
-    etcd_tls: EtcdTls | None
+    etcd_tls: TlsFiles | None
     policy: Policy
 
 

@@ -10,8 +10,6 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -20,6 +18,7 @@ from google.protobuf.message import Message
 
 from raddle.etcd.v1 import rpc_pb2 as rpc
 from raddle.model.errors import Reason, TemporaryError
+from raddle.telemetry.tls import Pems, TlsFiles
 
 ATTEMPT_TIMEOUT_S = 1.0
 PENALTY_S = 1.0
@@ -46,25 +45,7 @@ _MEMBER_FAILED = (
 # Refusals in etcd's words: one comes without a code of its own, a watch's come without any code.
 _REFUSALS = ("permission denied", "user name is empty", "invalid auth token")
 T = TypeVar("T", bound=Message)
-Pems = tuple[bytes, bytes | None, bytes | None]
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class EtcdTls:
-    """Files for TLS to etcd; certificate and key name the client (its CN is etcd's user)."""
-
-    ca: Path
-    certificate: Path | None = None
-    key: Path | None = None
-
-    def read(self) -> Pems:
-        """CA, key and certificate as they are now; somebody else may renew them at any time."""
-        return (
-            self.ca.read_bytes(),
-            self.key.read_bytes() if self.key else None,
-            self.certificate.read_bytes() if self.certificate else None,
-        )
 
 
 class StoreCallError(Exception):
@@ -94,7 +75,7 @@ def is_refusal(message: str) -> bool:
 class Connection:
     """One channel to each member, sticky to the one that answers."""
 
-    def __init__(self, endpoints: Sequence[str], tls: EtcdTls | None = None) -> None:
+    def __init__(self, endpoints: Sequence[str], tls: TlsFiles | None = None) -> None:
         if not endpoints:
             raise ValueError("at least one etcd endpoint is needed")
         # Every client prefers another member, so that one does not carry all of them.
@@ -118,9 +99,8 @@ class Connection:
             if self._tls is None:
                 made = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
             else:
-                if endpoint not in self._shown:
-                    self._shown[endpoint] = self._tls.read()
-                credentials = grpc.ssl_channel_credentials(*self._shown[endpoint])
+                pems = self._shown[endpoint] = self._tls.newest()
+                credentials = pems.channel_credentials()
                 made = grpc.aio.secure_channel(endpoint, credentials, options=_OPTIONS)
             self._channels[endpoint] = made
         return self._channels[endpoint]
@@ -140,13 +120,7 @@ class Connection:
         """Leave a member's channel if its certificates were renewed since it was made."""
         if self._tls is None or endpoint not in self._channels:
             return
-        try:
-            found = self._tls.read()
-        except OSError as error:
-            log.warning("the old certificates stay", why=str(error))
-            return
-        if found != self._shown[endpoint]:
-            self._shown[endpoint] = found
+        if self._tls.newest() != self._shown[endpoint]:
             self._left.append(self._channels.pop(endpoint))
             self._stubs = {key: stub for key, stub in self._stubs.items() if key[0] != endpoint}
 

@@ -19,7 +19,6 @@ from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryEr
 from raddle.store.etcd.connection import (
     ATTEMPT_TIMEOUT_S,
     Connection,
-    EtcdTls,
     StoreCallError,
     unavailable,
 )
@@ -34,6 +33,7 @@ from raddle.store.protocol import (
     Transaction,
     check_limits,
 )
+from raddle.telemetry.tls import TlsFiles
 
 _PAGE = 1_000
 _RANGE = "/etcdserverpb.KV/Range"
@@ -49,7 +49,7 @@ class EtcdStore:
         cluster: str,
         *,
         operation_key: str,
-        tls: EtcdTls | None = None,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._prefix = f"/raddle/{cluster}/"
         self._operation_key = self._key(operation_key)

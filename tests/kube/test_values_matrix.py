@@ -1,0 +1,164 @@
+"""Values installed together: an etcd of one's own over TLS, no operator, two pools of agents."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tools.kubernetes.box import wait_until
+from tools.kubernetes.cluster import Cluster, CommandError
+from tools.kubernetes.images import version
+
+from raddle.cli.certificates.authority import Authority, Wanted
+from tests.e2e.served import JOB
+from tests.kube.release import PATIENCE_S, Installation, Object
+from tests.support import ROOT, stopped
+
+CLOSED = "INCIDENT_PHASE_CLOSED"
+#: Of a CloudMatrix384, which has more nodes than these.
+NODES = {"n1": ["sn0/n00", "sn0/n01"], "n2": ["sn0/n02"], "n3": ["sn0/n03"]}
+POOLS = {"n1": "one", "n2": "other", "n3": "other"}
+
+
+class Site(Installation):
+    """A release `site` in a namespace of the test's own."""
+
+    def apply(self, *items: Object) -> None:
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
+        self.kubectl("apply", "-f", "-", stdin=text)
+
+    def job(self) -> Object:
+        found: Object = self.raddle("status", "small")["job"]
+        return found
+
+    def phases(self) -> list[str]:
+        """Where each incident stands; empty while nobody can say it."""
+        try:
+            return [row["phase"] for row in self.raddle("incidents")["incidents"]]
+        except CommandError:
+            return []
+
+    def is_recovered(self) -> bool:
+        """Does the job serve at a later epoch than its first, with every incident closed?"""
+        if set(self.phases()) != {CLOSED}:
+            return False
+        job = self.job()
+        return bool(job["state"] == "JOB_STATE_READY" and int(job["epoch"]) >= 2)
+
+    def rank_processes(self, role: str) -> list[int]:
+        """Ranks of a role among the processes of the agents' containers."""
+        return [
+            pid
+            for pod in self.pods("app.kubernetes.io/component=agent")
+            for pid in self.cluster.container_pids(self.namespace, pod["metadata"]["name"], "agent")
+            if f"/{role}-" in _command(pid)
+        ]
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+
+
+@pytest.fixture
+def site(cluster: Cluster, namespace: str) -> Iterator[Site]:
+    """An etcd over TLS, and a release on it whose agents are in two pools."""
+    made = Site(cluster, namespace)
+    for node, pool in POOLS.items():
+        cluster.kubectl("label", "node", node, f"pool={pool}")
+    _start_etcd(made)
+    chart, where = str(ROOT / "charts" / "raddle"), ("--namespace", namespace)
+    values = json.dumps(_values(namespace))
+    cluster.helm(
+        "install", "site", chart, *where, "-f", "-", "--wait", "--timeout=5m", stdin=values
+    )
+    yield made
+    cluster.helm("uninstall", "site", *where, "--wait")
+    for node in POOLS:
+        cluster.kubectl("label", "node", node, "pool-")
+
+
+def _values(namespace: str) -> Object:
+    pools = [{"name": pool, "nodeSelector": {"pool": pool}} for pool in sorted({*POOLS.values()})]
+    external = {"endpoints": [f"our-etcd.{namespace}.svc:2379"], "tlsSecret": "our-etcd"}
+    return {
+        # The definitions would be this release's, and others could not bring theirs.
+        "crds": {"enabled": False},
+        "etcd": {"enabled": False, "external": external},
+        "operator": {"enabled": False},
+        "agent": {"nodes": NODES, "pools": pools},
+    }
+
+
+def _start_etcd(site: Site) -> None:
+    """One member, whose authority is not Raddle's own."""
+    host, now = f"our-etcd.{site.namespace}.svc", dt.datetime.now(dt.UTC)
+    authority = Authority.create(now)
+    pair = authority.issue(Wanted("etcd", (host,)), now, now + dt.timedelta(days=1))
+    files = {
+        "ca.crt": authority.pair().certificate.decode(),
+        "tls.crt": pair.certificate.decode(),
+        "tls.key": pair.key.decode(),
+    }
+    labels = {"app": "our-etcd"}
+    flags = {
+        "listen-client-urls": "https://0.0.0.0:2379",
+        "advertise-client-urls": f"https://{host}:2379",
+        "data-dir": "/data/etcd",
+        "cert-file": "/tls/tls.crt",
+        "key-file": "/tls/tls.key",
+        "trusted-ca-file": "/tls/ca.crt",
+        "client-cert-auth": "true",
+    }
+    mounts = [{"name": "tls", "mountPath": "/tls"}, {"name": "data", "mountPath": "/data"}]
+    container = {
+        "name": "etcd",
+        "image": f"localhost/raddle-etcd:{version()}",
+        "command": ["etcd", *(f"--{name}={value}" for name, value in flags.items())],
+        "readinessProbe": {"tcpSocket": {"port": 2379}, "periodSeconds": 1},
+        "volumeMounts": mounts,
+    }
+    volumes = [
+        {"name": "tls", "secret": {"secretName": "our-etcd"}},
+        {"name": "data", "emptyDir": {}},
+    ]
+    security = {"fsGroup": 65532}
+    metadata = {"name": "our-etcd", "labels": labels}
+    site.apply(
+        {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": files},
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata,
+            "spec": {"selector": labels, "ports": [{"port": 2379}]},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": metadata,
+            "spec": {"containers": [container], "volumes": volumes, "securityContext": security},
+        },
+    )
+    site.kubectl("wait", "--for=condition=Ready", "--timeout=60s", "pod/our-etcd")
+
+
+def test_a_job_recovers_though_the_leaders_pod_is_deleted_meanwhile(site: Site) -> None:
+    """Ranks are processes of the agents; the next leader goes on with what the last one began."""
+    agents = site.pods("app.kubernetes.io/component=agent")
+    pools = {
+        pod["spec"]["nodeName"]: pod["metadata"]["labels"]["raddle.dev/pool"] for pod in agents
+    }
+    assert pools == POOLS
+    site.raddle("submit", "/dev/stdin", "--wait", stdin=JOB)
+    leader, (killed, silent, *_) = site.leader(), site.rank_processes("decode")
+    with stopped(silent):
+        # The recovery waits for the word of the silent rank.
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: bool(set(site.phases()) - {CLOSED}), "the recovery begins")
+        site.kubectl("delete", "pod", leader, "--grace-period=0", "--force")
+    wait_until(site.is_recovered, "the job recovers", PATIENCE_S)
+    assert site.leader() != leader
