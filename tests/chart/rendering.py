@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+from tools.kubernetes.machine import built
 
+from tests.kubernetes import demand
 from tests.support import ROOT
 
 CHART = ROOT / "charts" / "raddle"
@@ -107,13 +107,12 @@ MATRIX: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def helm() -> str:
-    """The program of `make kube-tools`, or the one on PATH; without either the test is skipped."""
-    cache_folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    built = sorted((Path(cache_folder) / "raddle" / "kube-tools").glob("*/helm"))
-    found = str(built[-1]) if built else shutil.which("helm")
-    if found is None:
-        pytest.skip("helm is neither built (make kube-tools) nor on PATH")
+    """The one that `make kube-tools` builds, else the machine's."""
+    ours = built("kubernetes") / "helm"
+    found = str(ours) if ours.exists() else shutil.which("helm") or ""
+    demand([] if found else ["helm is neither built (`make kube-tools`) nor on PATH."])
     return found
 
 

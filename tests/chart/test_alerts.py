@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import pytest
 import yaml
 
 from raddle.agent.metrics import Metrics as AgentMetrics
@@ -23,6 +22,7 @@ from raddle.scheduler.metrics import Metrics
 from raddle.store.embedded import EmbeddedEtcd
 from raddle.store.ports import free_port
 from tests.chart.rendering import CHART, NAMESPACE, PROMETHEUS, one, render
+from tests.kubernetes import demand
 from tests.support import built_etcd
 
 _METRIC = re.compile(r"\b(?:raddle|etcd)_[a-z0-9_]+")
@@ -35,9 +35,8 @@ def rules() -> list[dict[str, Any]]:
 
 
 def promtool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("promtool")
-    if program is None:
-        pytest.skip("promtool (Debian: apt-get install prometheus) is not on PATH")
+    program = shutil.which("promtool") or ""
+    demand([] if program else ["promtool is not on PATH: run `make kube-packages`."])
     return subprocess.run(
         [program, *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
