@@ -72,6 +72,7 @@ def repair_map(
     layout: Layout,
     *,
     joined: BoolArray | None = None,
+    respeeded: BoolArray | None = None,
     swaps: int | None = 0,
 ) -> MapChange:
     """Repair a map for the hosts of `layout`; nothing lost and nothing new changes nothing.
@@ -81,6 +82,7 @@ def repair_map(
         loads: [layers, experts], any unit.
         joined: [dies] hosts that are new: they have nothing in memory, what the map gives them
             is loaded, and their empty slots are filled.
+        respeeded: [dies] whose speed is another one than before: what they carry may change.
         swaps: exchanges a layer that may improve the balance; None: as many as reach 0.95 while
             at most 10 % of the slots are loaded.
     """
@@ -89,8 +91,7 @@ def repair_map(
     touched = (grid[:, ~layout.hosts] >= 0).any(axis=(1, 2))
     touched |= (count_copies(grid[:, layout.hosts], loads.shape[1]) == 0).any(axis=1)
     touched |= (grid[:, fresh] == EMPTY).any(axis=(1, 2))
-    speeds = layout.speeds[layout.hosts]
-    if bool((speeds != speeds.max(initial=1.0)).any()):
+    if respeeded is not None and (respeeded & layout.hosts).any():
         touched[:] = True
     return remap_layers(table, loads, layout, np.flatnonzero(touched), fresh=fresh, swaps=swaps)
 
@@ -112,9 +113,10 @@ def remap_layers(
         swaps: as for `repair_map`.
     """
     new = np.zeros(layout.dies, dtype=bool) if fresh is None else fresh
-    inner, fresh_hosts = layout.only_hosts(), new[layout.hosts]
+    hosts = layout.host_order()
+    inner, fresh_hosts = layout.only(hosts), new[hosts]
     before = layout.to_grid(table)
-    grid = before[:, layout.hosts, : inner.width]
+    grid = before[:, hosts, : inner.width]
     old = grid.copy()
     old[:, fresh_hosts] = EMPTY
     donors = 0
@@ -132,7 +134,7 @@ def remap_layers(
     if swaps != 0 and len(rows) and not moot:
         _improve(grid, old, loads, inner, swaps, rows, table.size)
     after = np.where(before >= 0, EMPTY, before)
-    after[:, layout.hosts, : inner.width] = grid
+    after[:, hosts, : inner.width] = grid
     return changed(layout, before, after, new, uncovered, donors)
 
 
