@@ -136,7 +136,7 @@ def _quality(table: IntArray, loads: FloatArray, layout: Layout) -> dict[str, An
 def sharing(table: IntArray, layout: Layout, level: int) -> int:
     """Copies that share a member of a level although the expert has no more copies than members."""
     member = layout.domains[level][layout.slot_die]
-    members = len(np.unique(member))
+    members = len(np.unique(layout.domains[level][layout.hosts]))
     layer, slot = np.nonzero(table >= 0)
     pair = layer * EXPERTS + table[layer, slot]
     copies = np.bincount(pair, minlength=LAYERS * EXPERTS)

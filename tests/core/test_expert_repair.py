@@ -137,6 +137,20 @@ def test_one_die_of_ep32_is_balanced_again_within_a_tenth_of_the_slots(
     assert change.loads <= 0.1 * 58 * 32 * slots
 
 
+@pytest.mark.parametrize("lost", [(17,), (0, 1, 2)])
+def test_a_repaired_map_shares_few_nodes_that_it_need_not(lost: tuple[int, ...]) -> None:
+    """Within the allowed moves, copies are parted on nodes too where that costs no balance."""
+    loads = lognormal(20, 256, sigma=1.0)
+    table = place_experts(loads, make_layout(32, 12))
+    layout = make_layout(32, 12, lost=lost)
+    bare = repair_map(table, loads, layout).table
+    change = repair_map(table, loads, layout, swaps=None)
+    assert_sound(change.table, 256, layout)
+    assert sharing(change.table, 256, layout, 2) <= 0.4 * sharing(bare, 256, layout, 2)
+    assert balancedness(change.table, loads, layout) >= 0.95
+    assert change.loads <= 0.1 * table.size
+
+
 @pytest.mark.parametrize("kind", ["zipf", "lognormal"])
 @pytest.mark.parametrize("lost", [(17,), (3, 17)])
 def test_a_repaired_map_shares_no_npu_that_it_need_not(kind: str, lost: tuple[int, ...]) -> None:
