@@ -378,6 +378,19 @@ def test_a_drift_is_followed_with_few_slots_a_die(dies: int, slots: int) -> None
     assert balancedness(table, loads, layout) > 1.1 * balancedness(first, loads, layout)
 
 
+@pytest.mark.parametrize(("dies", "slots", "seed"), [(192, 2, 1), (144, 2, 2), (320, 1, 0)])
+def test_an_unlucky_look_at_a_single_layer_moves_nothing(dies: int, slots: int, seed: int) -> None:
+    """Nothing averages out in one layer of few tokens, and still no look of twelve moves a load."""
+    layout = make_layout(dies, slots)
+    loads = lognormal(1, 256, seed=seed, sigma=0.7)
+    loads *= 100 / loads.mean()
+    table = place_experts(loads, layout)
+    random = np.random.default_rng(seed)
+    for _ in range(12):
+        found = rebalance_map(table, random.poisson(loads).astype(float), layout, RATES)
+        assert found.change.loads == 0, found.why
+
+
 def test_layers_that_may_gain_by_chance_take_no_moves() -> None:
     """Half of the layers shift for good, the others show noise: only those that shifted move."""
     layout = make_layout(192, 2)

@@ -27,6 +27,8 @@ _PAYS_FACTOR = 2.0
 # Loads of the same traffic differ by this from look to look. A map that was made for one look is
 # better there than at the next, with few slots a die by more than 5 %.
 NOISE_SHARE = 0.05
+# With few layers this look may be an unlucky one for a good map: so many standard deviations.
+_SPREADS = 3.0
 # The gain has to be there at so many other looks: multiples of these numbers are their noise.
 _ROOTS = np.sqrt([2.0, 3.0, 5.0, 7.0, 11.0, 13.0])
 HORIZON_S = 600.0
@@ -83,7 +85,8 @@ def rebalance_map(
     after = float(balance_of_layers(die_loads(change.table, loads, layout), layout).mean())
     expected = np.tile(now, (len(later), 1))
     expected[:, behind] = later[:, behind]
-    least = float(expected.mean(axis=1).min())
+    whole = expected.mean(axis=1)
+    least = float(whole.mean() - _SPREADS * whole.std())
     sources = choose_sources(change, table, layout, layout.hosts, rates)
     gain = max(least / before - 1, 0.0) if before > 0 else 0.0
     gain_s = horizon_s * gain / (1 + gain)
