@@ -107,11 +107,14 @@ def locate(
     ctx: typer.Context,
     job: JobName,
     block_hashes: Annotated[list[str], typer.Argument(help="hexadecimal hashes, in order")],
+    lora: Annotated[str, typer.Option(help="blocks made with this adapter")] = "",
+    tenant_salt: Annotated[str, typer.Option(help="blocks of this tenant, `tenant|salt`")] = "",
+    kv_group: Annotated[int, typer.Option(min=0, help="blocks of this group of layers")] = 0,
     output: Output = "",
 ) -> None:
     """Say where copies of blocks are, and how long a prefix of them is present.
 
-    Example: `raddle kv locate chat 0c7d55a41b337e2d770d6b52eacd6141`
+    Example: `raddle kv locate chat 0c7d55a41b337e2d770d6b52eacd6141 --lora sql`
     """
     from raddle.v1 import engine_pb2, scheduler_pb2
 
@@ -119,7 +122,13 @@ def locate(
 
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
-        request = scheduler_pb2.LocateKvBlocksRequest(job_uid=found.uid, block_hashes=block_hashes)
+        request = scheduler_pb2.LocateKvBlocksRequest(
+            job_uid=found.uid,
+            block_hashes=block_hashes,
+            lora=lora,
+            tenant_salt=tenant_salt,
+            kv_group=kv_group,
+        )
         answer = await stub.LocateKvBlocks(request, timeout=s.timeout_s)
         rows = []
         for block in answer.blocks:
