@@ -15,7 +15,7 @@ from raddle.core.admission import model_shape
 from raddle.core.context import Context, active_seats, is_ended, kv_replicas
 from raddle.core.events import SequencesReported, StatsReported
 from raddle.core.kvcache.figures import PREFILL_TOKENS_PER_S_A_DIE
-from raddle.core.kvcache.index import block_event
+from raddle.core.kvcache.index import BlockEvent, block_event
 from raddle.core.kvcache.recoveries import Recovery
 from raddle.core.kvcache.restore import KvCosts, Pool, RestorePlan, Survivor, plan_restores
 from raddle.model import keys
@@ -56,11 +56,8 @@ def take_stats(context: Context, event: StatsReported) -> None:
     index = context.state.index
     for report in event.reports:
         for change in report.kv_events:
-            space = space_of(job, change)
             try:
-                if change.block_tokens not in (0, space.block_tokens):
-                    raise ValueError("blocks of another size")
-                taken = block_event(change, space)
+                taken = _event_of(job, change)
             except ValueError:
                 # A member that names blocks wrongly has none that anybody could find.
                 context.state.kv_events_refused += 1
@@ -70,6 +67,18 @@ def take_stats(context: Context, event: StatsReported) -> None:
         if report.kv_repair is not None:
             said = (report.incarnation, report.epoch, report.kv_repair)
             context.state.kv_repairs[event.job_uid, report.rank] = said
+
+
+def _event_of(job: Job, change: KvEvent) -> BlockEvent:
+    """A member's event as the index takes it.
+
+    Raises:
+        ValueError: a hash is no hash, or the blocks are of another size than the job's.
+    """
+    space = space_of(job, change)
+    if change.block_tokens not in (0, space.block_tokens):
+        raise ValueError("blocks of another size")
+    return block_event(change, space)
 
 
 def take_sequences(context: Context, event: SequencesReported) -> None:
