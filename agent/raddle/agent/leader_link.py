@@ -14,7 +14,7 @@ from raddle.model.errors import RaddleError
 from raddle.model.stats import RankStats
 from raddle.store.follow import follow_key
 from raddle.store.protocol import Store
-from raddle.telemetry.channels import make_channel
+from raddle.telemetry.channels import make_channel, send_stream
 from raddle.telemetry.tls import TlsFiles
 from raddle.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 from raddle.wire import records as wire
@@ -106,7 +106,7 @@ class StatsStream:
         try:
             for tell_again in self.on_connect:
                 tell_again()
-            await stub.ReportStats(self._messages())
+            await send_stream(stub.ReportStats, self._messages())
         except grpc.aio.AioRpcError as error:
             log.info("stats stream ended", node=self._node, why=error.details())
 

@@ -19,7 +19,7 @@ from raddle.model.errors import Reason, TemporaryError
 from raddle.model.kinds import RoleKind
 from raddle.model.routes import Routes, RouteState, SequenceReport
 from raddle.model.types import Member
-from raddle.telemetry.channels import make_channel
+from raddle.telemetry.channels import make_channel, send_stream
 from raddle.telemetry.tls import AGENT_NAME, TlsFiles
 from raddle.v1 import router_pb2, router_pb2_grpc
 from raddle.wire.codec import from_message, to_message
@@ -247,7 +247,7 @@ class Routing:
 
     async def _report(self, stub: Any) -> None:
         try:
-            await stub.ReportSequences(self._reports())
+            await send_stream(stub.ReportSequences, self._reports())
         except grpc.aio.AioRpcError as error:
             log.info("sequence reports broke off", why=error.details())
 
