@@ -246,10 +246,12 @@ class Routing:
         self._report_wanted.set()
 
     async def _report(self, stub: Any) -> None:
-        try:
-            await send_stream(stub.ReportSequences, self._reports())
-        except grpc.aio.AioRpcError as error:
-            log.info("sequence reports broke off", why=error.details())
+        while True:
+            try:
+                await send_stream(stub.ReportSequences, self._reports())
+            except grpc.aio.AioRpcError as error:
+                log.info("sequence reports broke off", why=error.details())
+            await asyncio.sleep(_RETRY_S)
 
     async def _reports(self) -> AsyncIterator[router_pb2.ReportSequencesRequest]:
         """All sequences first, then what changed, at most every few milliseconds."""
