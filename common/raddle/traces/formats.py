@@ -35,6 +35,16 @@ _STAMP_MAX_S = 1e12
 _SESSIONS = 64
 _CONTINUE_SHARE = 0.5
 _WINDOW_S = 600.0
+#: What reading a window may end with: its numbers and its histograms are anybody's texts.
+_UNREADABLE = (
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+)
 
 
 def read_mooncake(path: Path, rng: random.Random) -> list[TraceRequest]:
@@ -111,7 +121,9 @@ def read_azure(path: Path, rng: random.Random, *, synthetic_prefix: bool) -> lis
         if (stamp.tzinfo is None) != (found[0][0].tzinfo is None):
             raise _invalid(path, number, "stamps with and without a time zone cannot be compared")
     found.sort()
-    rows = [((stamp - found[0][0]).total_seconds(), *sizes) for stamp, *sizes in found]
+    rows = [
+        ((stamp - found[0][0]).total_seconds(), inputs, outputs) for stamp, inputs, outputs in found
+    ]
     return _without_ids(rows, rng, synthetic_prefix=synthetic_prefix)
 
 
@@ -155,18 +167,6 @@ def read_servegen(path: Path, rng: random.Random, *, synthetic_prefix: bool) -> 
         if len(found) > REQUESTS_MAX:
             raise _invalid(path, number, f"more than {REQUESTS_MAX} requests")
     return _without_ids(found, rng, synthetic_prefix=synthetic_prefix)
-
-
-#: What reading a window may end with: its numbers and its histograms are anybody's texts.
-_UNREADABLE = (
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    SyntaxError,
-    RecursionError,
-    MemoryError,
-)
 
 
 class _Window:

@@ -138,7 +138,7 @@ class Replay:
         self._ranks = DecodeRanks(config.ranks, TOKEN_S, config.block_tokens)
         self._copies = HostCopies(config.repair_bytes_per_s, config.block_bytes)
         self._result = ReplayResult(requests=len(requests))
-        self._due: list[tuple[float, int, int, Any]] = []
+        self._due: list[tuple[float, _Step, int, Any]] = []
         self._number = 0
         self._now = 0.0
         self._failed = False
@@ -345,14 +345,14 @@ class Replay:
         self._draining = bool(pool.draining)
 
     def _go_on_copying(self) -> None:
-        """Hosts begin their next copies; drained hosts leave when nothing is left to be made."""
-        if self._copies.waiting:
-            for done_s, host, number in self._copies.begin(self._now):
-                self._at(done_s, _Step.COPIED, (host, number))
-        elif self._draining and self._copies.is_idle and not self._again:
+        """Drained hosts leave when nothing is left to be made; hosts begin their next copies."""
+        if self._draining and self._copies.is_idle and not self._again:
             for number in self.pool.draining:
                 self.pool.leave(number, self._now)
             self._queue_copies()
+        if self._copies.waiting:
+            for done_s, host, number in self._copies.begin(self._now):
+                self._at(done_s, _Step.COPIED, (host, number))
 
     def _copied(self, host: int, number: int) -> None:
         block = self._copies.arrived(host, number)
