@@ -237,7 +237,8 @@ def test_what_does_not_fit_or_exist_is_refused(experts: Folder) -> None:
     said = experts(*small, "1000", "--slots-per-die", "1", code=EXIT_REFUSED)
     assert "has 768 dies, not 1000" in said
     assert "3 numbers for 4" in experts(*small, "4", "--slots-per-die", "9,9,9", code=EXIT_USAGE)
-    assert "'x'" in experts(*small, "4", "--slots-per-die", "x", code=EXIT_USAGE)
+    for wrong in ("x", "-1", "9" * 5_000):
+        assert f"'{wrong}'" in experts(*small, "4", "--slots-per-die", wrong, code=EXIT_USAGE)
     experts.place()
     repair = ("repair", "--map", "map.json", "--loads", "L.npy", "--out", "new.json", "--lost")
     assert "no such die" in experts(*repair, "die:16", code=EXIT_NOT_FOUND)
@@ -293,10 +294,12 @@ def test_options_that_name_dies_add_up(experts: Folder) -> None:
     """Nothing that was named is dropped."""
     experts.place()
     form = ("repair", "--map", "map.json", "--loads", "L.npy", "--swaps", "0", "--out", "new.json")
-    experts(*form, "--lost", "die:0", "--lost", "die:2,die:0", "--slow", "die:4=0.5,die:5=0.5")
+    experts(
+        *form, "--lost", "die:0", "--lost", "die:2", "--slow", "die:4=0.5", "--slow", "npu:3=0.5"
+    )
     dies = experts.file("new.json")["dies"]
     assert [number for number, die in enumerate(dies) if die.get("state") == "lost"] == [0, 2]
-    assert [number for number, die in enumerate(dies) if die.get("speed") == 0.5] == [4, 5]
+    assert [number for number, die in enumerate(dies) if die.get("speed") == 0.5] == [4, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +311,8 @@ def test_options_that_name_dies_add_up(experts: Folder) -> None:
         (("--lost", ""), "--lost: a name is empty"),
         (("--joined", "die:0,"), "--joined: a name is empty"),
         (("--slow", ""), "--slow: a name is empty"),
+        (("--slow", "die:0=1e-300"), "a speed from 0.001 to 1"),
+        (("--slow", "die:0"), "a speed from 0.001 to 1"),
         (("--lost", "die:" + "9" * 5_000), "no such die"),
     ],
 )
@@ -420,7 +425,11 @@ def test_formats_without_empty_slots_are_repaired_too(experts: Folder, form: str
     experts(*words, "--to", "raddle")
     assert experts.file("new.json")["dies"][5]["state"] == "lost"
     experts("convert", "--to", form, "--compact", "new.json", "--out", "again.json")
-    experts("check", "again.json", "--map-format", form, "--dies", "15")
+    again = ("--map-format", form, "--dies", "15")
+    experts("check", "again.json", *again)
+    rebalance = ("rebalance", "--map", "again.json", "--loads", "L.npy", *again, "--swaps", "0")
+    experts(*rebalance, "--to", "vllm", "--out", "v.json")
+    assert "logical_replica_count" in experts.file("v.json")
 
 
 def test_files_of_spreadsheets_and_huge_loads(experts: Folder) -> None:

@@ -296,6 +296,10 @@ def test_formats_without_empty_slots_take_a_compact_map() -> None:
         read = read_map(write_map(compacted(holed), form), form, (*DIES[:2], *DIES[3:]))
         assert read.dies == (*DIES[:2], *DIES[3:])
         assert np.array_equal(read.physical_to_logical, np.delete(table, (4, 5), axis=1))
+    with pytest.raises(PermanentError, match=r"layer 0, slot 4 is -1 \(die 2\): .*--compact"):
+        write_map(holed, "sglang")
+    with pytest.raises(PermanentError, match=r"layer 0, slot 4 is -1 \(die 2\), which is alive"):
+        write_map(replace(holed, dies=DIES), "sglang")
     with pytest.raises(PermanentError, match="no die is left"):
         compacted(replace(holed, dies=(lost,) * 8))
 

@@ -36,6 +36,8 @@ from raddle.wire.engine_expert_maps import (
 
 FORMAT = "raddle-expert-map"
 VERSION = 1
+# Dies beyond these speeds are not slow or fast, but broken or a mistake; times stay finite.
+SPEED_MIN, SPEED_MAX = 0.001, 1_000.0
 FORMATS = ("raddle", *WRITERS)
 _DIE_FIELDS = {"die", "npu", "node", "rack", "state", "shared", "speed"}
 _FIELDS = {"format", "version", "experts", "slots_per_die", "dies", "physical_to_logical"}
@@ -122,17 +124,33 @@ def write_map(document: MapDocument, form: str) -> str:
 
 def _require_words(document: MapDocument, form: str) -> None:
     """Refuse what the format of an engine cannot say."""
-    empty = np.argwhere(document.physical_to_logical < 0)
-    if form != "vllm" and len(empty):
-        layer, slot = empty[0].tolist()
-        die = int(np.repeat(np.arange(len(document.dies)), document.slots_per_die)[slot])
-        at = f"layer {layer}, slot {slot} is -1 (die {die})"
-        raise invalid(
-            f"the {form} format has no empty slots, but {at}: leave dies out that hold nothing, so"
-            " that ranks are numbered anew (--compact), or write the raddle or vllm format (--to)."
-        )
+    if form != "vllm":
+        _require_full(document, form)
     if len(set(document.slots_per_die)) > 1:
         raise invalid(f"the {form} format wants equally many slots a die.")
+
+
+def _require_full(document: MapDocument, form: str) -> None:
+    """Refuse empty slots, and say what to do."""
+    empty = document.physical_to_logical < 0
+    if not empty.any():
+        return
+    idle = np.repeat(np.logical_not(_hosts(document)), document.slots_per_die)
+    is_alive = bool(empty[:, ~idle].any())
+    layer, slot = np.argwhere(empty & ~idle if is_alive else empty)[0].tolist()
+    die = int(np.repeat(np.arange(len(document.dies)), document.slots_per_die)[slot])
+    what = f"the {form} format has no empty slots, but layer {layer}, slot {slot} is -1 (die {die})"
+    if is_alive:
+        raise invalid(f"{what}, which is alive: write the raddle or the vllm format.")
+    raise invalid(
+        f"{what}: leave out the dies that hold nothing and number the others anew (`raddle experts"
+        " repair` and `convert` do with --compact), or write the raddle or the vllm format (--to)."
+    )
+
+
+def _hosts(document: MapDocument) -> list[bool]:
+    """[dies] which may hold routed experts."""
+    return [die.state is DieState.LIVE and not die.shared for die in document.dies]
 
 
 def compacted(document: MapDocument) -> MapDocument:
@@ -141,7 +159,7 @@ def compacted(document: MapDocument) -> MapDocument:
     Raises:
         PermanentError: DOES_NOT_FIT if no die is left.
     """
-    keep = [die.state is DieState.LIVE and not die.shared for die in document.dies]
+    keep = _hosts(document)
     if not any(keep):
         raise PermanentError(Reason.DOES_NOT_FIT, "no die is left to hold experts.")
     slots = np.repeat(keep, document.slots_per_die)
@@ -288,8 +306,8 @@ def _die(number: int, item: Any) -> MapDie:
         raise invalid(f"{path}.state: must be one of {', '.join(DieState)}.")
     if type(shared) is not bool:
         raise invalid(f"{path}.shared: must be true or false.")
-    if type(speed) not in (int, float) or not 0 < speed <= 1_000:  # noqa: PLR2004 - a sane factor
-        raise invalid(f"{path}.speed: must be a number above 0.")
+    if type(speed) not in (int, float) or not SPEED_MIN <= speed <= SPEED_MAX:
+        raise invalid(f"{path}.speed: must be a number from {SPEED_MIN:g} to {SPEED_MAX:g}.")
     npu, node, rack = (_domain(item, path, level) for level in ("npu", "node", "rack"))
     return MapDie(
         npu=npu, node=node, rack=rack, state=DieState(state), shared=shared, speed=float(speed)

@@ -18,6 +18,7 @@ from raddle.wire.engine_expert_maps import SLOTS_MAX
 
 MAP_BYTES_MAX = 1_000_000_000
 LEVELS = ("die", "npu", "node", "rack")
+_DIGITS_MAX = 9
 
 
 def _invalid(message: str) -> PermanentError:
@@ -46,7 +47,8 @@ def machine_dies(machine: str, count: int) -> tuple[MapDie, ...]:
 def slots_of(text: str, dies: int) -> tuple[int, ...]:
     """`9`, or one number a die: `9,9,8`."""
     parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    # Python refuses to turn endless digits into a number.
+    if not all(part.isascii() and part.isdigit() and len(part) <= _DIGITS_MAX for part in parts):
         raise _invalid(f"--slots-per-die {text!r}: must be a number, or one a die: 9,9,8.")
     slots = [min(int(part), SLOTS_MAX) for part in parts]
     if len(slots) == 1:
@@ -166,8 +168,9 @@ def _slowed(document: MapDocument, slow: Sequence[str]) -> MapDocument:
             speed = float(text)
         except ValueError:
             speed = 0.0
-        if not 0 < speed <= 1:
-            raise _invalid(f"--slow {part!r}: write die:3=0.5, a speed above 0 and at most 1.")
+        if not expert_maps.SPEED_MIN <= speed <= 1:
+            least = expert_maps.SPEED_MIN
+            raise _invalid(f"--slow {part!r}: write die:3=0.5, a speed from {least:g} to 1.")
         for die in _subject(document, subject, "--slow"):
             if speeds.setdefault(die, speed) != speed:
                 raise _invalid(f"--slow: die {die} has two speeds, {speeds[die]:g} and {speed:g}.")
