@@ -129,6 +129,7 @@ BAD_MAPS = {
     "negative slots": (changed(slots_per_die=-1), "not negative"),
     "a field": (changed(colour="red"), "colour"),
     "a version": (changed(version=2), "version 2"),
+    "a version that is none": (changed(version=True), "version True"),
     "experts": (changed(experts=0), "experts must be"),
     "no dies": (changed(dies=[]), "list of 1 to"),
     "a die": (changed(dies=[7] * 8), r"dies\[0\]"),

@@ -228,7 +228,9 @@ def _layers_of_raddle(document: Mapping[str, Any]) -> Layers:
     unknown = sorted(set(document) - _FIELDS)
     if unknown:
         raise PermanentError(Reason.UNKNOWN_FIELD, f"the map has unknown fields: {unknown}.")
-    if document.get("format", FORMAT) != FORMAT or document.get("version", VERSION) != VERSION:
+    version = document.get("version", VERSION)
+    # JSON's true equals 1 in Python.
+    if document.get("format", FORMAT) != FORMAT or version is True or version != VERSION:
         raise invalid(
             f"the map is {document.get('format')!r} version {document.get('version')!r};"
             f" this program reads {FORMAT} version {VERSION}."
