@@ -215,7 +215,7 @@ def test_arrays_that_contradict_the_table_are_named() -> None:
     """Each expert with other slots or another number of them, and layers that are missing."""
     fields = json.loads(write_map(DOCUMENT, "deepseek"))
     fields["logcnt"][0][5] = 3
-    fields["log2phy"][1][2] = [9, -1, -1]
+    fields["log2phy"][1][2] = [9, -1]
     # Slots may be in any order, but not behind the padding.
     fields["log2phy"][0][5] = [2, 0]
     fields["log2phy"][0][4] = [-1, 5]
@@ -223,7 +223,7 @@ def test_arrays_that_contradict_the_table_are_named() -> None:
     assert reading.defects == (
         "layer 0: logcnt: says 3 of expert 5, which is in slots [0, 2]",
         "layer 0: log2phy: says [-1, 5] of expert 4, which is in slots [5, 7]",
-        "layer 1: log2phy: says [9, -1, -1] of expert 2, which is in slots [8]",
+        "layer 1: log2phy: says [9, -1] of expert 2, which is in slots [8]",
     )
     with pytest.raises(
         PermanentError, match=r"says 3 of expert 5.*; 2 more: `raddle experts check`"
@@ -231,8 +231,10 @@ def test_arrays_that_contradict_the_table_are_named() -> None:
         read_map(json.dumps(fields), "deepseek", DIES)
     fields = json.loads(write_map(DOCUMENT, "deepseek"))
     del fields["logcnt"][1], fields["log2phy"][1][0]
+    fields["log2phy"][0][3] = [6, *[-1] * 40]
     assert inspect_map(json.dumps(fields), "deepseek", DIES).defects == (
         "logcnt: 1 layers, the map has 2",
+        "layer 0: log2phy: ragged, expert 3 has 41 places, others 2",
         "layer 1: log2phy: must hold a list of slots for each of 12 experts",
     )
 

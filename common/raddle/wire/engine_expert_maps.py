@@ -27,6 +27,8 @@ SLOTS_MAX = 1_000_000
 EXPERTS_MAX = 65_536
 #: The layer of a defect that is of the whole file.
 WHOLE_FILE = -1
+# Characters of a wrong value that are repeated: it may be anything, and long.
+SHOWN_MAX = 80
 
 
 def invalid(message: str) -> PermanentError:
@@ -155,6 +157,12 @@ def _lists_of_slots(found: Layers, value: Any, path: str) -> dict[int, list[Any]
         else:
             text = f"{path}: must hold a list of slots for each of {found.experts} experts"
             found.defects.append((number, text))
+    width = _usual(len(said) for row in rows.values() for said in row if isinstance(said, list))
+    for number, row in rows.items():
+        for expert, said in enumerate(row):
+            if isinstance(said, list) and len(said) != width:
+                text = f"{path}: ragged, expert {expert} has {len(said)} places, others {width}"
+                found.defects.append((number, text))
     return rows
 
 
@@ -181,7 +189,8 @@ def _compare_rows(
         for expert, said in enumerate(rows.get(number, ())):
             mine = slots.get(expert, [])
             if not agrees(mine, said):
-                text = f"{path}: says {said!r} of expert {expert}, which is in slots {mine}"
+                shown = f"{said!r:.{SHOWN_MAX}}"
+                text = f"{path}: says {shown} of expert {expert}, which is in slots {mine}"
                 found.defects.append((number, text))
 
 

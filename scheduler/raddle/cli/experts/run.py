@@ -132,9 +132,8 @@ def _fitting(document: MapDocument, wanted: FloatArray) -> MapDocument:
     """The map with the experts of the loads; refused if they are of different models."""
     layers, experts = wanted.shape
     table = document.physical_to_logical
-    fits = document.experts == experts
-    if not document.experts_stated:
-        fits = document.experts <= experts
+    stated = document.experts_stated
+    fits = document.experts == experts if stated else document.experts <= experts
     if len(table) != layers or not fits:
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
