@@ -16,7 +16,7 @@ import numpy as np
 from raddle.core.kvcache.index import BlockEvent, BlockIndex, block_keys
 from raddle.core.kvcache.restore import KvCosts, Pool, Survivor, plan_restores
 from raddle.core.kvcache.rows import Keys
-from raddle.model.kv import BlockSpace, KvEventKind
+from raddle.model.kv import BlockSpace, KvEventKind, KvTier
 from raddle.model.routes import SequenceReport
 from raddle.model.types import RankKey
 
@@ -31,6 +31,8 @@ SEQUENCE_TOKENS = 4_096
 BLOCK_TOKENS = 128
 SURVIVORS = 319
 PLANS = 20
+# Survivors that hold the beginning of a sequence in their own memory, where peers are asked too.
+PEERS = 2
 _JOB = "j-bench"
 _SPACE = BlockSpace(model_digest="bench", block_tokens=BLOCK_TOKENS)
 
@@ -52,7 +54,8 @@ def measure() -> dict[str, Any]:
         "events_per_s": round((BLOCKS + BLOCKS // 2) * COPIES / (stored_s + removed_s)),
         "event_longest_ms": round(longest_s * 1e3, 2),
         "lookups_per_s": round(lookups),
-        "plan_cpu_ms": round(_plan_cpu_ms(), 3),
+        "plan_cpu_ms": round(_plan_cpu_ms(peers=0), 3),
+        "plan_with_peers_cpu_ms": round(_plan_cpu_ms(peers=PEERS), 3),
         "shapes": {
             "blocks": BLOCKS,
             "copies": COPIES,
@@ -64,6 +67,7 @@ def measure() -> dict[str, Any]:
             "plan_tokens_a_sequence": SEQUENCE_TOKENS,
             "plan_block_tokens": BLOCK_TOKENS,
             "plan_survivors": SURVIVORS,
+            "plan_peers": PEERS,
             "plan_cpu_ms_is": f"median of {PLANS}",
         },
     }
@@ -75,15 +79,20 @@ def resident_bytes() -> int:
 
 
 class _Writer:
-    """One pool host with its numbered events."""
+    """One member, a pool host unless said, with its numbered events."""
 
-    def __init__(self, index: BlockIndex, rank: int) -> None:
+    def __init__(
+        self, index: BlockIndex, rank: int, role: str = "cache", tier: KvTier = KvTier.DRAM
+    ) -> None:
         self._index = index
-        self._name = (_JOB, RankKey(role="cache", instance=0, rank=rank))
+        self._name = (_JOB, RankKey(role=role, instance=0, rank=rank))
+        self._tier = tier
         self._sequence = 0
 
     def tell(self, kind: KvEventKind, keys: Keys) -> None:
-        event = BlockEvent(kind=kind, sequence=self._sequence, space=_SPACE, keys=keys)
+        event = BlockEvent(
+            kind=kind, sequence=self._sequence, space=_SPACE, keys=keys, tier=self._tier
+        )
         self._sequence += 1
         assert self._index.apply(self._name, "a", event)
 
@@ -119,19 +128,24 @@ def _lookups_per_s(index: BlockIndex, keys: Keys) -> float:
     return len(batches) * CHAINS_A_LOOKUP / (time.process_time() - began)
 
 
-def _plan_cpu_ms() -> float:
+def _plan_cpu_ms(*, peers: int) -> float:
     """Median CPU time of a plan, from the front doors' reports to restores with reasons."""
     rng = np.random.default_rng(2)
     blocks = SEQUENCE_TOKENS // BLOCK_TOKENS
     sequences = []
     index = BlockIndex()
     writers = [_Writer(index, rank) for rank in range(MEMBERS)]
+    ranks = [_Writer(index, rank, "decode", KvTier.HBM) for rank in range(SURVIVORS)]
     for number in range(SEQUENCES):
         hashes = tuple(rng.bytes(16).hex() for _ in range(blocks))
         # The newest blocks of some sequences are not written back yet.
         writers[number % MEMBERS].tell(
             KvEventKind.STORED, block_keys(hashes[: blocks - number % 4])
         )
+        for peer in range(peers):
+            ranks[(number * 7 + peer * 13) % SURVIVORS].tell(
+                KvEventKind.STORED, block_keys(hashes[: blocks // 2 + number % (blocks // 2)])
+            )
         sequences.append(
             SequenceReport(
                 sequence_id=f"s-{number}",
@@ -152,7 +166,7 @@ def _plan_cpu_ms() -> float:
         for rank in range(SURVIVORS)
     ]
     members = [RankKey(role="cache", instance=0, rank=rank) for rank in range(MEMBERS)]
-    pool = Pool(index, _JOB, _SPACE, members)
+    pool = Pool(index, _JOB, _SPACE, members, [s.key for s in survivors] if peers else [])
     times = []
     for _ in range(PLANS):
         began = time.process_time()

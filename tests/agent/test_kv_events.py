@@ -120,15 +120,17 @@ def test_the_conductors_envelope_is_read() -> None:
             rank=None,
         )
     ).events
-    assert (one.model_name, one.block_tokens, one.backend_id) == ("llama", 64, "worker-0")
+    assert (one.model_name, one.backend_id) == ("llama", "worker-0")
     assert one.event == KvEvent(
         kind=KvEventKind.STORED,
         block_hashes=("0" * 15 + "7",),
         tier=KvTier.DRAM,
         lora="sql",
-        tenant_salt="default|w8a8",
+        tenant_salt="|w8a8",
+        block_tokens=64,
     )
     assert (two.event.kind, two.event.tier) == (KvEventKind.CLEARED, KvTier.STORAGE)
+    assert two.event.tenant_salt == ""
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,10 @@ def test_the_conductors_envelope_is_read() -> None:
         batch(envelope("moved", 1)),
         batch(envelope("stored", 1, tenant_id=["t"])),
         batch(stored(1), rank=-1),
+        b"\x91" * 1_100,
+        batch([[[1]]]),
+        batch([{}]),
+        b"\x93\x01\x91\x81\x91\x01\x01\xc0",
     ],
     ids=lambda payload: payload.hex()[:24],
 )
@@ -161,7 +167,14 @@ def test_garbage_is_an_error(payload: bytes) -> None:
         decode_batch(payload)
 
 
-@given(st.binary(max_size=200))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2**32) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(0, 9), inner),
+    max_leaves=12,
+)
+
+
+@given(st.binary(max_size=200) | st.lists(VALUES).map(lambda events: batch(*events)))
 def test_any_bytes_are_a_batch_or_garbage(payload: bytes) -> None:
     """No input raises anything else, or yields hashes that the index cannot take."""
     try:
@@ -252,9 +265,15 @@ class Listener:
         self.index = BlockIndex()
         self.subscriber = KvSubscriber(source, self._report, context=context, replay_timeout_s=2)
         self._changed = asyncio.Event()
+        #: The next report fails.
+        self.broken = False
         self.task = asyncio.ensure_future(self.subscriber.run())
 
     def _report(self, job_uid: str, stats: RankStats) -> None:
+        if self.broken:
+            self.broken = False
+            self.index = BlockIndex()
+            raise RuntimeError("as if there were a fault in what reads events")
         for event in stats.kv_events:
             taken = block_event(event, SPACE)  # one space: adapters are not what is tested
             assert self.index.apply((job_uid, stats.rank), stats.incarnation, taken)
@@ -399,6 +418,32 @@ async def test_garbage_voids_and_is_survived(context: Any) -> None:
         await publisher.send(3, batch(stored(3)))
         await listener.until(lambda: listener.held(3) == [3])
         assert listener.subscriber.counts.garbage == 2
+
+
+async def test_a_publisher_is_followed_anew_after_an_error(context: Any) -> None:
+    """What goes wrong at one publisher does not end its agent, and the publisher is asked again."""
+    async with heard(context) as (publisher, listener):
+        listener.broken = True
+        await publisher.send(1, batch(stored(1)))
+        await listener.until(lambda: not listener.broken and listener.held(1) == [1])
+        assert publisher.replays[-1] == 0
+
+
+async def test_a_publisher_speaks_of_one_model(context: Any) -> None:
+    """Where the source names none, the first model and size that are named are its own."""
+    async with heard(context) as (publisher, listener):
+        await publisher.send(
+            1,
+            batch(
+                envelope("stored", 7, block_size=2),
+                envelope("removed", 7, block_size=2, model_name="qwen"),
+                envelope("stored", 8, block_size=16),
+                envelope("stored", 9, block_size=2),
+            ),
+        )
+        await listener.until(lambda: listener.held(9) == [9])
+        assert listener.held(7, 8, 9) == [7, 9]
+        assert listener.subscriber.counts.left_out == 2
 
 
 async def test_a_new_leader_is_told_everything_again(context: Any) -> None:

@@ -23,6 +23,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.warning = ""
         self.loads = np.random.default_rng(0).lognormal(0, 0.8, (6, 64))
         np.save(path / "L.npy", self.loads)
 
@@ -35,6 +36,7 @@ class Folder:
         result = CliRunner().invoke(app, ["experts", *at_home], prog_name="raddle")
         assert result.exit_code == code, (words, result.stdout, result.stderr, result.exception)
         assert "Traceback" not in result.stderr
+        self.warning = result.stderr
         return result.stdout if code in (EXIT_OK, EXIT_FAILED) else result.stderr
 
     def json(self, *words: str) -> Any:
@@ -196,7 +198,16 @@ def test_convert_there_and_back(experts: Folder, form: str) -> None:
     experts("convert", "--to", "raddle", *back)
     assert experts.file("back.json") == experts.file("map.json")
     experts("check", "--map-format", form, "--dies", "16", "other.json")
-    assert "pass --dies" in experts("check", "--map-format", form, "other.json", code=EXIT_USAGE)
+    if form == "vllm-ascend":
+        # It says itself how many dies there are; on which machine is the caller's.
+        alone = ("convert", "--to", "raddle", "--map-format", form, "other.json")
+        experts(*alone, "--out", "alone.json")
+        assert experts.file("alone.json") == experts.file("map.json")
+        few = ("check", "--map-format", form, "--dies", "8", "other.json")
+        assert "device_count of 16, but --dies is 8" in experts(*few, code=EXIT_USAGE)
+    else:
+        said = experts("check", "--map-format", form, "other.json", code=EXIT_USAGE)
+        assert "pass --dies" in said
 
 
 def test_people_see_a_picture_of_the_dies(experts: Folder) -> None:
@@ -237,7 +248,8 @@ def test_what_does_not_fit_or_exist_is_refused(experts: Folder) -> None:
     said = experts(*small, "1000", "--slots-per-die", "1", code=EXIT_REFUSED)
     assert "has 768 dies, not 1000" in said
     assert "3 numbers for 4" in experts(*small, "4", "--slots-per-die", "9,9,9", code=EXIT_USAGE)
-    assert "'x'" in experts(*small, "4", "--slots-per-die", "x", code=EXIT_USAGE)
+    for wrong in ("x", "-1", "9" * 5_000):
+        assert f"'{wrong}'" in experts(*small, "4", "--slots-per-die", wrong, code=EXIT_USAGE)
     experts.place()
     repair = ("repair", "--map", "map.json", "--loads", "L.npy", "--out", "new.json", "--lost")
     assert "no such die" in experts(*repair, "die:16", code=EXIT_NOT_FOUND)
@@ -261,3 +273,182 @@ def test_a_broken_map_is_not_repaired(experts: Folder) -> None:
     (experts.path / "bad.json").write_text(json.dumps(document))
     form = ("repair", "--map", "bad.json", "--loads", "L.npy", "--out", "new.json")
     assert "experts check" in experts(*form, code=EXIT_USAGE)
+
+
+def test_a_vllm_map_is_repaired_twice_and_taken_back(experts: Folder) -> None:
+    """A die that an earlier repair emptied stays empty until it joins again."""
+    vllm = ("--map-format", "vllm", "--dies", "16")
+    place = ("place", "--loads", "L.npy", "--dies", "16", "--slots-per-die", "5")
+    experts(*place, "--map-format", "vllm", "--out", "v0.json")
+    form = ("repair", *vllm, "--loads", "L.npy", "--swaps", "0", "--map")
+    experts(*form, "v0.json", "--lost", "die:5", "--out", "v1.json")
+    experts(*form, "v1.json", "--lost", "die:9", "--out", "v2.json")
+    table = np.array(experts.file("v2.json")["physical_to_logical_map"]).reshape(6, 16, 5)
+    assert (table[:, [5, 9]] == -1).all()
+    said = experts.json(*form, "v2.json", "--joined", "die:5", "--out", "v3.json")
+    assert said["loads"] > 0
+    table = np.array(experts.file("v3.json")["physical_to_logical_map"]).reshape(6, 16, 5)
+    assert (table[:, 5] >= 0).all()
+    # The same map in our format, where the state is a word, is worth the same.
+    experts("convert", *vllm, "--to", "raddle", "v1.json", "--out", "r1.json")
+    assert experts.file("r1.json")["dies"][5]["state"] == "lost"
+
+
+def test_a_die_that_joins_has_nothing_in_memory_whatever_the_map_says(experts: Folder) -> None:
+    """Lost and back before anybody repaired: all that it holds is loaded anew."""
+    experts.place()
+    form = ("repair", "--map", "map.json", "--loads", "L.npy", "--swaps", "0", "--out", "new.json")
+    assert experts.json(*form, "--joined", "die:3")["loads"] == 6 * 5
+
+
+def test_options_that_name_dies_add_up(experts: Folder) -> None:
+    """Nothing that was named is dropped."""
+    experts.place()
+    form = ("repair", "--map", "map.json", "--loads", "L.npy", "--swaps", "0", "--out", "new.json")
+    experts(
+        *form, "--lost", "die:0", "--lost", "die:2", "--slow", "die:4=0.5", "--slow", "npu:3=0.5"
+    )
+    dies = experts.file("new.json")["dies"]
+    assert [number for number, die in enumerate(dies) if die.get("state") == "lost"] == [0, 2]
+    assert [number for number, die in enumerate(dies) if die.get("speed") == 0.5] == [4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--lost", "die:0", "--joined", "npu:0"), "die 0 is in --lost and in --joined"),
+        (("--lost", "die:0", "--drained", "die:0"), "die 0 is in --lost and in --drained"),
+        (("--slow", "die:0=0.5", "--slow", "die:0=0.6"), "two speeds, 0.5 and 0.6"),
+        (("--lost", ""), "--lost: a name is empty"),
+        (("--joined", "die:0,"), "--joined: a name is empty"),
+        (("--slow", ""), "--slow: a name is empty"),
+        (("--slow", "die:0=1e-300"), "a speed from 0.001 to 1"),
+        (("--slow", "die:0"), "a speed from 0.001 to 1"),
+        (("--lost", "die:" + "9" * 5_000), "no such die"),
+    ],
+)
+def test_options_that_contradict_or_name_nothing_are_refused(
+    experts: Folder, options: tuple[str, ...], said: str
+) -> None:
+    """A mistake of a script is not taken for a wish."""
+    experts.place(dies=16, slots="5")
+    form = ("repair", "--map", "map.json", "--loads", "L.npy", "--out", "new.json")
+    code = EXIT_NOT_FOUND if "no such" in said else EXIT_USAGE
+    assert said in experts(*form, *options, code=code)
+    assert not (experts.path / "new.json").exists()
+
+
+def test_experts_that_find_no_slot_are_named(experts: Folder) -> None:
+    """48 slots for 64 experts: the map is written, the rest is named, and the exit code is 1."""
+    experts.place(dies=32, slots="3")
+    form = ("repair", "--map", "map.json", "--loads", "L.npy", "--lost", "node:0")
+    words = [*form, "--out", "new.json", "--output", "json"]
+    said = json.loads(experts(*words, code=EXIT_FAILED))
+    assert said["uncovered"] == len(said["uncovered_experts"]) == 6 * 16
+    held = [set(row) for row in experts.file("new.json")["physical_to_logical"]]
+    missing = [[layer, x] for layer in range(6) for x in range(64) if x not in held[layer]]
+    assert said["uncovered_experts"] == missing
+    first = ", ".join(str(expert) for layer, expert in missing if layer == 0)
+    shown = experts(*form, "--out", "new.json", code=EXIT_FAILED)
+    assert f"layer 0: no copy of 16 experts: {first}\n" in shown
+    assert "48 slots a layer are left for 64 experts" in experts.warning
+    assert f"layer 0: no copy of 16 experts: {first}\n" in experts("coverage", "new.json")
+    refused = ("rebalance", "--map", "new.json", "--loads", "L.npy", "--out", "moved.json")
+    assert "raddle experts repair" in experts(*refused, code=EXIT_USAGE)
+    assert not (experts.path / "moved.json").exists()
+
+
+def test_loads_of_another_number_of_experts_are_refused(experts: Folder) -> None:
+    """Where the map states how many there are, more are another model too."""
+    experts.place()
+    np.save(experts.path / "more.npy", np.ones((6, 70)))
+    form = ("repair", "--map", "map.json", "--loads", "more.npy", "--out", "new.json")
+    assert "layers of 64 experts, the loads have 6 layers of 70" in experts(*form, code=EXIT_USAGE)
+
+
+def test_check_goes_on_after_the_first_defect(experts: Folder) -> None:
+    """A ragged layer, a double in another one, and NPUs that are in two nodes."""
+    experts.place(dies=32, slots="5")
+    document = experts.file("map.json")
+    rows = document["physical_to_logical"]
+    del rows[0][-1]
+    rows[3][0] = rows[3][1]
+    for number, die in enumerate(document["dies"]):
+        die["npu"] = number % 16 // 2
+    (experts.path / "bad.json").write_text(json.dumps(document))
+    lines = experts("check", "bad.json", code=EXIT_FAILED).splitlines()
+    assert lines[0] == "npu 0 is in nodes 0, 1"
+    assert (
+        "layer 0: physical_to_logical: ragged, this layer has 159 numbers, others have 160" in lines
+    )
+    assert f"layer 3: die 0 holds expert {rows[3][0]} 2 times" in lines
+    form = ("repair", "--map", "bad.json", "--loads", "L.npy", "--out", "new.json")
+    assert "raddle experts check" in experts(*form, code=EXIT_USAGE)
+
+
+def test_check_of_a_vllm_map_misses_no_expert(experts: Folder) -> None:
+    """The last expert has no copy: the arrays of the map say that there is one."""
+    counts = [[1] * 11 + [0]] * 2
+    slots = [[[expert if expert < 11 else -1] for expert in range(12)]] * 2
+    table = [[*range(11), -1]] * 2
+    fields = {"physical_to_logical_map": table, "logical_to_physical_map": slots}
+    (experts.path / "v.json").write_text(json.dumps(fields | {"logical_replica_count": counts}))
+    form = ("check", "v.json", "--map-format", "vllm", "--dies", "4")
+    lines = experts(*form, code=EXIT_FAILED).splitlines()
+    assert lines == [f"layer {layer}: expert 11 has no live copy" for layer in range(2)]
+    (experts.path / "v.json").write_text(json.dumps({"physical_to_logical_map": table}))
+    assert "11 experts (the file does not say how many)" in experts(*form)
+
+
+def test_the_coverage_table_joins_the_rows_of_a_level(experts: Folder) -> None:
+    """One node: it is followed by the rack, and no row is shown twice."""
+    experts.place()
+    shown = experts("coverage", "map.json").split("margin:")[0]
+    levels = [line.split()[:2] for line in shown.splitlines()[1:] if line.strip()]
+    assert levels == [[level, n] for level in ("die", "npu") for n in "12"] + [
+        ["node", "1"],
+        ["rack", "1"],
+    ]
+
+
+def test_coverage_asks_for_no_copy_that_cannot_be(experts: Folder) -> None:
+    """Every die holds every expert."""
+    np.save(experts.path / "few.npy", np.ones((2, 4)))
+    place = ("place", "--loads", "few.npy", "--dies", "4", "--slots-per-die", "4")
+    experts(*place, "--out", "full.json")
+    said = experts.json("coverage", "full.json")
+    assert (said["margin"], said["extra_copies_needed"], said["extra_copies"]) == (3, 0, [])
+    assert "no more copy can raise it" in experts("coverage", "full.json")
+
+
+@pytest.mark.parametrize("form", ["sglang", "vllm-ascend", "deepseek"])
+def test_formats_without_empty_slots_are_repaired_too(experts: Folder, form: str) -> None:
+    """The refusal says how: with fewer ranks, or in a format that knows lost dies."""
+    place = ("place", "--loads", "L.npy", "--dies", "16", "--slots-per-die", "5")
+    experts(*place, "--map-format", form, "--out", "e.json")
+    repair = ("repair", "--map", "e.json", "--map-format", form, "--dies", "16", "--lost", "die:5")
+    words = (*repair, "--loads", "L.npy", "--swaps", "0", "--out", "new.json")
+    said = experts(*words, code=EXIT_USAGE)
+    assert "--compact" in said
+    assert "--to" in said
+    experts(*words, "--compact")
+    experts("check", "new.json", "--map-format", form, "--dies", "15")
+    experts(*words, "--to", "raddle")
+    assert experts.file("new.json")["dies"][5]["state"] == "lost"
+    experts("convert", "--to", form, "--compact", "new.json", "--out", "again.json")
+    again = ("--map-format", form, "--dies", "15")
+    experts("check", "again.json", *again)
+    rebalance = ("rebalance", "--map", "again.json", "--loads", "L.npy", *again, "--swaps", "0")
+    experts(*rebalance, "--to", "vllm", "--out", "v.json")
+    assert "logical_replica_count" in experts.file("v.json")
+
+
+def test_files_of_spreadsheets_and_huge_loads(experts: Folder) -> None:
+    """A byte order mark is no defect; loads whose sum is no number are."""
+    experts.place()
+    text = (experts.path / "map.json").read_text()
+    (experts.path / "bom.json").write_text(text, encoding="utf-8-sig")
+    experts("check", "bom.json")
+    (experts.path / "huge.json").write_text("[[1e308, 1e308]]")
+    form = ("place", "--loads", "huge.json", "--dies", "2", "--slots-per-die", "2")
+    assert "above 1e+100" in experts(*form, "--out", "new.json", code=EXIT_USAGE)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from raddle import traces
 from raddle.cli.main import app
-from raddle.traces.formats import BATCH_S, read_servegen, spread
+from raddle.traces.formats import BATCH_S, read_azure, read_servegen, spread
 
 BLOCK_BYTES = 35_979_264
 NAMES = {
@@ -40,6 +40,10 @@ def figures(*arguments: object) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(result.stdout)
     assert set(found) >= NAMES
     return found
+
+
+def _short(value: str) -> str:
+    return value[-30:]
 
 
 @pytest.fixture
@@ -120,13 +124,13 @@ def test_a_finite_pool_forgets(tmp_path: Path) -> None:
     assert small["pool_blocks"] == 1
 
 
-@pytest.mark.parametrize("kind", [".png", ".svg"])
+@pytest.mark.parametrize("kind", [".png", ".svg", ".PNG"])
 def test_a_plot_is_drawn_on_request(mooncake: Path, tmp_path: Path, kind: str) -> None:
     """An image of the kind that the name says."""
     path = tmp_path / f"plot{kind}"
     figures("--trace", mooncake, "--plot", path, "--hosts", 3, "--fail", "3:1")
     begin = path.read_bytes()[:200]
-    assert begin.startswith(b"\x89PNG") if kind == ".png" else b"svg" in begin
+    assert begin.startswith(b"\x89PNG") if kind.lower() == ".png" else b"svg" in begin
 
 
 AZURE = (
@@ -184,12 +188,24 @@ def test_servegens_windows_become_requests(tmp_path: Path) -> None:
         (("--join", "nan:1"), "at least 0"),
         (("--fail", "3:48"), "no host 48"),
         (("--fail", "3:1", "--fail", "4:1"), "host 1 cannot fail"),
-        (("--lose-rank", "3:0"), "no rank 0"),
+        (("--lose-rank", "3:0"), "needs --ranks"),
+        (("--lose-rank", "3:2", "--ranks", "2"), "the ranks are 0 to 1"),
+        (("--lose-rank", "3:1", "--lose-rank", "5:1", "--ranks", "2"), "rank 1 is lost twice"),
+        (("--synthetic-prefix",), "carries block ids"),
+        (("--pool-gib", "inf"), "--pool-gib"),
+        (("--pool-gib", "nan"), "less than or equal"),
+        (("--pool-gib", "1e300"), "--pool-gib"),
+        (("--pool-blocks", "9" * 401), "--pool-blocks"),
+        (("--block-bytes", "9" * 401), "--block-bytes"),
+        (("--repair-bytes-per-second", "nan"), "less than or equal"),
+        (("--write-bytes-per-second", "inf"), "--write-bytes-per-second"),
         (("--pool-gib", "1", "--pool-blocks", "1"), "--pool-blocks"),
         (("--hosts", "0"), "--hosts"),
+        (("--hosts", "1025"), "1024"),
+        (("--join", "3:1024"), "hosts are 0 to 1023"),
         (("--plot", "x.gif"), ".png or .svg"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[-60:],
 )
 def test_what_makes_no_sense_is_refused(
     mooncake: Path, options: tuple[str, ...], message: str
@@ -198,6 +214,15 @@ def test_what_makes_no_sense_is_refused(
     result = run("--trace", mooncake, *options)
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("name", ["nowhere/x.png", "folder.svg"])
+def test_a_plot_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    """Before the trace is read: there is none here."""
+    (tmp_path / "folder.svg").mkdir()
+    result = run("--trace", tmp_path / "no-trace", "--plot", tmp_path / name)
+    assert result.exit_code == 2
+    assert "another place" in result.output
 
 
 @pytest.mark.parametrize(
@@ -209,9 +234,19 @@ def test_what_makes_no_sense_is_refused(
         ("mooncake", '{"timestamp":"now","input_length":1,"output_length":1,"hash_ids":[1]}'),
         ("mooncake", ""),
         ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\nnow,1,1\n"),
+        ("mooncake", '{"x":' + "[" * 100_000),
         ("azure", "a,b\n1,2\n"),
+        ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,-1,1\n"),
+        ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,1,-1\n"),
+        ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,99999999999,1\n"),
+        ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "9" * 131_073 + ",1,1\n"),
+        (
+            "azure",
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10,1,1\n2024-05-10 00:00:01Z,1,1\n",
+        ),
         ("servegen", "0,1,1,Gamma,1,1\n"),
     ],
+    ids=_short,
 )
 def test_a_broken_trace_is_named(tmp_path: Path, form: str, text: str) -> None:
     """No traceback: the file, the line and what is wrong with it."""
@@ -222,6 +257,55 @@ def test_a_broken_trace_is_named(tmp_path: Path, form: str, text: str) -> None:
     assert "broken.jsonl" in result.output
     missing = run("--trace", tmp_path / "nothing", "--format", form)
     assert missing.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "sizes", "message"),
+    [
+        ("0,1,1,Weibull,0,1", "{1: 1.0}", "above 0"),
+        ("0,1,1,Weibull,1,0", "{1: 1.0}", "above 0"),
+        ("0,1,1,Weibull,1e-9,1", "{1: 1.0}", "line 1"),
+        ("0,1,1,Gamma,1,1e-300", "{1: 1.0}", "requests"),
+        ("0,-1,1,,1,1", "{1: 1.0}", "0 to"),
+        ("nan,1,1,,1,1", "{1: 1.0}", "0 to"),
+        ("0,1,1,,1,1", "{-1: 1.0}", "-1 tokens"),
+        ("0,1,1,,1,1", "{1: -1.0}", "0 to"),
+        ("0,1,1,,1,1", "(" * 5_000, "line 1"),
+        ("0,1,1,," + "9" * 131_073, "{1: 1.0}", "no CSV"),
+    ],
+    ids=_short,
+)
+def test_a_broken_window_is_named(tmp_path: Path, row: str, sizes: str, message: str) -> None:
+    """No traceback and no drawing without end: the line and what is wrong with it."""
+    trace = servegen(tmp_path)
+    trace.write_text(row)
+    dataset = {"0": {"input_tokens": sizes, "output_tokens": sizes}}
+    (tmp_path / "chunk-7-dataset.json").write_text(json.dumps(dataset))
+    result = run("--trace", trace, "--format", "servegen")
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    """A text within a row may hold what other programs take for the end of a line."""
+    row = '{"timestamp":0,"input_length":1,"output_length":1,"hash_ids":[1],"x":"\u2028\x85"}\n'
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(row * 2)
+    assert figures("--trace", trace)["requests"] == 2
+
+
+def test_azures_times_count_from_the_earliest_row(tmp_path: Path) -> None:
+    """Rows are not always in order, and some have a time zone and no fraction of a second."""
+    trace = tmp_path / "azure.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2024-05-10 00:00:02.009930+00:00,1,1\n2024-05-10 00:00:00+00:00,2,1\n"
+    )
+    found = read_azure(trace, Random(0), synthetic_prefix=False)
+    assert [(request.arrival_s, request.input_tokens) for request in found] == [
+        (0.0, 2),
+        (2.00993, 1),
+    ]
 
 
 @given(st.lists(st.integers(0, 40), max_size=40).map(sorted), st.integers(0, 9))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from raddle.core.events import SequencesReported, StatsReported
 from raddle.core.requests import CancelJob
-from raddle.core.sequences import space_of, standing_of
+from raddle.core.sequences import costs_of, space_of, standing_of
 from raddle.core.state import State
 from raddle.model import keys
 from raddle.model.kv import KvEventKind, KvTier
@@ -80,6 +82,33 @@ def test_a_lost_ranks_sequence_is_restored_from_what_members_said(world: World) 
     assert [(p.kv_median_actual, p.kv_last_actual) for p in stored if p.role == "decode"] == [
         (pytest.approx(recovery.median_s, abs=1e-6), pytest.approx(recovery.last_s, abs=1e-6))
     ]
+
+
+def test_blocks_of_another_size_are_none_of_the_jobs(world: World) -> None:
+    """An engine that says another block size than the job's is not believed."""
+    uid = submit(world)
+    for number, tokens in enumerate((16, 0, 128)):
+        event = KvEvent(
+            kind=KvEventKind.STORED,
+            block_hashes=NAMES[number : number + 1],
+            sequence=number,
+            block_tokens=tokens,
+        )
+        stats = RankStats(rank=CACHES[0], incarnation="a", kv_events=(event,))
+        world.handle(StatsReported("sn0/n00", uid, (stats,)))
+    assert [located(world, uid, name) for name in NAMES[:3]] == [[0], [0], []]
+    assert world.machine.context.state.kv_events_refused == 1
+
+
+def test_a_faster_die_computes_what_is_lost_sooner(world: World) -> None:
+    """The machine says how fast a die computes prompts; one that does not is a CloudMatrix384's."""
+    uid = submit(world)
+    context = world.machine.context
+    job = context.state.require_job(uid)
+    assert costs_of(context, job).prefill_tokens_per_s == 3_344
+    for name, supernode in context.cluster.supernodes.items():
+        context.cluster.supernodes[name] = replace(supernode, prefill_tokens_per_s=9_000)
+    assert costs_of(context, job).prefill_tokens_per_s == 9_000
 
 
 def test_a_sequence_whose_time_is_over_is_given_up(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -229,3 +230,15 @@ def test_blocks_spread_evenly_over_slots() -> None:
     assert max(counts.values()) / min(counts.values()) < 1.1
     for first, second in PoolMap(members).keepers(keys[:1_000], 2):
         assert members[first].rack != members[second].rack
+
+
+def test_many_members_take_little_memory() -> None:
+    """No table of all slots by all members is made: for 4,096 members it would be gigabytes."""
+    pool = hosts(*[4] * 64)
+    tracemalloc.start()
+    try:
+        assign_slots(list(pool.values()), 4_096, 1)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 4_096 * 256 * 8 / 2

@@ -99,6 +99,7 @@ async def test_sequences_of_a_killed_rank_come_back_from_the_pool(served: Served
     assert recovery.last_predicted.ToNanoseconds() > 0
     assert recovery.kv_tokens_restored == plan.kv_tokens_restored
     assert status.hit_rate > 0
+    await only_the_living_hold_blocks(served)
 
 
 async def test_a_killed_pool_hosts_blocks_are_copied_again(served: Served) -> None:
@@ -114,6 +115,7 @@ async def test_a_killed_pool_hosts_blocks_are_copied_again(served: Served) -> No
     alive = await ranks_of(served, "cache")
     assert dead.incarnation not in {rank.incarnation for rank in alive}
     await protected(served, members=len(alive))
+    await only_the_living_hold_blocks(served)
 
 
 async def test_a_killed_node_takes_dies_and_its_share_of_the_pool(served: Served) -> None:
@@ -131,6 +133,20 @@ async def test_a_killed_node_takes_dies_and_its_share_of_the_pool(served: Served
     incident = (await served.incidents())[0]
     assert incident.subject == node
     await protected(served, members=len(await placed(served, "cache")))
+    await only_the_living_hold_blocks(served)
+
+
+async def only_the_living_hold_blocks(served: Served) -> None:
+    """Whatever any prompt's block is said to lie at is a process that runs."""
+    living = {
+        (rank.role, rank.rank)
+        for role in ("prefill", "decode", "cache")
+        for rank in await ranks_of(served, role)
+    }
+    found = await locate(served, prompt_blocks(served))
+    holders = {(p.rank.role, p.rank.rank) for block in found.blocks for p in block.places}
+    assert holders
+    assert holders <= living
 
 
 async def placed(served: Served, role: str) -> list[str]:

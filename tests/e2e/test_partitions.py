@@ -17,7 +17,7 @@ from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.parse import job_message
 from tests.e2e.history import assert_one_writer
 from tests.e2e.served import Served, serving
-from tests.support import CuttingProxy, eventually, holds_socket, stopped
+from tests.support import CuttingProxy, stopped
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -123,13 +123,9 @@ async def test_a_leader_cut_off_from_etcd_alone_is_followed(tmp_path: Path) -> N
 async def test_a_leader_cut_off_from_agents_alone_goes_on(tmp_path: Path) -> None:
     """Streams of agents are silent, then closed; leases live: nothing moves until a rank dies."""
     async with partitioned(tmp_path, schedulers=1) as (served, proxies):
-        agents = [c.process.pid for name, c in served.cluster.children.items() if "agent" in name]
+        # Agents go where the leader's record says; front door and users know the server itself.
         proxy = proxies.front[0]
-        proxy.spares = lambda port: not any(holds_socket(pid, port) for pid in agents)
-        # Whoever is connected connects anew, and is known as an agent or not.
-        proxy.cut()
-        began = proxy.connections
-        await eventually(lambda: proxy.connections >= began + len(agents), "the agents are back")
+        assert proxy.connections >= 4
 
         async def cut() -> None:
             for close in (proxy.freeze, proxy.cut):

@@ -370,8 +370,8 @@ async def test_lost_copies_are_made_again_once() -> None:
         assert [await repaired(each, left) for each in (one, two, three)] == [0, 0, 0]
         for each in (one, two, three):
             for name in each.blocks.names():
-                block = each.blocks.peek(name)
-                assert block == Block.of(name.encode())
+                made_of = Block.of(name.encode())
+                assert each.blocks.peek(name) == made_of._replace(writer_node="n9")
 
 
 async def test_the_most_recently_used_blocks_are_repaired_first() -> None:
@@ -493,6 +493,21 @@ async def test_a_drained_member_hands_all_its_blocks_on(replicas: int) -> None:
             await rank.put(FENCE, {"e" * 32: ONE})
         assert set(zero.blocks.names()) == had
         await peers.close()
+
+
+@pytest.mark.parametrize("others", [2, 1])
+async def test_a_drain_leaves_the_only_copy_off_its_writers_node(others: int) -> None:
+    """Single copies go where their writer is not, and there only when there is no other place."""
+    async with (
+        cache(0, node="n0") as zero,
+        cache(1, node="n1") as one,
+        cache(2, node="n2") as two,
+    ):
+        async with client("n1", zero.member, two.member) as rank:
+            await rank.put(FENCE, {name: Block.of(name.encode()) for name in NAMES})
+        had = set(zero.blocks.names())
+        assert await repaired(zero, leaving(zero, *(one, two)[:others])) == len(had)
+        assert set(one.blocks.names()) == (had if others == 1 else set())
 
 
 async def test_a_drained_member_waits_for_whom_it_cannot_reach() -> None:

@@ -16,6 +16,7 @@ from raddle.model.incident import Event, Incident, IncidentFault, JobPlan
 from raddle.model.job import Job, JobSpec
 from raddle.model.kinds import FaultKind
 from raddle.scheduler.authorization import Policy, Rule, load_policy
+from raddle.scheduler.leader import Leader
 from raddle.scheduler.view import View
 from raddle.v1 import job_pb2, router_pb2, router_pb2_grpc, scheduler_pb2
 from raddle.wire.status import error_from
@@ -123,6 +124,16 @@ async def test_routes_are_a_namespaces_own(teams: Teams) -> None:
         assert error_from(caught.value).reason is DENIED
     await router.ReportSequences(reports("a/1", teams.own.uid))
     assert (await refusal(router.ReportSequences(reports("a/1", foreign)))).reason is DENIED
+
+
+async def test_reports_that_find_no_room_end_their_stream(
+    teams: Teams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a leader cannot take is not dropped in silence: the next stream tells everything."""
+    monkeypatch.setattr(Leader, "tell", lambda _leader, _event: False)
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
+    error = await refusal(router.ReportSequences(reports("a/1", teams.own.uid)))
+    assert error.reason is Reason.LIMIT_EXCEEDED
 
 
 @pytest.mark.parametrize("front_door_id", ["a", "a/1", "a/1/2"])

@@ -85,5 +85,8 @@ def test_a_pool_is_measured_by_name() -> None:
     metrics.kv_measured("j", {"protection_ratio": 0.5, "repair_copies_left": 7})
     assert value(metrics, 'raddle_kv_protection_ratio{job_uid="j"}') == 0.5
     assert value(metrics, 'raddle_kv_repair_copies_left{job_uid="j"}') == 7
+    metrics.kv_refused(3)
+    assert value(metrics, "raddle_kv_events_refused") == 3
     metrics.clear_kv()
+    assert value(metrics, "raddle_kv_events_refused") == 0
     assert b'raddle_kv_repair_copies_left{job_uid="j"}' not in generate_latest(metrics.registry)

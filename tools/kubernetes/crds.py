@@ -7,6 +7,7 @@ a resource has, defaults, and rules with the sentences that people read when the
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from raddle.model.incident import MaintenanceState
 from raddle.model.job import JobState
 from raddle.model.kinds import RecoveryKind, RoleKind
 from raddle.model.llm import BYTES_BY_DTYPE
+from raddle.model.topology import MAY_BE_ZERO, SuperNode
 from raddle.operator.names import CATEGORY, GROUP, KINDS, VERSION
 from raddle.wire.parse import TEXT_CHARACTERS_MAX
 
@@ -404,14 +406,26 @@ def inference_role(_protos: Protos) -> Schema:
     return definition
 
 
+def _camel(name: str) -> str:
+    """`nodes_per_rack` as it stands in YAML, `nodesPerRack`."""
+    first, *others = name.split("_")
+    return first + "".join(other.capitalize() for other in others)
+
+
 def supernode(protos: Protos) -> Schema:
     spec = protos.message("SuperNode")
     spec["description"] = (
         "One flat, all-to-all domain of dies; metadata.name names it in positions."
     )
-    sizes = [name for name in spec["properties"] if name != "machine"]
-    for name in sizes:
-        spec["properties"][name]["minimum"] = 0 if name == "communicationRacks" else 1
+    fields = {_camel(field.name): field for field in dataclasses.fields(SuperNode)}
+    for name, schema in spec["properties"].items():
+        if name != "machine":
+            schema["minimum"] = 0 if fields[name].name in MAY_BE_ZERO else 1
+    sizes = [
+        name
+        for name in spec["properties"]
+        if name != "machine" and fields[name].default is dataclasses.MISSING
+    ]
     known = ", ".join(f"'{name}'" for name in machines.names())
     spec["x-kubernetes-validations"] = [
         {

@@ -14,7 +14,7 @@ from raddle.model.errors import RaddleError
 from raddle.model.stats import RankStats
 from raddle.store.follow import follow_key
 from raddle.store.protocol import Store
-from raddle.telemetry.channels import make_channel
+from raddle.telemetry.channels import make_channel, send_stream
 from raddle.telemetry.tls import TlsFiles
 from raddle.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 from raddle.wire import records as wire
@@ -73,14 +73,18 @@ class StatsStream:
         self._node = node
         self._leader = leader
         self._tls = tls
-        #: Called for each leader: it knows nothing of what ranks told the one before.
+        #: Called for each leader, which knows nothing of what ranks told the one before, and when
+        #: it missed something.
         self.on_connect: list[Callable[[], None]] = []
         self._queue: asyncio.Queue[tuple[str, RankStats]] = asyncio.Queue(QUEUE_MAX)
+        #: Reports were dropped: whoever takes the next one needs all of it again.
+        self._dropped = False
 
     def report(self, job_uid: str, stats: RankStats) -> None:
         """Queue a report; when nobody takes them the oldest go."""
         if self._queue.full():
             self._queue.get_nowait()
+            self._dropped = True
         self._queue.put_nowait((job_uid, stats))
 
     async def run(self) -> None:
@@ -104,16 +108,22 @@ class StatsStream:
     async def _send(self, channel: grpc.aio.Channel) -> None:
         stub: Any = scheduler_pb2_grpc.SchedulerStub(channel)
         try:
-            for tell_again in self.on_connect:
-                tell_again()
-            await stub.ReportStats(self._messages())
+            self._tell_again()
+            await send_stream(stub.ReportStats, self._messages())
         except grpc.aio.AioRpcError as error:
             log.info("stats stream ended", node=self._node, why=error.details())
+
+    def _tell_again(self) -> None:
+        self._dropped = False
+        for tell_again in self.on_connect:
+            tell_again()
 
     async def _messages(self) -> AsyncIterator[scheduler_pb2.ReportStatsRequest]:
         yield scheduler_pb2.ReportStatsRequest(node=self._node)
         while True:
             job_uid, stats = await self._queue.get()
+            if self._dropped:
+                self._tell_again()
             request = scheduler_pb2.ReportStatsRequest(node=self._node, job_uid=job_uid)
             request.reports.append(to_message(stats, engine_pb2.WatchStatsResponse))
             yield request

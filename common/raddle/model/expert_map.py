@@ -42,3 +42,5 @@ class MapDocument:
     experts: int
     slots_per_die: tuple[int, ...]
     dies: tuple[MapDie, ...]
+    #: False: the file does not say how many, `experts` is the highest number and one.
+    experts_stated: bool = True

@@ -67,6 +67,8 @@ class KvEvent:
     lora: str = ""
     tenant_salt: str = ""
     kv_group: int = 0
+    # Tokens of a block, where the engine says them.
+    block_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,8 @@ DIES_MAX = 200_000
 _MACHINE_CHARACTERS_MAX = 64
 # What a position can name (see `_POSITION`).
 _MOST = {"nodes": 99_999, "npus_per_node": 1_000, "dies_per_npu": 100}
+# None, or not said.
+MAY_BE_ZERO = ("communication_racks", "prefill_tokens_per_s")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?\Z")
 _POSITION = re.compile(
     r"(?P<supernode>[a-z0-9][-a-z0-9]{0,31})"
@@ -49,6 +51,7 @@ class SuperNode:
     die_to_host_bytes_per_s: int
     node_network_bytes_per_s: int
     bucket_bytes_per_s: int
+    prefill_tokens_per_s: int = 0
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -61,7 +64,7 @@ class SuperNode:
             value = getattr(self, field.name)
             if field.name in ("name", "machine"):
                 continue
-            least = 0 if field.name == "communication_racks" else 1
+            least = 0 if field.name in MAY_BE_ZERO else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise _invalid(field.name, f"must be a whole number of at least {least}")
             if value > _MOST.get(field.name, value):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Self
 
 import grpc
@@ -161,3 +162,27 @@ def make_channel(
         )
 
     return _RenewedChannel(tls, make)
+
+
+async def send_stream(method: Any, messages: AsyncIterator[Any]) -> Any:
+    """The answer to a call that streams messages until they or the call end.
+
+    grpc.aio, given the iterator itself, waits on for the next message after the call broke, and
+    takes it from whoever is to send it in the next call.
+
+    Raises:
+        grpc.aio.AioRpcError: the call broke.
+    """
+    call = method()
+    writing = asyncio.create_task(_write_all(call, messages))
+    try:
+        return await call
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+
+async def _write_all(call: Any, messages: AsyncIterator[Any]) -> None:
+    async for message in messages:
+        await call.write(message)
+    await call.done_writing()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +29,22 @@ BATCH_S = 3.0
 # Rows of one batch are stamped at most so far apart.
 _SAME_BATCH_S = 0.001_5
 REQUESTS_MAX = 5_000_000
+#: More than any model's context: what is beyond it is no size of a request.
+TOKENS_MAX = 1 << 24
+_STAMP_MAX_S = 1e12
 _SESSIONS = 64
 _CONTINUE_SHARE = 0.5
 _WINDOW_S = 600.0
+#: What reading a window may end with: its numbers and its histograms are anybody's texts.
+_UNREADABLE = (
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+)
 
 
 def read_mooncake(path: Path, rng: random.Random) -> list[TraceRequest]:
@@ -43,7 +57,7 @@ def read_mooncake(path: Path, rng: random.Random) -> list[TraceRequest]:
     """
     rows = [
         _row(path, number, line)
-        for number, line in enumerate(_lines(path), start=1)
+        for number, line in enumerate(io.StringIO(_text(path)), start=1)
         if line.strip()
     ]
     rows.sort(key=lambda row: row.arrival_s)
@@ -55,9 +69,9 @@ def read_mooncake(path: Path, rng: random.Random) -> list[TraceRequest]:
 
 
 class _Row(msgspec.Struct):
-    timestamp: Annotated[float, msgspec.Meta(ge=0, lt=1e15)]
-    input_length: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
-    output_length: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+    timestamp: Annotated[float, msgspec.Meta(ge=0, le=_STAMP_MAX_S * 1000)]
+    input_length: Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
+    output_length: Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
     hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)], ...]
 
 
@@ -67,7 +81,7 @@ _ROWS = msgspec.json.Decoder(_Row)
 def _row(path: Path, number: int, line: str) -> TraceRequest:
     try:
         row = _ROWS.decode(line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _invalid(path, number, f"no request of the mooncake format: {error}") from error
     time_s = row.timestamp / 1000
     return TraceRequest(time_s, row.hash_ids, row.input_length, row.output_length, time_s)
@@ -91,24 +105,38 @@ def spread(stamps: Sequence[float], rng: random.Random) -> list[float]:
 
 
 def read_azure(path: Path, rng: random.Random, *, synthetic_prefix: bool) -> list[TraceRequest]:
-    """CSV with TIMESTAMP, ContextTokens and GeneratedTokens; times count from the first row.
+    """CSV with TIMESTAMP, ContextTokens and GeneratedTokens; times count from the earliest row.
 
     Raises:
         PermanentError: INVALID_ARGUMENT, naming the line.
     """
-    found: list[tuple[float, int, int]] = []
-    begin: datetime | None = None
-    for number, row in enumerate(csv.DictReader(_lines(path)), start=2):
+    found: list[tuple[datetime, int, int]] = []
+    reader = csv.DictReader(io.StringIO(_text(path)))
+    for number, row in _numbered(path, reader):
         try:
-            # Seven fractional digits, of which a datetime takes six.
-            stamp = datetime.fromisoformat(row["TIMESTAMP"].strip()[:26])
-            sizes = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            stamp = datetime.fromisoformat(row["TIMESTAMP"].strip())
+            found.append((stamp, _tokens(row["ContextTokens"]), _tokens(row["GeneratedTokens"])))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise _invalid(path, number, f"no request of the azure format: {error}") from error
-        begin = begin or stamp
-        found.append(((stamp - begin).total_seconds(), *sizes))
+        if (stamp.tzinfo is None) != (found[0][0].tzinfo is None):
+            raise _invalid(path, number, "stamps with and without a time zone cannot be compared")
     found.sort()
-    return _without_ids(found, rng, synthetic_prefix=synthetic_prefix)
+    rows = [
+        ((stamp - found[0][0]).total_seconds(), inputs, outputs) for stamp, inputs, outputs in found
+    ]
+    return _without_ids(rows, rng, synthetic_prefix=synthetic_prefix)
+
+
+def _tokens(text: str) -> int:
+    """A size of a request.
+
+    Raises:
+        ValueError: it is no number, or none that a request can have.
+    """
+    tokens = int(text)
+    if not 0 <= tokens <= TOKENS_MAX:
+        raise ValueError(f"{tokens} tokens: a request has 0 to {TOKENS_MAX}")
+    return tokens
 
 
 def read_servegen(path: Path, rng: random.Random, *, synthetic_prefix: bool) -> list[TraceRequest]:
@@ -126,15 +154,15 @@ def read_servegen(path: Path, rng: random.Random, *, synthetic_prefix: bool) -> 
         )
     beside = path.with_name(path.name.replace("-trace.csv", "-dataset.json"))
     try:
-        dataset = json.loads("\n".join(_lines(beside)))
-    except ValueError as error:
+        dataset = json.loads(_text(beside))
+    except (ValueError, RecursionError) as error:
         raise PermanentError(Reason.INVALID_ARGUMENT, f"{beside.name}: {error}.") from error
     found: list[tuple[float, int, int]] = []
-    for number, row in enumerate(csv.reader(_lines(path)), start=1):
+    for number, row in _numbered(path, csv.reader(io.StringIO(_text(path)))):
         try:
             window = _Window(row, dataset, rng)
-            found += window.requests()
-        except (ValueError, KeyError, IndexError, TypeError, SyntaxError) as error:
+            found += islice(window.requests(), REQUESTS_MAX + 1 - len(found))
+        except _UNREADABLE as error:
             raise _invalid(path, number, f"no window of the servegen format: {error}") from error
         if len(found) > REQUESTS_MAX:
             raise _invalid(path, number, f"more than {REQUESTS_MAX} requests")
@@ -145,18 +173,24 @@ class _Window:
     """Ten minutes of one ServeGen client."""
 
     def __init__(self, row: Sequence[str], dataset: Any, rng: random.Random) -> None:
-        self._begin_s, self._rate = float(row[0]), float(row[1])
+        self._begin_s, self._rate = _number(row[0], _STAMP_MAX_S), _number(row[1], REQUESTS_MAX)
         self._rng = rng
         if not self._rate:
             return
-        family, shape, scale = row[3], float(row[4]), float(row[5])
-        self._gap: Callable[[], float]
-        if family == "Gamma":
-            self._gap = lambda: rng.gammavariate(shape, scale)
-        elif family == "Weibull":
-            self._gap = lambda: rng.weibullvariate(scale, shape)
-        else:
-            self._gap = lambda: rng.expovariate(self._rate)
+        self._gap: Callable[[], float] = lambda: rng.expovariate(self._rate)
+        mean_s = 1.0 / self._rate
+        family = row[3]
+        if family in {"Gamma", "Weibull"}:
+            shape, scale = _above_0(row[4]), _above_0(row[5])
+            if family == "Gamma":
+                self._gap = lambda: rng.gammavariate(shape, scale)
+                mean_s = shape * scale
+            else:
+                self._gap = lambda: rng.weibullvariate(scale, shape)
+                mean_s = scale * math.gamma(1.0 + 1.0 / shape)
+        # Said at once, not after as many draws.
+        if mean_s * REQUESTS_MAX < _WINDOW_S:
+            raise ValueError(f"{mean_s:g} s between arrivals are more than {REQUESTS_MAX} requests")
         # Histograms are of longer windows than rates: the last one that began counts.
         begun = max(int(key) for key in dataset if int(key) <= self._begin_s)
         histograms = dataset[str(begun)]
@@ -175,13 +209,32 @@ class _Window:
         return self._rng.choices(histogram[0], cum_weights=histogram[1])[0]
 
 
+def _number(text: str, most: float) -> float:
+    """A number from 0 on.
+
+    Raises:
+        ValueError: it is none, or above `most`.
+    """
+    number = float(text)
+    if not 0 <= number <= most:
+        raise ValueError(f"{text} must be 0 to {most:g}")
+    return number
+
+
+def _above_0(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError(f"shape and scale must be above 0, not {text}")
+    return number
+
+
 def _histogram(text: str) -> tuple[list[int], list[float]]:
     """(values, cumulated weights) of a histogram that is written as a Python dict."""
     parsed = ast.literal_eval(text)
-    values = sorted(int(value) for value in parsed)
+    values = sorted(_tokens(value) for value in parsed)
     total, sums = 0.0, []
     for value in values:
-        total += float(parsed[value])
+        total += _number(parsed[value], 1e9)
         sums.append(total)
     return values, sums
 
@@ -213,11 +266,22 @@ def _without_ids(
     return found
 
 
-def _lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
+    """All of a file, whose lines end with nothing but line feeds."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PermanentError(Reason.INVALID_ARGUMENT, f"{path} cannot be read: {error}.") from error
+
+
+def _numbered(path: Path, reader: Any) -> Iterator[tuple[int, Any]]:
+    """Line numbers and rows of a CSV reader, blank rows left out."""
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise _invalid(path, reader.line_num, f"no CSV: {error}") from error
 
 
 def _invalid(path: Path, line: int, message: str) -> PermanentError:

@@ -46,7 +46,10 @@ def _invalid(path: Path, message: str) -> PermanentError:
 def _npy(path: Path, data: bytes) -> FloatArray:
     try:
         found = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # The header is Python text: a damaged one fails as whatever its tokenizer meets.
         raise _invalid(path, f"is no .npy file of numbers ({error})") from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "iuf":
         raise _invalid(path, "must hold whole or floating-point numbers")
@@ -55,7 +58,8 @@ def _npy(path: Path, data: bytes) -> FloatArray:
 
 def _csv(path: Path, data: bytes) -> FloatArray:
     try:
-        lines = data.decode().splitlines()
+        # Spreadsheets put a byte order mark before the text.
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise _invalid(path, "is no text") from error
     rows: list[list[float]] = []
@@ -92,4 +96,7 @@ def _rectangle(path: Path, rows: list[list[Any]]) -> FloatArray:
             raise _invalid(
                 path, f"ragged: layer {layer} has {len(row)} experts, layer 0 has {len(rows[0])}"
             )
-    return np.array(rows, dtype=np.float64)
+    try:
+        return np.array(rows, dtype=np.float64)
+    except OverflowError as error:
+        raise _invalid(path, "holds a number that is too large") from error

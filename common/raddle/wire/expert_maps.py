@@ -1,8 +1,8 @@
-"""Expert maps as files: our own format, and those of SGLang, vLLM, vllm-ascend and DeepSeek.
+"""Expert maps as files: our own format, and those of engines.
 
-In goes JSON text, out comes a `MapDocument`, and back. Formats of others do not say on which dies
-the slots are: the caller does. What an engine's format cannot say (an empty slot, in all but
-vLLM's) is refused, never guessed: their loaders would take -1 for the last expert.
+In goes JSON text, out comes a `MapDocument` with all that is wrong with the file, and back. Formats
+of engines do not say on which dies the slots are: the caller does. What one of them cannot say is
+refused, never guessed.
 
 Our own, version 1: `{"format": "raddle-expert-map", "version": 1, "experts": E, "slots_per_die":
 S or [S of each die], "dies": [{"die": 0, "npu": 0, "node": 0, "rack": 0}, ...],
@@ -13,64 +13,75 @@ S or [S of each die], "dies": [{"die": 0, "npu": 0, "node": 0, "rack": 0}, ...],
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.expert_map import DieState, MapDie, MapDocument
-
-IntArray = npt.NDArray[np.int64]
+from raddle.wire.engine_expert_maps import (
+    DIES_MAX,
+    EMPTY,
+    EXPERTS_MAX,
+    READERS,
+    SLOTS_MAX,
+    WHOLE_FILE,
+    WRITERS,
+    Layers,
+    invalid,
+    layers_of,
+)
 
 FORMAT = "raddle-expert-map"
 VERSION = 1
-EMPTY = -1
-# A supernode has at most this many dies, a model that many experts and layers.
-DIES_MAX = 65_536
-SLOTS_MAX = 1_000_000
-EXPERTS_MAX = 65_536
+# Dies beyond these speeds are not slow or fast, but broken or a mistake; times stay finite.
+SPEED_MIN, SPEED_MAX = 0.001, 1_000.0
+FORMATS = ("raddle", *WRITERS)
 _DIE_FIELDS = {"die", "npu", "node", "rack", "state", "shared", "speed"}
 _FIELDS = {"format", "version", "experts", "slots_per_die", "dies", "physical_to_logical"}
 
 
-def invalid(message: str) -> PermanentError:
-    return PermanentError(Reason.INVALID_ARGUMENT, message)
+@dataclass(frozen=True, slots=True)
+class MapReading:
+    """A map file with all that is wrong with it; layers that cannot be laid out are left out."""
 
-
-def whole_numbers(value: Any, path: str) -> IntArray:
-    """A list of equally long lists of whole numbers as an array.
-
-    Raises:
-        PermanentError: INVALID_ARGUMENT for anything else, naming the row.
-    """
-    if not isinstance(value, list) or not value:
-        raise invalid(f"{path}: must be a list of layers, [layers][slots], and not empty.")
-    for number, row in enumerate(value):
-        if not isinstance(row, list):
-            raise invalid(f"{path}: must be two-dimensional, but layer {number} is no list.")
-        if len(row) != len(value[0]) or not row:
-            raise invalid(
-                f"{path}: ragged, layer {number} has {len(row)} slots, layer 0 has {len(value[0])}."
-            )
-        if not all(type(item) is int for item in row):
-            raise invalid(f"{path}: layer {number} holds something that is no whole number.")
-        if max(row) > EXPERTS_MAX or min(row) < -EXPERTS_MAX:
-            raise invalid(f"{path}: layer {number} holds a number beyond {EXPERTS_MAX}.")
-    return np.array(value, dtype=np.int64)
+    document: MapDocument
+    #: The number in the file of each layer of the document.
+    layers: tuple[int, ...]
+    #: One sentence each, in the order of the layers.
+    defects: tuple[str, ...]
 
 
 def read_map(text: str, form: str, dies: Sequence[MapDie] = ()) -> MapDocument:
-    """Read a map file.
+    """Read a map file in which nothing is wrong.
 
     Args:
         form: one of `FORMATS`.
-        dies: for the formats of others: the dies that the slots are spread over evenly. Empty:
+        dies: for the formats of engines: the dies that the slots are spread over evenly. Empty:
             vllm-ascend says how many there are and each is alone in its domains; others fail.
 
     Raises:
         PermanentError: INVALID_ARGUMENT with what is wrong and what to do.
+    """
+    reading = inspect_map(text, form, dies)
+    if reading.defects:
+        more = len(reading.defects) - 1
+        rest = f"; {more} more: `raddle experts check` names them" if more else ""
+        raise invalid(f"{reading.defects[0]}{rest}.")
+    return reading.document
+
+
+def inspect_map(text: str, form: str, dies: Sequence[MapDie] = ()) -> MapReading:
+    """Read a map file and name what is wrong with it.
+
+    Args:
+        form: as for `read_map`.
+        dies: as for `read_map`.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT if nothing can be laid out at all.
     """
     _require_form(form)
     try:
@@ -80,18 +91,17 @@ def read_map(text: str, form: str, dies: Sequence[MapDie] = ()) -> MapDocument:
     if not isinstance(document, dict):
         raise invalid("the map must be a JSON object.")
     if form == "raddle":
-        return _read_raddle(document)
-    table = _TABLES[form](document)
-    if not dies:
-        raise invalid(f"a {form} map does not say on which dies its slots are: pass --dies.")
-    if table.shape[1] % len(dies):
-        raise invalid(f"{table.shape[1]} slots do not spread evenly over {len(dies)} dies.")
-    return MapDocument(
-        physical_to_logical=table,
-        experts=int(table.max(initial=-1)) + 1,
-        slots_per_die=(table.shape[1] // len(dies),) * len(dies),
-        dies=tuple(dies),
+        found = _layers_of_raddle(document)
+        read = _read_raddle(document, found)
+        found.defects += _nesting_faults(read.dies)
+    else:
+        found = READERS[form](document)
+        read = _on_dies(found, form, tuple(dies))
+    found.defects.sort(key=lambda defect: defect[0])
+    defects = (
+        text if layer == WHOLE_FILE else f"layer {layer}: {text}" for layer, text in found.defects
     )
+    return MapReading(read, found.numbers, tuple(defects))
 
 
 def write_map(document: MapDocument, form: str) -> str:
@@ -104,17 +114,63 @@ def write_map(document: MapDocument, form: str) -> str:
     table = document.physical_to_logical
     if ((table < EMPTY) | (table >= document.experts)).any():
         raise invalid("the map holds experts that do not exist: `raddle experts check` names them.")
-    if form not in ("raddle", "vllm"):
-        empty = np.argwhere(table < 0)
-        if len(empty):
-            layer, slot = empty[0].tolist()
-            raise invalid(
-                f"the {form} format has no empty slots, but layer {layer}, slot {slot} is -1:"
-                " write the vllm format, or place the map anew on the dies that are left."
-            )
-    if form != "raddle" and len(set(document.slots_per_die)) > 1:
+    if form == "raddle":
+        found = _write_raddle(document)
+    else:
+        _require_words(document, form)
+        found = WRITERS[form](document)
+    return json.dumps(found, separators=(",", ":")) + "\n"
+
+
+def _require_words(document: MapDocument, form: str) -> None:
+    """Refuse what the format of an engine cannot say."""
+    if form != "vllm":
+        _require_full(document, form)
+    if len(set(document.slots_per_die)) > 1:
         raise invalid(f"the {form} format wants equally many slots a die.")
-    return json.dumps(_WRITERS[form](document), separators=(",", ":")) + "\n"
+
+
+def _require_full(document: MapDocument, form: str) -> None:
+    """Refuse empty slots, and say what to do."""
+    empty = document.physical_to_logical < 0
+    if not empty.any():
+        return
+    idle = np.repeat(np.logical_not(_hosts(document)), document.slots_per_die)
+    is_alive = bool(empty[:, ~idle].any())
+    layer, slot = np.argwhere(empty & ~idle if is_alive else empty)[0].tolist()
+    die = int(np.repeat(np.arange(len(document.dies)), document.slots_per_die)[slot])
+    what = f"the {form} format has no empty slots, but layer {layer}, slot {slot} is -1 (die {die})"
+    if is_alive:
+        raise invalid(f"{what}, which is alive: write the raddle or the vllm format.")
+    raise invalid(
+        f"{what}: leave out the dies that hold nothing and number the others anew (`raddle experts"
+        " repair` and `convert` do with --compact), or write the raddle or the vllm format (--to)."
+    )
+
+
+def _hosts(document: MapDocument) -> list[bool]:
+    """[dies] which may hold routed experts."""
+    return [die.state is DieState.LIVE and not die.shared for die in document.dies]
+
+
+def compacted(document: MapDocument) -> MapDocument:
+    """The map without the dies that hold no routed experts; the others are numbered anew.
+
+    Raises:
+        PermanentError: DOES_NOT_FIT if no die is left.
+    """
+    keep = _hosts(document)
+    if not any(keep):
+        raise PermanentError(Reason.DOES_NOT_FIT, "no die is left to hold experts.")
+    slots = np.repeat(keep, document.slots_per_die)
+    return replace(
+        document,
+        physical_to_logical=document.physical_to_logical[:, slots],
+        slots_per_die=tuple(
+            n for n, kept in zip(document.slots_per_die, keep, strict=True) if kept
+        ),
+        dies=tuple(die for die, kept in zip(document.dies, keep, strict=True) if kept),
+    )
 
 
 def _require_form(form: str) -> None:
@@ -122,10 +178,47 @@ def _require_form(form: str) -> None:
         raise invalid(f"map format {form!r} is unknown; use {', '.join(FORMATS)}.")
 
 
+# --- engines -------------------------------------------------------------------------------------
+
+
+def _on_dies(found: Layers, form: str, dies: tuple[MapDie, ...]) -> MapDocument:
+    """An engine's layers on the dies of the caller."""
+    if not dies and found.dies is not None:
+        dies = tuple(MapDie(npu=die, node=die, rack=die) for die in range(found.dies))
+    if not dies:
+        raise invalid(f"a {form} map does not say on which dies its slots are: pass --dies.")
+    if found.dies not in (None, len(dies)):
+        raise invalid(f"the map has a device_count of {found.dies}, but --dies is {len(dies)}.")
+    slots = found.table.shape[1]
+    if slots % len(dies):
+        raise invalid(f"{slots} slots do not spread evenly over {len(dies)} dies.")
+    if form == "vllm" and len(found.table):
+        # vLLM has no other word for a die that is lost.
+        dead = (found.table == EMPTY).reshape(len(found.table), len(dies), -1).all(axis=(0, 2))
+        dies = tuple(
+            replace(die, state=DieState.LOST) if gone else die
+            for die, gone in zip(dies, dead.tolist(), strict=True)
+        )
+    guessed = int(found.table.max(initial=0)) + 1
+    return MapDocument(
+        physical_to_logical=found.table,
+        experts=_require_experts(guessed if found.experts is None else found.experts),
+        slots_per_die=(slots // len(dies),) * len(dies),
+        dies=dies,
+        experts_stated=found.experts is not None,
+    )
+
+
+def _require_experts(experts: Any) -> int:
+    if type(experts) is not int or not 0 < experts <= EXPERTS_MAX:
+        raise invalid(f"experts must be a whole number from 1 to {EXPERTS_MAX}.")
+    return experts
+
+
 # --- our own -------------------------------------------------------------------------------------
 
 
-def _read_raddle(document: Mapping[str, Any]) -> MapDocument:
+def _layers_of_raddle(document: Mapping[str, Any]) -> Layers:
     for field in ("physical_to_logical", "slots_per_die", "dies"):
         if field not in document:
             raise invalid(
@@ -135,23 +228,49 @@ def _read_raddle(document: Mapping[str, Any]) -> MapDocument:
     unknown = sorted(set(document) - _FIELDS)
     if unknown:
         raise PermanentError(Reason.UNKNOWN_FIELD, f"the map has unknown fields: {unknown}.")
-    if document.get("format", FORMAT) != FORMAT or document.get("version", VERSION) != VERSION:
+    version = document.get("version", VERSION)
+    # JSON's true equals 1 in Python.
+    if document.get("format", FORMAT) != FORMAT or version is True or version != VERSION:
         raise invalid(
             f"the map is {document.get('format')!r} version {document.get('version')!r};"
             f" this program reads {FORMAT} version {VERSION}."
         )
-    table = whole_numbers(document["physical_to_logical"], "physical_to_logical")
+    return layers_of(document["physical_to_logical"], "physical_to_logical")
+
+
+def _read_raddle(document: Mapping[str, Any], found: Layers) -> MapDocument:
     dies = _dies(document["dies"])
     slots = _slots(document["slots_per_die"], len(dies))
-    if sum(slots) != table.shape[1]:
+    if sum(slots) != found.table.shape[1]:
         raise invalid(
-            f"physical_to_logical has {table.shape[1]} slots a layer, slots_per_die and dies"
+            f"physical_to_logical has {found.table.shape[1]} slots a layer, slots_per_die and dies"
             f" make {sum(slots)}."
         )
-    experts = document.get("experts", int(table.max(initial=-1)) + 1)
-    if type(experts) is not int or not 0 < experts <= EXPERTS_MAX:
-        raise invalid(f"experts must be a whole number from 1 to {EXPERTS_MAX}.")
-    return MapDocument(physical_to_logical=table, experts=experts, slots_per_die=slots, dies=dies)
+    guessed = int(found.table.max(initial=0)) + 1
+    return MapDocument(
+        physical_to_logical=found.table,
+        experts=_require_experts(document.get("experts", guessed)),
+        slots_per_die=slots,
+        dies=dies,
+        experts_stated="experts" in document,
+    )
+
+
+def _nesting_faults(dies: Sequence[MapDie]) -> list[tuple[int, str]]:
+    """NPUs in two nodes and nodes in two racks: numbers count over the whole machine."""
+    found: list[tuple[int, str]] = []
+    for inner, outer in (("npu", "node"), ("node", "rack")):
+        parents: dict[int, list[int]] = {}
+        for die in dies:
+            known = parents.setdefault(getattr(die, inner), [])
+            if getattr(die, outer) not in known:
+                known.append(getattr(die, outer))
+        found += [
+            (WHOLE_FILE, f"{inner} {number} is in {outer}s {', '.join(map(str, sorted(known)))}")
+            for number, known in sorted(parents.items())
+            if len(known) > 1
+        ]
+    return found
 
 
 def _slots(value: Any, dies: int) -> tuple[int, ...]:
@@ -189,8 +308,8 @@ def _die(number: int, item: Any) -> MapDie:
         raise invalid(f"{path}.state: must be one of {', '.join(DieState)}.")
     if type(shared) is not bool:
         raise invalid(f"{path}.shared: must be true or false.")
-    if type(speed) not in (int, float) or not 0 < speed <= 1_000:  # noqa: PLR2004 - a sane factor
-        raise invalid(f"{path}.speed: must be a number above 0.")
+    if type(speed) not in (int, float) or not SPEED_MIN <= speed <= SPEED_MAX:
+        raise invalid(f"{path}.speed: must be a number from {SPEED_MIN:g} to {SPEED_MAX:g}.")
     npu, node, rack = (_domain(item, path, level) for level in ("npu", "node", "rack"))
     return MapDie(
         npu=npu, node=node, rack=rack, state=DieState(state), shared=shared, speed=float(speed)
@@ -225,121 +344,3 @@ def _die_fields(number: int, die: MapDie) -> dict[str, Any]:
     if die.speed != 1.0:
         found["speed"] = die.speed
     return found
-
-
-# --- others --------------------------------------------------------------------------------------
-
-
-def _table(field: str, *, empty: bool = False) -> Callable[[Mapping[str, Any]], IntArray]:
-    """A reader of the format whose table is in this field."""
-
-    def read(document: Mapping[str, Any]) -> IntArray:
-        if field not in document:
-            raise invalid(f"the map has no {field}.")
-        table = whole_numbers(document[field], field)
-        if (table < (EMPTY if empty else 0)).any():
-            layer, slot = np.argwhere(table < (EMPTY if empty else 0))[0].tolist()
-            raise invalid(f"{field}: layer {layer}, slot {slot} holds {table[layer, slot]}.")
-        return table
-
-    return read
-
-
-def _read_ascend(document: Mapping[str, Any]) -> IntArray:
-    """`expert_map.json`: the order in `device_expert` is the order of a device's slots."""
-    layers = document.get("layer_list")
-    if not isinstance(layers, list) or document.get("moe_layer_count") != len(layers):
-        raise invalid("layer_list must be a list of moe_layer_count layers.")
-    rows: list[list[int]] = []
-    for number, layer in enumerate(layers):
-        path = f"layer_list[{number}]"
-        devices = layer.get("device_list") if isinstance(layer, dict) else None
-        if not isinstance(devices, list) or layer.get("device_count") != len(devices):
-            raise invalid(f"{path}.device_list must be a list of device_count devices.")
-        if layer.get("layer_id") != number:
-            raise invalid(f"{path}.layer_id is {layer.get('layer_id')!r}, not {number}.")
-        row: list[int] = []
-        for place, device in enumerate(devices):
-            if not isinstance(device, dict) or device.get("device_id") != place:
-                raise invalid(f"{path}.device_list[{place}] is not device_id {place}.")
-            experts = device.get("device_expert")
-            if not isinstance(experts, list) or len(experts) * len(devices) > SLOTS_MAX:
-                raise invalid(f"{path}.device_list[{place}].device_expert must be a list.")
-            if len(experts) * place != len(row):
-                raise invalid(
-                    f"{path}: device {place} has {len(experts)} slots, others have more or fewer."
-                )
-            row += experts
-        rows.append(row)
-    return whole_numbers(rows, "layer_list")
-
-
-def _write_ascend(document: MapDocument) -> dict[str, Any]:
-    width, dies = document.slots_per_die[0], len(document.dies)
-    return {
-        "moe_layer_count": len(document.physical_to_logical),
-        "layer_list": [
-            {
-                "layer_id": layer,
-                "device_count": dies,
-                "device_list": [
-                    {"device_id": die, "device_expert": row[die * width : (die + 1) * width]}
-                    for die in range(dies)
-                ],
-            }
-            for layer, row in enumerate(document.physical_to_logical.tolist())
-        ],
-    }
-
-
-def _write_sglang(document: MapDocument) -> dict[str, Any]:
-    # The loader takes every key as an argument: one more would stop it.
-    return {"physical_to_logical_map": document.physical_to_logical.tolist()}
-
-
-def _write_vllm(document: MapDocument) -> dict[str, Any]:
-    logical, counts = inverted(document.physical_to_logical, document.experts)
-    return {
-        "physical_to_logical_map": document.physical_to_logical.tolist(),
-        "logical_to_physical_map": logical.tolist(),
-        "logical_replica_count": counts.tolist(),
-    }
-
-
-def _write_deepseek(document: MapDocument) -> dict[str, Any]:
-    logical, counts = inverted(document.physical_to_logical, document.experts)
-    return {
-        "phy2log": document.physical_to_logical.tolist(),
-        "log2phy": logical.tolist(),
-        "logcnt": counts.tolist(),
-    }
-
-
-def inverted(table: IntArray, experts: int) -> tuple[IntArray, IntArray]:
-    """Slots of each expert [layers, experts, most copies] padded with -1, and how many."""
-    layer, slot = np.nonzero(table >= 0)
-    pair = layer * experts + table[layer, slot]
-    order = np.argsort(pair, kind="stable")
-    pair, slot = pair[order], slot[order]
-    counts = np.bincount(pair, minlength=len(table) * experts)
-    number = np.arange(len(pair)) - (np.cumsum(counts) - counts)[pair]
-    found = np.full((len(counts), int(counts.max(initial=0))), EMPTY, dtype=np.int64)
-    found[pair, number] = slot
-    shape = (len(table), experts)
-    return found.reshape(*shape, -1), counts.reshape(shape)
-
-
-_TABLES: dict[str, Callable[[Mapping[str, Any]], IntArray]] = {
-    "sglang": _table("physical_to_logical_map"),
-    "vllm": _table("physical_to_logical_map", empty=True),
-    "vllm-ascend": _read_ascend,
-    "deepseek": _table("phy2log"),
-}
-_WRITERS: dict[str, Callable[[MapDocument], dict[str, Any]]] = {
-    "raddle": _write_raddle,
-    "sglang": _write_sglang,
-    "vllm": _write_vllm,
-    "vllm-ascend": _write_ascend,
-    "deepseek": _write_deepseek,
-}
-FORMATS = tuple(_WRITERS)

@@ -673,6 +673,7 @@ class KvEvent(_message.Message):
     LORA_FIELD_NUMBER: _builtins.int
     TENANT_SALT_FIELD_NUMBER: _builtins.int
     KV_GROUP_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """STORED, REMOVED or CLEARED."""
     sequence: _builtins.int
@@ -682,6 +683,10 @@ class KvEvent(_message.Message):
     """What the hashes are within, besides the job's model."""
     tenant_salt: _builtins.str
     kv_group: _builtins.int
+    block_tokens: _builtins.int
+    """Tokens of a block, where the engine says them: blocks of another size than the job's are none
+    of its.
+    """
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -694,10 +699,11 @@ class KvEvent(_message.Message):
         lora: _builtins.str = ...,
         tenant_salt: _builtins.str = ...,
         kv_group: _builtins.int = ...,
+        block_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "kind", b"kind", "kv_group", b"kv_group", "lora", b"lora", "sequence", b"sequence", "tenant_salt", b"tenant_salt", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "block_tokens", b"block_tokens", "kind", b"kind", "kv_group", b"kv_group", "lora", b"lora", "sequence", b"sequence", "tenant_salt", b"tenant_salt", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from raddle.v1 import types_pb2 as raddle_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19raddle/v1/reference.proto\x12\traddle.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15raddle/v1/types.proto\"Z\n\x0ePrefillRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x12\n\x06tokens\x18\x03 \x03(\x05\x42\x02\x10\x01\"Y\n\x0fPrefillResponse\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\t\x12\x17\n\x0ftokens_computed\x18\x02 \x01(\x05\x12\x17\n\x0ftokens_restored\x18\x03 \x01(\x05\"\x8f\x01\n\x0fGenerateRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x19\n\rprompt_tokens\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x17\n\x0bsent_tokens\x18\x04 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nmax_tokens\x18\x05 \x01(\x05\"\x86\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\x06tokens\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x1a\n\x12kv_tokens_restored\x18\x04 \x01(\x05\x12\x1c\n\x14kv_tokens_recomputed\x18\x05 \x01(\x05\"@\n\x07KvBlock\x12\x12\n\nblock_hash\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07\"\xaa\x01\n\x10PutBlocksRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\"\n\x06writer\x18\x02 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\"\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x12.raddle.v1.KvBlock\x12-\n\nevict_idle\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"`\n\x11PutBlocksResponse\x12\x15\n\rblocks_stored\x18\x01 \x01(\x05\x12\x16\n\x0e\x62locks_corrupt\x18\x02 \x01(\x05\x12\x1c\n\x14\x62lock_hashes_refused\x18\x03 \x03(\t\"I\n\x10GetBlocksRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\t\"7\n\x11GetBlocksResponse\x12\"\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x12.raddle.v1.KvBlock\"I\n\x10HasBlocksRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\t\")\n\x11HasBlocksResponse\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\t2\x98\x01\n\rReferenceRank\x12@\n\x07Prefill\x12\x19.raddle.v1.PrefillRequest\x1a\x1a.raddle.v1.PrefillResponse\x12\x45\n\x08Generate\x12\x1a.raddle.v1.GenerateRequest\x1a\x1b.raddle.v1.GenerateResponse0\x01\x32\xe4\x01\n\nPoolMember\x12\x46\n\tPutBlocks\x12\x1b.raddle.v1.PutBlocksRequest\x1a\x1c.raddle.v1.PutBlocksResponse\x12\x46\n\tGetBlocks\x12\x1b.raddle.v1.GetBlocksRequest\x1a\x1c.raddle.v1.GetBlocksResponse\x12\x46\n\tHasBlocks\x12\x1b.raddle.v1.HasBlocksRequest\x1a\x1c.raddle.v1.HasBlocksResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19raddle/v1/reference.proto\x12\traddle.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15raddle/v1/types.proto\"Z\n\x0ePrefillRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x12\n\x06tokens\x18\x03 \x03(\x05\x42\x02\x10\x01\"Y\n\x0fPrefillResponse\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\t\x12\x17\n\x0ftokens_computed\x18\x02 \x01(\x05\x12\x17\n\x0ftokens_restored\x18\x03 \x01(\x05\"\x8f\x01\n\x0fGenerateRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x19\n\rprompt_tokens\x18\x03 \x03(\x05\x42\x02\x10\x01\x12\x17\n\x0bsent_tokens\x18\x04 \x03(\x05\x42\x02\x10\x01\x12\x12\n\nmax_tokens\x18\x05 \x01(\x05\"\x86\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x12\n\x06tokens\x18\x02 \x03(\x05\x42\x02\x10\x01\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x1a\n\x12kv_tokens_restored\x18\x04 \x01(\x05\x12\x1c\n\x14kv_tokens_recomputed\x18\x05 \x01(\x05\"U\n\x07KvBlock\x12\x12\n\nblock_hash\x18\x01 \x01(\t\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07\x12\x13\n\x0bwriter_node\x18\x04 \x01(\t\"\xaa\x01\n\x10PutBlocksRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\"\n\x06writer\x18\x02 \x01(\x0b\x32\x12.raddle.v1.RankKey\x12\"\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x12.raddle.v1.KvBlock\x12-\n\nevict_idle\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"`\n\x11PutBlocksResponse\x12\x15\n\rblocks_stored\x18\x01 \x01(\x05\x12\x16\n\x0e\x62locks_corrupt\x18\x02 \x01(\x05\x12\x1c\n\x14\x62lock_hashes_refused\x18\x03 \x03(\t\"I\n\x10GetBlocksRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\t\"7\n\x11GetBlocksResponse\x12\"\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x12.raddle.v1.KvBlock\"I\n\x10HasBlocksRequest\x12\x1f\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x10.raddle.v1.Fence\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\t\")\n\x11HasBlocksResponse\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\t2\x98\x01\n\rReferenceRank\x12@\n\x07Prefill\x12\x19.raddle.v1.PrefillRequest\x1a\x1a.raddle.v1.PrefillResponse\x12\x45\n\x08Generate\x12\x1a.raddle.v1.GenerateRequest\x1a\x1b.raddle.v1.GenerateResponse0\x01\x32\xe4\x01\n\nPoolMember\x12\x46\n\tPutBlocks\x12\x1b.raddle.v1.PutBlocksRequest\x1a\x1c.raddle.v1.PutBlocksResponse\x12\x46\n\tGetBlocks\x12\x1b.raddle.v1.GetBlocksRequest\x1a\x1c.raddle.v1.GetBlocksResponse\x12\x46\n\tHasBlocks\x12\x1b.raddle.v1.HasBlocksRequest\x1a\x1c.raddle.v1.HasBlocksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,21 +50,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATERESPONSE']._serialized_start=425
   _globals['_GENERATERESPONSE']._serialized_end=559
   _globals['_KVBLOCK']._serialized_start=561
-  _globals['_KVBLOCK']._serialized_end=625
-  _globals['_PUTBLOCKSREQUEST']._serialized_start=628
-  _globals['_PUTBLOCKSREQUEST']._serialized_end=798
-  _globals['_PUTBLOCKSRESPONSE']._serialized_start=800
-  _globals['_PUTBLOCKSRESPONSE']._serialized_end=896
-  _globals['_GETBLOCKSREQUEST']._serialized_start=898
-  _globals['_GETBLOCKSREQUEST']._serialized_end=971
-  _globals['_GETBLOCKSRESPONSE']._serialized_start=973
-  _globals['_GETBLOCKSRESPONSE']._serialized_end=1028
-  _globals['_HASBLOCKSREQUEST']._serialized_start=1030
-  _globals['_HASBLOCKSREQUEST']._serialized_end=1103
-  _globals['_HASBLOCKSRESPONSE']._serialized_start=1105
-  _globals['_HASBLOCKSRESPONSE']._serialized_end=1146
-  _globals['_REFERENCERANK']._serialized_start=1149
-  _globals['_REFERENCERANK']._serialized_end=1301
-  _globals['_POOLMEMBER']._serialized_start=1304
-  _globals['_POOLMEMBER']._serialized_end=1532
+  _globals['_KVBLOCK']._serialized_end=646
+  _globals['_PUTBLOCKSREQUEST']._serialized_start=649
+  _globals['_PUTBLOCKSREQUEST']._serialized_end=819
+  _globals['_PUTBLOCKSRESPONSE']._serialized_start=821
+  _globals['_PUTBLOCKSRESPONSE']._serialized_end=917
+  _globals['_GETBLOCKSREQUEST']._serialized_start=919
+  _globals['_GETBLOCKSREQUEST']._serialized_end=992
+  _globals['_GETBLOCKSRESPONSE']._serialized_start=994
+  _globals['_GETBLOCKSRESPONSE']._serialized_end=1049
+  _globals['_HASBLOCKSREQUEST']._serialized_start=1051
+  _globals['_HASBLOCKSREQUEST']._serialized_end=1124
+  _globals['_HASBLOCKSRESPONSE']._serialized_start=1126
+  _globals['_HASBLOCKSRESPONSE']._serialized_end=1167
+  _globals['_REFERENCERANK']._serialized_start=1170
+  _globals['_REFERENCERANK']._serialized_end=1322
+  _globals['_POOLMEMBER']._serialized_start=1325
+  _globals['_POOLMEMBER']._serialized_end=1553
 # @@protoc_insertion_point(module_scope)

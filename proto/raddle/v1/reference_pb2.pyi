@@ -159,20 +159,24 @@ class KvBlock(_message.Message):
     BLOCK_HASH_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    WRITER_NODE_FIELD_NUMBER: _builtins.int
     block_hash: _builtins.str
     payload: _builtins.bytes
     checksum: _builtins.int
     """CRC-32 of the payload, made by the rank that computed it and checked by everyone after."""
+    writer_node: _builtins.str
+    """Where that rank runs: the only copy should not be there too."""
     def __init__(
         self,
         *,
         block_hash: _builtins.str = ...,
         payload: _builtins.bytes = ...,
         checksum: _builtins.int = ...,
+        writer_node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "checksum", b"checksum", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "checksum", b"checksum", "payload", b"payload", "writer_node", b"writer_node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,6 +43,7 @@ class SuperNode(_message.Message):
     DIE_TO_HOST_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     NODE_NETWORK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     BUCKET_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     name: _builtins.str
     machine: _builtins.str
@@ -61,6 +62,8 @@ class SuperNode(_message.Message):
     die_to_host_bytes_per_s: _builtins.int
     node_network_bytes_per_s: _builtins.int
     bucket_bytes_per_s: _builtins.int
+    prefill_tokens_per_s: _builtins.int
+    """What a die computes of prompts, of a model as large as DeepSeek-R1; 0: as one of CloudMatrix384."""
     def __init__(
         self,
         *,
@@ -82,10 +85,11 @@ class SuperNode(_message.Message):
         die_to_host_bytes_per_s: _builtins.int = ...,
         node_network_bytes_per_s: _builtins.int = ...,
         bucket_bytes_per_s: _builtins.int = ...,
+        prefill_tokens_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_bytes_per_s", b"bucket_bytes_per_s", "communication_racks", b"communication_racks", "compute_racks", b"compute_racks", "cpus_per_node", b"cpus_per_node", "die_memory_bytes", b"die_memory_bytes", "die_to_die_bytes_per_s", b"die_to_die_bytes_per_s", "die_to_host_bytes_per_s", b"die_to_host_bytes_per_s", "dies_per_npu", b"dies_per_npu", "host_memory_bytes", b"host_memory_bytes", "machine", b"machine", "name", b"name", "node_network_bytes_per_s", b"node_network_bytes_per_s", "nodes", b"nodes", "nodes_per_rack", b"nodes_per_rack", "npus_per_node", b"npus_per_node", "schema_version", b"schema_version", "switch_chips_per_node", b"switch_chips_per_node", "ub_planes", b"ub_planes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_bytes_per_s", b"bucket_bytes_per_s", "communication_racks", b"communication_racks", "compute_racks", b"compute_racks", "cpus_per_node", b"cpus_per_node", "die_memory_bytes", b"die_memory_bytes", "die_to_die_bytes_per_s", b"die_to_die_bytes_per_s", "die_to_host_bytes_per_s", b"die_to_host_bytes_per_s", "dies_per_npu", b"dies_per_npu", "host_memory_bytes", b"host_memory_bytes", "machine", b"machine", "name", b"name", "node_network_bytes_per_s", b"node_network_bytes_per_s", "nodes", b"nodes", "nodes_per_rack", b"nodes_per_rack", "npus_per_node", b"npus_per_node", "prefill_tokens_per_s", b"prefill_tokens_per_s", "schema_version", b"schema_version", "switch_chips_per_node", b"switch_chips_per_node", "ub_planes", b"ub_planes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

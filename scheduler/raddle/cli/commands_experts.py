@@ -38,7 +38,14 @@ Dies = Annotated[
     int, typer.Option("--dies", help="dies of a map whose format does not say it", min=0)
 ]
 Bytes = Annotated[int, typer.Option(help="bytes of one expert in one layer", min=1)]
-Slow = Annotated[str, typer.Option(help="dies that are slower, die:3=0.5,npu:7=0.8")]
+Slow = Annotated[list[str] | None, typer.Option(help="dies that are slower, die:3=0.5,npu:7=0.8")]
+To = Annotated[
+    str, typer.Option("--to", help="format of the new map; default: that of the old one")
+]
+Compact = Annotated[
+    bool,
+    typer.Option("--compact", help="leave out dies that hold nothing, and number the others anew"),
+]
 Swaps = Annotated[
     int | None,
     typer.Option(
@@ -61,7 +68,7 @@ def place(
     shared_expert_dies: Annotated[
         int, typer.Option(help="the last so many dies hold the shared expert alone", min=0)
     ] = 0,
-    slow: Slow = "",
+    slow: Slow = None,
     map_format: Form = "raddle",
     bytes_per_expert: Bytes = DEFAULT_EXPERT_BYTES,
     output: Output = "",
@@ -74,7 +81,7 @@ def place(
 
     with _explained():
         document = files.new_document(
-            machine, dies, files.slots_of(slots_per_die, dies), shared_expert_dies, slow
+            machine, dies, files.slots_of(slots_per_die, dies), shared_expert_dies, slow or ()
         )
         wanted = files.read_loads(loads)
         result = run.place(document, wanted)
@@ -87,12 +94,20 @@ def repair(
     map_: MapOption,
     loads: Loads,
     out: Out,
-    lost: Annotated[str, typer.Option(help="what is lost: die:17,npu:3,node:2,rack:0")] = "",
-    drained: Annotated[str, typer.Option(help="what is to be empty but can still be read")] = "",
-    joined: Annotated[str, typer.Option(help="what is back, with nothing in memory")] = "",
-    slow: Slow = "",
+    lost: Annotated[
+        list[str] | None, typer.Option(help="what is lost: die:17,npu:3,node:2,rack:0")
+    ] = None,
+    drained: Annotated[
+        list[str] | None, typer.Option(help="what is to be empty but can still be read")
+    ] = None,
+    joined: Annotated[
+        list[str] | None, typer.Option(help="what is back, with nothing in memory")
+    ] = None,
+    slow: Slow = None,
     swaps: Swaps = None,
     map_format: Form = "raddle",
+    to: To = "",
+    compact: Compact = False,
     dies: Dies = 0,
     machine: Machine = "cloudmatrix384",
     bytes_per_expert: Bytes = DEFAULT_EXPERT_BYTES,
@@ -100,18 +115,26 @@ def repair(
 ) -> None:
     """Repair a map after dies were lost, drained, slowed or came back: keep what is fine.
 
+    Options that name dies may be repeated. If there are too few slots for all experts, the map
+    is written all the same, the experts without a copy are named and the exit code is 1.
+
     Example: `raddle experts repair --map map.json --loads L.npy --lost die:17 --out new.json`
     """
     from raddle.cli.experts import files, run
+    from raddle.cli.session import EXIT_FAILED
 
     with _explained():
         before = files.read(map_, map_format, dies, machine)
         wanted = files.read_loads(loads)
-        after, fresh = files.changed(before, lost=lost, drained=drained, joined=joined, slow=slow)
+        after, fresh = files.changed(
+            before, lost=lost or (), drained=drained or (), joined=joined or (), slow=slow or ()
+        )
         rates = files.bandwidths(machine, bytes_per_expert)
         result = run.repair(before, after, wanted, fresh, swaps, rates)
-        files.write(out, result.document, map_format)
-        run.show(result, output_of(ctx, output), bytes_per_expert)
+        files.write(out, result.document, to or map_format, compact=compact)
+        whole = run.show(result, output_of(ctx, output), bytes_per_expert)
+    if not whole:
+        sys.exit(EXIT_FAILED)
 
 
 def rebalance(
@@ -127,6 +150,8 @@ def rebalance(
     ] = 0.05,
     swaps: Swaps = None,
     map_format: Form = "raddle",
+    to: To = "",
+    compact: Compact = False,
     dies: Dies = 0,
     machine: Machine = "cloudmatrix384",
     bytes_per_expert: Bytes = DEFAULT_EXPERT_BYTES,
@@ -143,7 +168,7 @@ def rebalance(
         wanted = files.read_loads(loads)
         rates = files.bandwidths(machine, bytes_per_expert)
         result = run.rebalance(before, wanted, rates, horizon_s=horizon, gain_min=gain, swaps=swaps)
-        files.write(out, result.document, map_format)
+        files.write(out, result.document, to or map_format, compact=compact)
         run.show(result, output_of(ctx, output), bytes_per_expert)
 
 
@@ -163,7 +188,7 @@ def check(
     from raddle.cli.session import EXIT_FAILED
 
     with _explained():
-        clean = run.check(files.read(map_, map_format, dies, machine), output_of(ctx, output))
+        clean = run.check(files.inspect(map_, map_format, dies, machine), output_of(ctx, output))
     if not clean:
         sys.exit(EXIT_FAILED)
 
@@ -191,6 +216,7 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="raddle, sglang, vllm, vllm-ascend or deepseek")],
     out: Out,
     map_format: Form = "raddle",
+    compact: Compact = False,
     dies: Dies = 0,
     machine: Machine = "cloudmatrix384",
 ) -> None:
@@ -201,7 +227,7 @@ def convert(
     from raddle.cli.experts import files
 
     with _explained():
-        files.write(out, files.read(map_, map_format, dies, machine), to)
+        files.write(out, files.read(map_, map_format, dies, machine), to, compact=compact)
 
 
 @contextmanager

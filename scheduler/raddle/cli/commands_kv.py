@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
     from raddle.core.kvcache.replay import Action, ReplayConfig, ReplayResult
 
 FORMATS = ("mooncake", "azure", "servegen")
-HOSTS_MAX = 4_096
+#: More take minutes: every block is ranked over all hosts.
+HOSTS_MAX = 1_024
 RANKS_MAX = 100_000
 _GIB = 1 << 30
+_POOL_GIB_MAX, _POOL_BLOCKS_MAX = 1e9, 10**12
+_BLOCK_BYTES_MAX = 1 << 40
+_RATE_MAX = 1e18
 _NO_IDS = "the trace carries no block ids: no block is shared"
 _MADE_UP = "the trace carries no block ids: sharing is made up by --synthetic-prefix"
 
@@ -107,11 +112,14 @@ def locate(
     ctx: typer.Context,
     job: JobName,
     block_hashes: Annotated[list[str], typer.Argument(help="hexadecimal hashes, in order")],
+    lora: Annotated[str, typer.Option(help="blocks made with this adapter")] = "",
+    tenant_salt: Annotated[str, typer.Option(help="blocks of this tenant, `tenant|salt`")] = "",
+    kv_group: Annotated[int, typer.Option(min=0, help="blocks of this group of layers")] = 0,
     output: Output = "",
 ) -> None:
     """Say where copies of blocks are, and how long a prefix of them is present.
 
-    Example: `raddle kv locate chat 0c7d55a41b337e2d770d6b52eacd6141`
+    Example: `raddle kv locate chat 0c7d55a41b337e2d770d6b52eacd6141 --lora sql`
     """
     from raddle.v1 import engine_pb2, scheduler_pb2
 
@@ -119,7 +127,13 @@ def locate(
 
     async def work(stub: Any) -> None:
         found = (await find_job(stub, job, s.context.namespace, s.timeout_s)).job
-        request = scheduler_pb2.LocateKvBlocksRequest(job_uid=found.uid, block_hashes=block_hashes)
+        request = scheduler_pb2.LocateKvBlocksRequest(
+            job_uid=found.uid,
+            block_hashes=block_hashes,
+            lora=lora,
+            tenant_salt=tenant_salt,
+            kv_group=kv_group,
+        )
         answer = await stub.LocateKvBlocks(request, timeout=s.timeout_s)
         rows = []
         for block in answer.blocks:
@@ -164,6 +178,10 @@ def moments(values: list[str] | None, kind_name: str, option: str) -> list[Actio
     return found
 
 
+def _rate(help_text: str) -> Any:
+    return typer.Option(min=1, max=_RATE_MAX, help=help_text)
+
+
 def _hosts(help_text: str) -> Any:
     return typer.Option(metavar="SECOND:HOST", help=help_text)
 
@@ -171,8 +189,14 @@ def _hosts(help_text: str) -> Any:
 Trace = Annotated[Path, typer.Option(help="file of a public trace")]
 Form = Annotated[str, typer.Option("--format", help=f"one of {', '.join(FORMATS)}")]
 Hosts = Annotated[int, typer.Option(min=1, max=HOSTS_MAX, help="pool hosts 0 to N-1, one a node")]
-Gib = Annotated[float | None, typer.Option(min=0, help="memory of all hosts together, GiB")]
-Blocks = Annotated[int | None, typer.Option(min=0, help="copies that fit into all hosts together")]
+Gib = Annotated[
+    float | None,
+    typer.Option(min=0, max=_POOL_GIB_MAX, help="memory of all hosts together, GiB"),
+]
+Blocks = Annotated[
+    int | None,
+    typer.Option(min=0, max=_POOL_BLOCKS_MAX, help="copies that fit into all hosts together"),
+]
 Replicas = Annotated[int, typer.Option(min=1, max=16, help="copies of each block")]
 Fail = Annotated[list[str] | None, _hosts("a host is lost with its copies")]
 Drain = Annotated[list[str] | None, _hosts("a host is emptied, then leaves")]
@@ -181,10 +205,10 @@ Ranks = Annotated[int, typer.Option(min=0, max=RANKS_MAX, help="decode ranks 0 t
 LoseRank = Annotated[
     list[str] | None, typer.Option(metavar="SECOND:RANK", help="a decode rank is lost")
 ]
-BlockBytes = Annotated[int, typer.Option(min=1, help="bytes of a block")]
-RepairRate = Annotated[float, typer.Option(min=1, help="repair's budget of each host")]
-WriteRate = Annotated[float, typer.Option(min=1, help="write-back of one rank")]
-PrefillRate = Annotated[float, typer.Option(min=1, help="rate of a prefill instance")]
+BlockBytes = Annotated[int, typer.Option(min=1, max=_BLOCK_BYTES_MAX, help="bytes of a block")]
+RepairRate = Annotated[float, _rate("repair's budget of each host")]
+WriteRate = Annotated[float, _rate("write-back of one rank")]
+PrefillRate = Annotated[float, _rate("rate of a prefill instance")]
 Synthetic = Annotated[bool, typer.Option(help="make sharing up for traces without block ids")]
 Plot = Annotated[Path | None, typer.Option(help="draw a .png or .svg")]
 Seed = Annotated[int, typer.Option(min=0, help="of everything that is drawn")]
@@ -226,6 +250,13 @@ def simulate(  # noqa: PLR0913, PLR0917 - the options of one experiment
 
     if form not in FORMATS:
         raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}", param_hint="--format")
+    if synthetic_prefix and form == "mooncake":
+        raise typer.BadParameter(
+            "the mooncake format carries block ids, no sharing is made up",
+            param_hint="--synthetic-prefix",
+        )
+    if lose_rank and not ranks:
+        raise typer.BadParameter("needs --ranks", param_hint="--lose-rank")
     if pool_gib is not None and pool_blocks is not None:
         raise typer.BadParameter("give --pool-gib or --pool-blocks", param_hint="--pool-blocks")
     if pool_gib is not None:
@@ -275,8 +306,8 @@ def simulated(
     """
     from raddle.core.kvcache.replay import Replay, check_actions
 
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise PermanentError(Reason.INVALID_ARGUMENT, f"--plot {plot}: must end in .png or .svg.")
+    if plot is not None:
+        check_plot(plot)
     check_actions(config, actions)
     requests = read_trace(source)
     actions = in_trace_time(actions, requests)
@@ -354,6 +385,21 @@ def result_data(
     return data
 
 
+def check_plot(path: Path) -> None:
+    """Refuse a plot that could not be written when all is done; nothing is made yet.
+
+    Raises:
+        PermanentError: INVALID_ARGUMENT.
+    """
+    if path.suffix.lower() not in {".png", ".svg"}:
+        raise PermanentError(Reason.INVALID_ARGUMENT, f"--plot {path}: must end in .png or .svg.")
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not place.exists() or not os.access(place, os.W_OK):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"--plot {path} cannot be written: choose another place."
+        )
+
+
 def draw(path: Path, result: ReplayResult, actions: list[Action]) -> None:
     """Hit rate, blocks in the pool and blocks without enough copies over trace time.
 
@@ -383,7 +429,7 @@ def draw(path: Path, result: ReplayResult, actions: list[Action]) -> None:
         name = f"{action.kind.name.lower().replace('_', ' ')} {action.subject}"
         rates.annotate(name, (action.time_s, 0.95), rotation=90, va="top", fontsize=8)
     try:
-        figure.savefig(path)
+        figure.savefig(path, format=path.suffix[1:].lower())
     except OSError as error:
         raise PermanentError(
             Reason.INVALID_ARGUMENT, f"{path} cannot be written: {error}."

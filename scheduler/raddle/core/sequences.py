@@ -14,7 +14,8 @@ import numpy as np
 from raddle.core.admission import model_shape
 from raddle.core.context import Context, active_seats, is_ended, kv_replicas
 from raddle.core.events import SequencesReported, StatsReported
-from raddle.core.kvcache.index import block_event
+from raddle.core.kvcache.figures import PREFILL_TOKENS_PER_S_A_DIE
+from raddle.core.kvcache.index import BlockEvent, block_event
 from raddle.core.kvcache.recoveries import Recovery
 from raddle.core.kvcache.restore import KvCosts, Pool, RestorePlan, Survivor, plan_restores
 from raddle.model import keys
@@ -25,8 +26,9 @@ from raddle.model.stats import KvEvent
 from raddle.model.types import RankKey, SequenceRestore
 
 _SEQUENCES_A_DOOR_MAX = 100_000
-# What one plan names of sequences and of their blocks; front doors place the others by load.
-RESTORES_A_PLAN_MAX = 1_000
+# What one plan names of sequences (a node of 16 full decode ranks) and of their blocks, so that it
+# fits into a transaction; front doors place the others by load.
+RESTORES_A_PLAN_MAX = 1_600
 BLOCKS_A_PLAN_MAX = 2_000
 POOL_TIERS = (KvTier.DRAM, KvTier.STORAGE)
 
@@ -55,7 +57,7 @@ def take_stats(context: Context, event: StatsReported) -> None:
     for report in event.reports:
         for change in report.kv_events:
             try:
-                taken = block_event(change, space_of(job, change))
+                taken = _event_of(job, change)
             except ValueError:
                 # A member that names blocks wrongly has none that anybody could find.
                 context.state.kv_events_refused += 1
@@ -65,6 +67,18 @@ def take_stats(context: Context, event: StatsReported) -> None:
         if report.kv_repair is not None:
             said = (report.incarnation, report.epoch, report.kv_repair)
             context.state.kv_repairs[event.job_uid, report.rank] = said
+
+
+def _event_of(job: Job, change: KvEvent) -> BlockEvent:
+    """A member's event as the index takes it.
+
+    Raises:
+        ValueError: a hash is no hash, or the blocks are of another size than the job's.
+    """
+    space = space_of(job, change)
+    if change.block_tokens not in (0, space.block_tokens):
+        raise ValueError("blocks of another size")
+    return block_event(change, space)
 
 
 def take_sequences(context: Context, event: SequencesReported) -> None:
@@ -179,7 +193,7 @@ def _bounded(plan: RestorePlan) -> RestorePlan:
 
 
 def costs_of(context: Context, job: Job) -> KvCosts:
-    """Bandwidths of the slowest machine; a die computes no faster than a large model lets it."""
+    """Bandwidths and prefill rate of the slowest machine."""
     machines = list(context.cluster.supernodes.values())
     model = job.spec.model
     host = min((m.die_to_host_bytes_per_s for m in machines), default=151_000_000_000)
@@ -189,6 +203,10 @@ def costs_of(context: Context, job: Job) -> KvCosts:
         pool_bytes_per_s=host,
         peer_bytes_per_s=peer,
         host_bytes_per_s=host,
+        prefill_tokens_per_s=min(
+            (m.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_A_DIE for m in machines),
+            default=PREFILL_TOKENS_PER_S_A_DIE,
+        ),
         correction=context.state.recoveries.correction(job.uid),
     )
 

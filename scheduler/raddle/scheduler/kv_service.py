@@ -184,6 +184,7 @@ async def follow_metrics(replica: Replica) -> None:
         context = replica.leader.context() if replica.leader is not None else None
         replica.metrics.clear_kv()
         if context is not None:
+            replica.metrics.kv_refused(context.state.kv_events_refused)
             await _measure(replica, context)
 
 

@@ -104,13 +104,26 @@ class Leader:
         self._next_request = 0
         self._current: Machine | None = None
 
-    def tell(self, event: Event) -> None:
-        """Queue one event; a full queue loses nothing that the store will not tell again."""
+    def tell(self, event: Event) -> bool:
+        """Queue one event; False if there is no room. What the store tells it will tell again."""
         try:
             self._queue.put_nowait(event)
         except asyncio.QueueFull:
             log.critical(
                 "event queue is full; an event is dropped", event_type=type(event).__name__
+            )
+            return False
+        return True
+
+    def take_report(self, event: Event) -> None:
+        """Queue what a stream reports.
+
+        Raises:
+            TemporaryError: LIMIT_EXCEEDED: no room; the stream must end, its next one tells all.
+        """
+        if not self.tell(event):
+            raise TemporaryError(
+                Reason.LIMIT_EXCEEDED, "more is reported than is taken; report all of it again."
             )
 
     async def ask(self, request: Request, identity: str, timeout_s: float) -> Any:
@@ -382,10 +395,10 @@ class Leader:
         self._timer = loop.call_later(delay, lambda: self.tell(Woken()))
 
     def _start(self, probe: Any) -> None:
-        async def run(tell: Callable[[Event], None]) -> None:
-            tell(await probe)
+        async def run() -> None:
+            self.tell(await probe)
 
-        task = asyncio.create_task(run(self.tell))
+        task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

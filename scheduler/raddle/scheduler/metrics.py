@@ -91,6 +91,11 @@ class Metrics:
                 ("repair_bytes_left", "Bytes of the copies queued, by job."),
             )
         }
+        self._kv_refused = Gauge(
+            "raddle_kv_events_refused",
+            "KV events that this leader did not take: a wrong hash, or blocks of another size.",
+            **registry,
+        )
         self._kv_tokens = Histogram(
             "raddle_incident_kv_tokens",
             "KV tokens of lost sequences of one incident: restored or recomputed.",
@@ -124,6 +129,10 @@ class Metrics:
         """Pools are told of by the leader only."""
         for gauge in self._kv_gauges.values():
             gauge.clear()
+        self._kv_refused.set(0)
+
+    def kv_refused(self, events: int) -> None:
+        self._kv_refused.set(events)
 
     def kv_measured(self, job_uid: str, values: Mapping[str, float]) -> None:
         """By name without the prefix `raddle_kv_`."""

@@ -80,15 +80,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 require_text("front_door_id", request.front_door_id)
                 refuse_foreign_front_door(context, request.front_door_id)
                 name = request.front_door_id
-                leader.tell(
-                    SequencesReported(
-                        name,
-                        request.job_uid,
-                        request.snapshot,
-                        tuple(from_message(r, SequenceReport) for r in request.updated),
-                        tuple(request.removed),
-                    )
+                reported = SequencesReported(
+                    name,
+                    request.job_uid,
+                    request.snapshot,
+                    tuple(from_message(r, SequenceReport) for r in request.updated),
+                    tuple(request.removed),
                 )
+                leader.take_report(reported)
         except asyncio.CancelledError:
             log.info("front door left", front_door=name)
             raise

@@ -416,7 +416,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
                     leader.tell(AgentStreamOpened(node))
                 if request.reports:
                     reports = tuple(from_message(r, RankStats) for r in request.reports)
-                    leader.tell(StatsReported(node, request.job_uid, reports))
+                    leader.take_report(StatsReported(node, request.job_uid, reports))
         finally:
             if node:
                 leader.tell(AgentStreamBroken(node))

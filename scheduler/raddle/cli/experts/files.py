@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from raddle.machines import load_machine
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.expert_map import DieState, MapDie, MapDocument
 from raddle.wire import expert_loads, expert_maps
+from raddle.wire.engine_expert_maps import SLOTS_MAX
 
 MAP_BYTES_MAX = 1_000_000_000
 LEVELS = ("die", "npu", "node", "rack")
+_DIGITS_MAX = 9
 
 
 def _invalid(message: str) -> PermanentError:
@@ -45,20 +47,21 @@ def machine_dies(machine: str, count: int) -> tuple[MapDie, ...]:
 def slots_of(text: str, dies: int) -> tuple[int, ...]:
     """`9`, or one number a die: `9,9,8`."""
     parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    # Python refuses to turn endless digits into a number.
+    if not all(part.isascii() and part.isdigit() and len(part) <= _DIGITS_MAX for part in parts):
         raise _invalid(f"--slots-per-die {text!r}: must be a number, or one a die: 9,9,8.")
-    slots = [min(int(part), expert_maps.SLOTS_MAX) for part in parts]
+    slots = [min(int(part), SLOTS_MAX) for part in parts]
     if len(slots) == 1:
         slots *= dies
     if len(slots) != dies:
         raise _invalid(f"--slots-per-die has {len(slots)} numbers for {dies} dies.")
-    if sum(slots) > expert_maps.SLOTS_MAX:
-        raise _invalid(f"--slots-per-die makes more than {expert_maps.SLOTS_MAX} slots.")
+    if sum(slots) > SLOTS_MAX:
+        raise _invalid(f"--slots-per-die makes more than {SLOTS_MAX} slots.")
     return tuple(slots)
 
 
 def new_document(
-    machine: str, dies: int, slots: tuple[int, ...], shared: int, slow: str
+    machine: str, dies: int, slots: tuple[int, ...], shared: int, slow: Sequence[str]
 ) -> MapDocument:
     """An empty map on the first dies of a machine."""
     found = list(machine_dies(machine, dies))
@@ -76,19 +79,40 @@ def new_document(
 
 
 def read(path: Path, form: str, dies: int, machine: str) -> MapDocument:
-    """A map from a file."""
+    """A map from a file in which nothing is wrong."""
+    document = expert_maps.read_map(_text(path), form, machine_dies(machine, dies) if dies else ())
+    return _on_machine(document, form, dies, machine)
+
+
+def inspect(path: Path, form: str, dies: int, machine: str) -> expert_maps.MapReading:
+    """A map from a file, with what is wrong with it."""
+    given = machine_dies(machine, dies) if dies else ()
+    reading = expert_maps.inspect_map(_text(path), form, given)
+    return replace(reading, document=_on_machine(reading.document, form, dies, machine))
+
+
+def _on_machine(document: MapDocument, form: str, dies: int, machine: str) -> MapDocument:
+    """A vllm-ascend map says itself how many dies it has: they are the machine's first."""
+    if dies or form == "raddle":
+        return document
+    return replace(document, dies=machine_dies(machine, len(document.dies)))
+
+
+def _text(path: Path) -> str:
     try:
         if path.stat().st_size > MAP_BYTES_MAX:
             raise _invalid(f"{path} is over {MAP_BYTES_MAX} bytes.")
-        text = path.read_text()
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise PermanentError(Reason.NOT_FOUND, f"{path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise _invalid(f"{path} is no text.") from error
-    return expert_maps.read_map(text, form, machine_dies(machine, dies) if dies else ())
 
 
-def write(path: Path, document: MapDocument, form: str) -> None:
+def write(path: Path, document: MapDocument, form: str, *, compact: bool = False) -> None:
+    """Write a map; `compact` leaves out the dies that hold no routed experts."""
+    if compact:
+        document = expert_maps.compacted(document)
     text = expert_maps.write_map(document, form)
     try:
         path.write_text(text)
@@ -112,55 +136,81 @@ def bandwidths(machine: str, expert_bytes: int) -> Bandwidths:
 
 
 def changed(
-    document: MapDocument, *, lost: str, drained: str, joined: str, slow: str
+    document: MapDocument,
+    *,
+    lost: Sequence[str],
+    drained: Sequence[str],
+    joined: Sequence[str],
+    slow: Sequence[str],
 ) -> tuple[MapDocument, BoolArray]:
-    """The dies after a fault, and which are new. The table is left as it is."""
+    """The dies after a fault, and which have nothing in memory. The table is left as it is."""
     dies = list(document.dies)
-    for option, text, state in (
+    fresh = np.zeros(len(dies), dtype=bool)
+    named: dict[int, str] = {}
+    for option, texts, state in (
         ("--lost", lost, DieState.LOST),
         ("--drained", drained, DieState.DRAINED),
         ("--joined", joined, DieState.LIVE),
     ):
-        for die in (die for _, found in _subjects(document, text, option) for die in found):
+        for die in _named_dies(document, texts, option):
+            if named.setdefault(die, option) != option:
+                raise _invalid(f"die {die} is in {named[die]} and in {option}: name it in one.")
             dies[die] = replace(dies[die], state=state)
-    fresh = np.zeros(len(dies), dtype=bool)
-    for die, old in enumerate(document.dies):
-        fresh[die] = dies[die].state is DieState.LIVE and old.state is not DieState.LIVE
+            fresh[die] = state is DieState.LIVE
     return _slowed(replace(document, dies=tuple(dies)), slow), fresh
 
 
-def _slowed(document: MapDocument, slow: str) -> MapDocument:
-    dies = list(document.dies)
-    for part in filter(None, slow.split(",")):
+def _slowed(document: MapDocument, slow: Sequence[str]) -> MapDocument:
+    speeds: dict[int, float] = {}
+    for part in _parts(slow, "--slow"):
         subject, _, text = part.partition("=")
         try:
             speed = float(text)
         except ValueError:
             speed = 0.0
-        if not 0 < speed <= 1:
-            raise _invalid(f"--slow {part!r}: write die:3=0.5, a speed above 0 and at most 1.")
-        for _, found in _subjects(document, subject, "--slow"):
-            for die in found:
-                dies[die] = replace(dies[die], speed=speed)
+        if not expert_maps.SPEED_MIN <= speed <= 1:
+            least = expert_maps.SPEED_MIN
+            raise _invalid(f"--slow {part!r}: write die:3=0.5, a speed from {least:g} to 1.")
+        for die in _subject(document, subject, "--slow"):
+            if speeds.setdefault(die, speed) != speed:
+                raise _invalid(f"--slow: die {die} has two speeds, {speeds[die]:g} and {speed:g}.")
+    dies = [
+        replace(die, speed=speeds.get(number, die.speed))
+        for number, die in enumerate(document.dies)
+    ]
     return replace(document, dies=tuple(dies))
 
 
-def _subjects(document: MapDocument, text: str, option: str) -> Iterator[tuple[str, list[int]]]:
-    """The dies of each part of `die:17,npu:3,node:2`."""
-    for part in filter(None, (item.strip() for item in text.split(","))):
-        level, _, number = part.partition(":")
-        if level not in LEVELS or not (number.isascii() and number.isdigit()):
-            raise _invalid(f"{option} {part!r}: write {', '.join(f'{x}:N' for x in LEVELS)}.")
-        wanted = int(number)
-        found = [
-            die
-            for die, at in enumerate(document.dies)
-            if wanted == {"die": die, "npu": at.npu, "node": at.node, "rack": at.rack}[level]
-        ]
-        if not found:
-            raise PermanentError(
-                Reason.NOT_FOUND,
-                f"{option} {part}: the map has no such {level}; its {len(document.dies)} dies are"
-                f" numbered from 0.",
-            )
-        yield part, found
+def _named_dies(document: MapDocument, texts: Sequence[str], option: str) -> set[int]:
+    """The dies of all of `die:17,npu:3`, `node:2`."""
+    parts = _parts(texts, option)
+    return {die for part in parts for die in _subject(document, part, option)}
+
+
+def _parts(texts: Sequence[str], option: str) -> list[str]:
+    """What stands between the commas; an option that names nothing is a mistake of a script."""
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    if "" in parts:
+        raise _invalid(f"{option}: a name is empty; leave the option out if nothing is meant.")
+    return parts
+
+
+def _subject(document: MapDocument, part: str, option: str) -> list[int]:
+    """The dies of `die:17` or `node:2`."""
+    level, _, number = part.partition(":")
+    if level not in LEVELS or not (number.isascii() and number.isdigit()):
+        raise _invalid(f"{option} {part!r}: write {', '.join(f'{x}:N' for x in LEVELS)}.")
+    # Compared as text: nothing is too long for that.
+    wanted = number.lstrip("0") or "0"
+    found = [
+        die
+        for die, at in enumerate(document.dies)
+        if wanted == str({"die": die, "npu": at.npu, "node": at.node, "rack": at.rack}[level])
+    ]
+    if not found:
+        raise PermanentError(
+            Reason.NOT_FOUND,
+            f"{option} {part}: the map has no such {level}; its {len(document.dies)} dies are"
+            f" numbered from 0.",
+        )
+    return found

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from raddle.cli.experts.picture import load_picture
-from raddle.cli.session import print_data, print_table, printable
+from raddle.cli.session import print_data, print_table, printable, say
 from raddle.core.experts.balance import balancedness, best_balancedness, die_loads
 from raddle.core.experts.coverage import Coverage, DomainLoss, measure_coverage
 from raddle.core.experts.layout import BoolArray, FloatArray
@@ -28,6 +30,7 @@ from raddle.core.experts.sources import Bandwidths, Sources, choose_sources
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.expert_map import MapDocument
 from raddle.model.types import WeightSource
+from raddle.wire.expert_maps import MapReading
 
 RUNS = 5
 
@@ -109,6 +112,12 @@ def rebalance(
 ) -> Result:
     document = _fitting(document, wanted)
     layout, table = layout_of(document), document.physical_to_logical
+    if defects := check_map(table, document.experts, layout):
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"only a sound map can be rebalanced: {defects[0]} (defects: {len(defects)}); mend it"
+            " with `raddle experts repair`.",
+        )
     found, cpu_ms = timed(
         lambda: rebalance_map(
             table, wanted, layout, rates, horizon_s=horizon_s, gain_min=gain_min, swaps=swaps
@@ -129,7 +138,9 @@ def _fitting(document: MapDocument, wanted: FloatArray) -> MapDocument:
     """The map with the experts of the loads; refused if they are of different models."""
     layers, experts = wanted.shape
     table = document.physical_to_logical
-    if len(table) != layers or document.experts > experts:
+    stated = document.experts_stated
+    fits = document.experts == experts if stated else document.experts <= experts
+    if len(table) != layers or not fits:
         raise PermanentError(
             Reason.INVALID_ARGUMENT,
             f"the map has {len(table)} layers of {document.experts} experts, the loads have"
@@ -157,8 +168,12 @@ def _rounded(value: float) -> float:
     return round(value, 6)
 
 
-def show(result: Result, form: str, bytes_per_expert: int) -> None:
-    """Figures as data, or a picture of the dies and the figures for people."""
+def show(result: Result, form: str, bytes_per_expert: int) -> bool:
+    """Figures as data, or a picture of the dies and the figures for people.
+
+    Returns:
+        Whether every expert has a copy; if not, they are named and a warning goes to stderr.
+    """
     document, layout = result.document, layout_of(result.document)
     table = document.physical_to_logical
     coverage = measure_coverage(table, document.experts, layout)
@@ -176,11 +191,32 @@ def show(result: Result, form: str, bytes_per_expert: int) -> None:
         "margin": coverage.margin_dies,
         **result.more,
     }
+    uncovered = coverage.uncovered
     if form != "table":
-        print_data(figures, form)
-        return
-    sys.stdout.write(load_picture(document, die_loads(table, result.wanted, layout)) + "\n\n")
-    print_table(["FIGURE", "VALUE"], [[name, _text(value)] for name, value in figures.items()])
+        print_data(figures | {"uncovered_experts": _pairs(uncovered)}, form)
+    else:
+        sys.stdout.write(load_picture(document, die_loads(table, result.wanted, layout)) + "\n\n")
+        print_table(["FIGURE", "VALUE"], [[name, _text(value)] for name, value in figures.items()])
+        _print_uncovered(uncovered)
+    if uncovered:
+        say(
+            f"raddle: warning: {len(uncovered)} experts (of one layer each) have no copy, for"
+            f" {layout.host_slots} slots a layer are left for {document.experts} experts: mask"
+            " them, or bring dies back with --joined."
+        )
+    return not uncovered
+
+
+def _print_uncovered(uncovered: Sequence[tuple[int, int]]) -> None:
+    """The experts without a copy, a line a layer."""
+    for layer, pairs in groupby(uncovered, key=itemgetter(0)):
+        experts = [expert for _, expert in pairs]
+        shown = ", ".join(map(str, experts))
+        sys.stdout.write(f"layer {layer}: no copy of {len(experts)} experts: {shown}\n")
+
+
+def _pairs(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
+    return [list(pair) for pair in pairs]
 
 
 def _text(value: Any) -> str:
@@ -189,17 +225,21 @@ def _text(value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def check(document: MapDocument, form: str) -> bool:
-    """Name every defect, one a line; True if there is none."""
-    defects = check_map(document.physical_to_logical, document.experts, layout_of(document))
+def check(reading: MapReading, form: str) -> bool:
+    """Name every defect, one a line, those of the file first; True if there is none."""
+    document, table = reading.document, reading.document.physical_to_logical
+    defects = list(reading.defects)
+    if len(table):
+        defects += check_map(table, document.experts, layout_of(document), reading.layers)
     if form != "table":
         print_data({"defects": defects, "valid": not defects}, form)
     else:
         sys.stdout.writelines(printable(defect) + "\n" for defect in defects)
     if not defects and form == "table":
-        layers, slots = document.physical_to_logical.shape
+        layers, slots = table.shape
+        guessed = "" if document.experts_stated else " (the file does not say how many)"
         sys.stdout.write(
-            f"no defect: {layers} layers, {document.experts} experts, {slots} slots on"
+            f"no defect: {layers} layers, {document.experts} experts{guessed}, {slots} slots on"
             f" {len(document.dies)} dies\n"
         )
     return not defects
@@ -223,17 +263,20 @@ def coverage(document: MapDocument, form: str) -> None:
             loss.experts_lost,
             _some(loss),
         ]
-        for pair in zip(found.worst_one, [*found.worst_two, None] * 2, strict=False)
-        for loss in pair
-        if loss is not None
+        for one in found.worst_one
+        for loss in (one, *(two for two in found.worst_two if two.level == one.level))
     ]
     print_table(["LEVEL", "LOST", "WORST", "EXPERTS LOST", "WHICH (LAYER/EXPERT)"], rows)
     sys.stdout.write(f"\nmargin: {found.margin_dies} dies may be lost, whichever they are\n")
-    if found.uncovered:
-        sys.stdout.write(f"{len(found.uncovered)} experts have no copy now\n")
-    layer, expert, die = found.extra_copies[0] if found.extra_copies else (0, 0, -1)
-    more = f"; the first: layer {layer}, expert {expert} on die {die}" if die >= 0 else ""
-    sys.stdout.write(f"{found.extra_copies_needed} more copies raise it by one{more}\n")
+    _print_uncovered(found.uncovered)
+    if not found.extra_copies:
+        sys.stdout.write("no more copy can raise it: every die holds every expert\n")
+        return
+    layer, expert, die = found.extra_copies[0]
+    sys.stdout.write(
+        f"{found.extra_copies_needed} more copies raise it by one; the first: layer {layer},"
+        f" expert {expert} on die {die}\n"
+    )
 
 
 def _some(loss: DomainLoss) -> str:
@@ -246,14 +289,14 @@ def _coverage_data(found: Coverage) -> dict[str, Any]:
         return {
             "members": list(worst.members),
             "experts_lost": worst.experts_lost,
-            "experts": [list(pair) for pair in worst.experts],
+            "experts": _pairs(worst.experts),
         }
 
     two = {worst.level: loss(worst) for worst in found.worst_two}
     return {
         "margin": found.margin_dies,
         "uncovered": len(found.uncovered),
-        "uncovered_experts": [list(pair) for pair in found.uncovered],
+        "uncovered_experts": _pairs(found.uncovered),
         "levels": {
             worst.level: {"one": loss(worst), "two": two.get(worst.level)}
             for worst in found.worst_one

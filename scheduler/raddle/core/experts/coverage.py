@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raddle.core.experts.layout import IntArray, Layout
+from raddle.core.experts.layout import IntArray, Layout, numbers
 
 # Extra copies that are named; their number is always given.
 EXTRA_COPIES_MAX = 1_000
@@ -45,7 +45,8 @@ class Coverage:
     worst_one: tuple[DomainLoss, ...]
     #: For each level that has two members: the worst two.
     worst_two: tuple[DomainLoss, ...]
-    #: So many copies more, one of each expert that has the fewest, raise the margin by one.
+    #: So many copies more, one of each expert that has the fewest, raise the margin by one; 0 if
+    #: none can, since these are on every die that hosts any.
     extra_copies_needed: int
     #: The first of them: (layer, expert, die), the die that shares least with the other copies.
     extra_copies: tuple[tuple[int, int, int], ...]
@@ -68,7 +69,8 @@ def measure_coverage(table: IntArray, experts: int, layout: Layout) -> Coverage:
         one += found.worst_one()
         two += found.worst_two()
     fewest = int(copies.min()) if pairs else 0
-    short = np.flatnonzero(copies == fewest)
+    possible = fewest < np.count_nonzero(layout.hosts)
+    short = np.flatnonzero(copies == fewest) if possible else numbers(0)
     extra = _extra(short[:EXTRA_COPIES_MAX], pair, die, experts, layout)
     return Coverage(
         margin_dies=fewest - 1,
@@ -147,8 +149,6 @@ def _extra(
     taken = np.zeros(near.shape, dtype=bool)
     taken[at[mine], die[mine]] = True
     near[taken | ~layout.hosts] = np.inf
-    best = near.argmin(axis=1)
-    possible = np.isfinite(near[np.arange(len(short)), best])
-    layer, expert = np.divmod(short[possible], experts)
-    named = zip(layer.tolist(), expert.tolist(), best[possible].tolist(), strict=True)
+    layer, expert = np.divmod(short, experts)
+    named = zip(layer.tolist(), expert.tolist(), near.argmin(axis=1).tolist(), strict=True)
     return tuple(named)

@@ -23,6 +23,8 @@ EMPTY = -1
 NO_SLOT = -2
 # More copies than this of one expert share a domain in no machine: levels never add up wrongly.
 _LEVEL_BASE = 1024.0
+# Sums and ratios of loads up to this stay finite.
+LOAD_MAX = 1e100
 
 
 def nearness(holds: BoolArray, members: list[IntArray]) -> FloatArray:
@@ -172,7 +174,8 @@ def require_loads(loads: FloatArray, what: str = "loads") -> FloatArray:
     """Loads as floats [layers, experts].
 
     Raises:
-        PermanentError: INVALID_ARGUMENT for NaN, infinite or negative numbers, or a wrong shape.
+        PermanentError: INVALID_ARGUMENT for NaN, infinite, huge or negative numbers, or a wrong
+            shape.
     """
     if loads.ndim != 2 or 0 in loads.shape:  # noqa: PLR2004 - two dimensions
         shape = " x ".join(map(str, loads.shape)) or "a single number"
@@ -181,7 +184,11 @@ def require_loads(loads: FloatArray, what: str = "loads") -> FloatArray:
             f"{what}: must be two-dimensional, [layers, experts], and not empty; got {shape}.",
         )
     found = loads.astype(np.float64)
-    for name, wrong in (("not finite", ~np.isfinite(found)), ("negative", found < 0)):
+    for name, wrong in (
+        ("not finite", ~np.isfinite(found)),
+        ("negative", found < 0),
+        (f"above {LOAD_MAX:g}", found > LOAD_MAX),
+    ):
         if wrong.any():
             layer, expert = np.argwhere(wrong)[0].tolist()
             raise PermanentError(

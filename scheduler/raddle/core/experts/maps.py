@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from raddle.core.experts.copies import count_copies
@@ -65,8 +67,15 @@ def find_uncovered(table: IntArray, experts: int, layout: Layout) -> tuple[tuple
     return tuple(zip(layer.tolist(), expert.tolist(), strict=True))
 
 
-def check_map(table: IntArray, experts: int, layout: Layout) -> list[str]:
-    """Every defect of a map [layers, slots], one sentence each, in the order of the layers."""
+def check_map(
+    table: IntArray, experts: int, layout: Layout, layers: Sequence[int] | None = None
+) -> list[str]:
+    """Every defect of a map [layers, slots], one sentence each, in the order of the layers.
+
+    Args:
+        layers: what to call the layers; by default their places from 0.
+    """
+    names = range(len(table)) if layers is None else layers
     found: list[tuple[int, int, str]] = []
     slot_die = layout.slot_die
     for layer, slot in np.argwhere((table < EMPTY) | (table >= experts)).tolist():
@@ -81,7 +90,7 @@ def check_map(table: IntArray, experts: int, layout: Layout) -> list[str]:
     for layer, expert in find_uncovered(table, experts, layout):
         found.append((layer, 3, f"expert {expert} has no live copy"))
     found.sort(key=lambda defect: defect[:2])
-    return [f"layer {layer}: {text}" for layer, _, text in found]
+    return [f"layer {names[layer]}: {text}" for layer, _, text in found]
 
 
 def _doubles(table: IntArray, layout: Layout) -> list[tuple[int, int, int, int]]:

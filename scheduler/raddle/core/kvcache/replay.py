@@ -3,12 +3,13 @@
 In go requests and actions (hosts that fail, drain and join, ranks that are lost), out comes a
 `ReplayResult`. The prompt's missing blocks are computed one after another at the rate of a prefill
 instance and written back as they are done: a block enters the pool when all its copies are there.
+Decode ranks write what they make back in the same way.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import groupby
@@ -17,18 +18,20 @@ from typing import Any
 from raddle.core.kvcache.figures import (
     BLOCK_BYTES,
     BLOCK_TOKENS,
-    DIES_A_NODE,
     NODES_A_RACK,
     PREFILL_TOKENS_PER_S,
     REPAIR_BYTES_PER_S,
     TOKEN_S,
     WRITE_BYTES_PER_S,
 )
-from raddle.core.kvcache.pool import RepairLoop
-from raddle.core.kvcache.replayed_pool import ReplayedPool, node_name
-from raddle.core.kvcache.replayed_ranks import DecodeRanks
+from raddle.core.kvcache.replayed_copies import HostCopies
+from raddle.core.kvcache.replayed_pool import ReplayedPool
+from raddle.core.kvcache.replayed_ranks import DecodeRanks, Decoding
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.kv import TraceRequest
+
+#: A copy that found no room while hosts that joined fill up is tried again so much later.
+_AGAIN_S = 1.0
 
 
 class ActionKind(IntEnum):
@@ -61,7 +64,7 @@ class ReplayConfig:
     block_tokens: int = BLOCK_TOKENS
     prefill_tokens_per_s: float = PREFILL_TOKENS_PER_S
     write_bytes_per_s: float = WRITE_BYTES_PER_S
-    #: Of each host; the hosts repair together.
+    #: Of each host that sends copies.
     repair_bytes_per_s: float = REPAIR_BYTES_PER_S
 
     def capacity(self, host: int) -> int | None:
@@ -110,9 +113,11 @@ class _Step(IntEnum):
     """What is due; simultaneous steps are taken in this order."""
 
     WRITTEN = 0
-    COPIED = 1
-    ACTION = 2
-    ARRIVAL = 3
+    FULL = 1
+    COPIED = 2
+    AGAIN = 3
+    ACTION = 4
+    ARRIVAL = 5
 
 
 class Replay:
@@ -131,16 +136,14 @@ class Replay:
             max([config.hosts, *(host + 1 for host in joining)]),
         )
         self._ranks = DecodeRanks(config.ranks, TOKEN_S, config.block_tokens)
-        self._repair: RepairLoop[tuple[int, bool]] = RepairLoop(
-            config.repair_bytes_per_s * config.hosts
-        )
+        self._copies = HostCopies(config.repair_bytes_per_s, config.block_bytes)
         self._result = ReplayResult(requests=len(requests))
-        self._due: list[tuple[float, int, int, Any]] = []
+        self._due: list[tuple[float, _Step, int, Any]] = []
         self._number = 0
         self._now = 0.0
         self._failed = False
         self._draining = False
-        self._copying: tuple[int, bool] | None = None
+        self._again = False
         for request in requests:
             self._at(request.arrival_s, _Step.ARRIVAL, request)
         for (time_s, kind), grouped in groupby(sorted(actions, key=_moment), key=_moment):
@@ -162,18 +165,11 @@ class Replay:
             if self.pool.below:
                 self._result.unprotected_s += time_s - self._now
             self._now = time_s
-            match step:
-                case _Step.ARRIVAL:
-                    seen.update(what.blocks)
-                    self._arrive(what)
-                case _Step.WRITTEN:
-                    self._written(*what)
-                case _Step.COPIED:
-                    self._copied()
-                case _:
-                    self._act(what)
-            if self._copying is None and (len(self._repair) or self._draining):
-                self._copy_next()
+            self._ranks.end_until(time_s)
+            if step is _Step.ARRIVAL:
+                seen.update(what.blocks)
+            self._step(step, what)
+            self._go_on_copying()
         self._sample()
         self._result.unique_blocks = len(seen)
         self._result.blocks_lost = len(self.pool.counts.lost)
@@ -181,6 +177,22 @@ class Replay:
         self._result.recovery_copies = self.pool.counts.copies_restored
         self._result.drain_copies = self.pool.counts.copies_drained
         return self._result
+
+    def _step(self, step: _Step, what: Any) -> None:
+        match step:
+            case _Step.ARRIVAL:
+                self._arrive(what)
+            case _Step.WRITTEN:
+                self._written(*what)
+            case _Step.FULL:
+                self._full(what)
+            case _Step.COPIED:
+                self._copied(*what)
+            case _Step.AGAIN:
+                self._again = False
+                self._queue_copies()
+            case _:
+                self._act(what)
 
     def _sample(self) -> None:
         result = self._result
@@ -199,39 +211,70 @@ class Replay:
         self.pool.touch(reversed(blocks))
         missing_tokens = max(0, request.input_tokens - hits * config.block_tokens)
         prefill_s = missing_tokens / config.prefill_tokens_per_s
-        rank = self._ranks.place(request, self._now, self._now + prefill_s)
-        node = node_name(rank // DIES_A_NODE) if rank is not None else ""
-        missing = list(blocks[hits:])
-        rankings = self.pool.rankings(missing) if missing else []
-        done_s = self._now
-        for number, block in enumerate(missing):
-            computed_s = (
-                self._now + (number + 1) * config.block_tokens / config.prefill_tokens_per_s
-            )
-            done_s = max(done_s, computed_s)
-            done_s += config.replicas * config.block_bytes / config.write_bytes_per_s
-            chain = blocks if number + 1 == len(missing) else ()
-            self._at(done_s, _Step.WRITTEN, (block, rankings[number], node, chain))
-        if node:
-            self._protect_from(node, blocks[:hits])
+        decoding = self._ranks.place(request, self._now + prefill_s)
+        block_s = config.block_tokens / config.prefill_tokens_per_s
+        self._write_back(blocks[hits:], block_s, chain=blocks)
+        if decoding is not None:
+            self._protect(decoding, blocks[:hits])
+            self._fill_next(decoding)
         if self._result.requests <= 1 or self._result.references % 64 < len(blocks):
             self._sample()
 
-    def _protect_from(self, node: str, blocks: Sequence[int]) -> None:
-        """A rank begins to use blocks whose only copy is on its own node: write one elsewhere."""
-        here = [block for block in blocks if self.pool.only_on(block, node)]
-        done_s = self._now
-        for block, ranking in zip(here, self.pool.rankings(here) if here else [], strict=True):
-            done_s += self._config.block_bytes / self._config.write_bytes_per_s
-            self._at(done_s, _Step.WRITTEN, (block, ranking, node, ()))
+    def _write_back(
+        self,
+        blocks: Sequence[int],
+        block_s: float,
+        *,
+        writer: int | None = None,
+        chain: Sequence[int] = (),
+        copies: int | None = None,
+    ) -> None:
+        """Blocks are computed one after another, and each is written when it is computed.
 
-    def _written(self, block: int, ranking: Sequence[int], node: str, chain: Sequence[int]) -> None:
+        `writer` is the decode rank that does it: what it has not written is lost with it. With the
+        last block the `chain` counts as used.
+        """
+        rankings = self.pool.rankings(blocks) if blocks else []
+        size = (copies or self._config.replicas) * self._config.block_bytes
+        done_s = self._now
+        for number, (block, ranking) in enumerate(zip(blocks, rankings, strict=True), start=1):
+            done_s = max(done_s, self._now + number * block_s)
+            done_s += size / self._config.write_bytes_per_s
+            used = chain if number == len(blocks) else ()
+            self._at(done_s, _Step.WRITTEN, (block, ranking, writer, used))
+
+    def _protect(self, decoding: Decoding, blocks: Sequence[int]) -> None:
+        """A rank begins to use blocks whose only copy is on its own node: write one elsewhere."""
+        here = [block for block in blocks if self.pool.is_alone(block, self._ranks.using(block))]
+        self._write_back(here, 0.0, writer=decoding.rank, copies=1)
+
+    def _written(
+        self, block: int, ranking: Sequence[int], writer: int | None, chain: Sequence[int]
+    ) -> None:
+        if writer is not None and self._ranks.is_lost(writer):
+            return
+        using = self._ranks.using(block)
         if block not in self.pool:
-            self.pool.keep(block, ranking, self._now, node)
-        elif node and self.pool.only_on(block, node):
-            self.pool.add_copy(block, ranking, self._now)
+            self.pool.keep(block, ranking, self._now, using)
+        elif self.pool.is_alone(block, using):
+            self.pool.add_copy(block, ranking, self._now, using)
+        if block in self.pool.below:
+            self._try_again()
         if chain:
             self.pool.touch(reversed(chain))
+
+    def _fill_next(self, decoding: Decoding) -> None:
+        full_s = self._ranks.next_full_s(decoding)
+        if full_s is not None:
+            self._at(full_s, _Step.FULL, decoding)
+
+    def _full(self, decoding: Decoding) -> None:
+        """A block of generated tokens is full: its rank writes it back."""
+        if decoding.rank is None:
+            return
+        block = self._ranks.fill(decoding)
+        self._write_back([block], 0.0, writer=decoding.rank)
+        self._fill_next(decoding)
 
     # --- hosts and ranks -----------------------------------------------------------------------
 
@@ -263,54 +306,78 @@ class Replay:
         self._sample()
 
     def _lose_ranks(self, ranks: Sequence[int]) -> None:
-        for sequence in self._ranks.lose(ranks, self._now):
-            present = self.pool.leading(sequence.request.blocks)
-            restored = sequence.tokens_restored(present, self._config.block_tokens)
+        size = self._config.block_tokens
+        for sequence in self._ranks.lose(set(ranks), self._now):
+            restored = sequence.tokens_restored(self.pool.leading, size)
             self._result.sequences_lost += 1
             self._result.tokens_recomputed += sequence.tokens - restored
             self._result.tokens_recomputed_without_pool += sequence.tokens
+            self._go_on(sequence.decoding, restored // size)
+
+    def _go_on(self, decoding: Decoding, restored: int) -> None:
+        """The new rank computes what was not restored, and writes it back where it is missing."""
+        if decoding.rank is None:
+            return
+        blocks = decoding.full_blocks(self._config.block_tokens)
+        missing = [block for block in blocks[restored:] if block not in self.pool]
+        block_s = self._config.block_tokens / self._config.prefill_tokens_per_s
+        self._write_back(missing, block_s, writer=decoding.rank)
+        self._protect(decoding, decoding.blocks)
 
     # --- copies --------------------------------------------------------------------------------
 
     def _queue_copies(self) -> None:
         """Hosts changed: queue anew what lacks copies, then what has to leave draining hosts."""
-        self._repair.clear()
-        size = self._config.block_bytes
-        below = self.pool.hottest_below()
-        for at, block in enumerate(below):
-            self._repair.add((block, True), heat=len(below) - at, size_bytes=size)
-        for number in self.pool.draining:
-            moving = self.pool.to_move(number)
-            for at, block in enumerate(moving):
-                # Colder than everything that lacks copies.
-                self._repair.add((block, False), heat=at / len(moving) - 1.0, size_bytes=size)
-        self._draining = bool(self.pool.draining)
+        pool = self.pool
+        self._copies.begin_anew([number for number, host in pool.hosts.items() if host.live])
+        lacking = {
+            block
+            for block in (*pool.below, *self._ranks.blocks_in_use)
+            if pool.lacks(block, self._ranks.using(block))
+        }
+        hottest = pool.hottest(lacking)
+        for at, block in enumerate(hottest):
+            self._copies.add(block, pool.holders(block), heat=len(hottest) - at)
+        moving = [block for block in pool.to_move() if block not in lacking]
+        for at, block in enumerate(moving):
+            # Colder than everything that lacks copies.
+            self._copies.add(block, pool.holders(block), heat=at / len(moving) - 1.0)
+        self._draining = bool(pool.draining)
 
-    def _copy_next(self) -> None:
-        """Begin the next copy, as soon as the budget allows one; drained hosts leave at the end."""
-        if not len(self._repair):
+    def _go_on_copying(self) -> None:
+        """Drained hosts leave when nothing is left to be made; hosts begin their next copies."""
+        if self._draining and self._copies.is_idle and not self._again:
             for number in self.pool.draining:
                 self.pool.leave(number, self._now)
-            self._draining = False
-            return
-        begin_s = max(self._now, self._repair.free_at_s)
-        self._copying = self._repair.take(begin_s)
-        self._at(self._repair.free_at_s, _Step.COPIED, None)
+            self._queue_copies()
+        if self._copies.waiting:
+            for done_s, host, number in self._copies.begin(self._now):
+                self._at(done_s, _Step.COPIED, (host, number))
 
-    def _copied(self) -> None:
-        assert self._copying is not None
-        block, lacking = self._copying
-        self._copying = None
-        if lacking and block not in self.pool.below:
+    def _copied(self, host: int, number: int) -> None:
+        block = self._copies.arrived(host, number)
+        if block is None:
             return
-        if not self.pool.add_copy(block, self.pool.rankings([block])[0], self._now):
+        pool, using = self.pool, self._ranks.using(block)
+        if not pool.lacks(block, using):
             return
-        if lacking:
-            self.pool.counts.copies_restored += self._failed
-            if block in self.pool.below:
-                self._repair.add((block, True), heat=0.0, size_bytes=self._config.block_bytes)
-        else:
-            self.pool.counts.copies_drained += 1
+        is_recovery = self._failed and (block in pool.below or not pool.is_moving(block))
+        if not pool.add_copy(block, pool.rankings([block])[0], self._now, using):
+            if not self._try_again():
+                pool.leave_if_short(block, self._now)
+            return
+        pool.counts.copies_restored += is_recovery
+        pool.counts.copies_drained += not is_recovery
+        if pool.lacks(block, using):
+            self._copies.add(block, pool.holders(block), heat=0.0)
+
+    def _try_again(self) -> bool:
+        """Hosts that joined have more room later: try then what lacks copies now."""
+        waits = self.pool.waits_for_room(self._now)
+        if waits and not self._again:
+            self._again = True
+            self._at(self._now + _AGAIN_S, _Step.AGAIN, None)
+        return waits
 
 
 def check_actions(config: ReplayConfig, actions: Sequence[Action]) -> None:
@@ -320,17 +387,27 @@ def check_actions(config: ReplayConfig, actions: Sequence[Action]) -> None:
         PermanentError: INVALID_ARGUMENT.
     """
     joining = {action.subject for action in actions if action.kind is ActionKind.JOIN}
+    lost: set[int] = set()
     for action in actions:
         if action.kind is ActionKind.LOSE_RANK:
-            if action.subject >= config.ranks:
-                raise PermanentError(
-                    Reason.INVALID_ARGUMENT,
-                    f"there is no rank {action.subject}: the ranks are 0 to {config.ranks - 1}"
-                    f" (--ranks {config.ranks}).",
-                )
+            _check_rank(config, action.subject, lost)
+            lost.add(action.subject)
         elif action.subject >= config.hosts and action.subject not in joining:
             raise PermanentError(
                 Reason.INVALID_ARGUMENT,
                 f"there is no host {action.subject}: the hosts are 0 to {config.hosts - 1}"
                 f" (--hosts {config.hosts}).",
             )
+
+
+def _check_rank(config: ReplayConfig, rank: int, lost: Collection[int]) -> None:
+    if rank >= config.ranks:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"there is no rank {rank}: the ranks are 0 to {config.ranks - 1}"
+            f" (--ranks {config.ranks}).",
+        )
+    if rank in lost:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT, f"rank {rank} is lost twice: a lost rank does not come back."
+        )

@@ -13,6 +13,7 @@ than the busiest host has sent its blocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
@@ -181,24 +182,37 @@ def _held(ordered: Sequence[SequenceReport], survivors: Sequence[Survivor], pool
 
 def _peers_of(sources: Owners, held: _Held, pool: Pool) -> tuple[RankKey, ...]:
     """The ranks that will send some of these blocks, those that send most first."""
-    numbers, counts = np.unique(sources[held.is_peer[sources]], return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:PEERS_A_SEQUENCE_MAX]
-    return tuple(pool.index.place(int(number)).member[1] for number in numbers[order])
+    counts = Counter(sources[held.is_peer[sources]].tolist())
+    most = sorted(counts, key=lambda number: (-counts[number], number))[:PEERS_A_SEQUENCE_MAX]
+    return tuple(pool.index.place(number).member[1] for number in most)
 
 
 def _peers(
     owners: Owners, starts: NDArray[np.intp], survivors: Sequence[Survivor], pool: Pool
 ) -> dict[int, dict[int, int]]:
-    """By sequence: how many leading blocks each survivor holds in its own memory."""
-    found: dict[int, dict[int, int]] = {}
-    present = set(np.unique(owners).tolist())
-    for number, name in enumerate(pool.names([s.key for s in survivors]) if present > {0} else ()):
+    """By sequence: how many leading blocks each survivor holds in its own memory.
+
+    All survivors at once: of the blocks that one holds of one sequence, in order, the k-th is a
+    leading one if it is the sequence's k-th.
+    """
+    number_of = np.full(int(owners.max(initial=0)) + 1, -1, dtype=np.int64)
+    for number, name in enumerate(pool.names([s.key for s in survivors])):
         owner = pool.index.owner(name, KvTier.HBM)
-        if owner not in present or not owner:
-            continue
-        lengths = leading(np.asarray((owners == owner).any(axis=1)), starts)
-        for sequence in lengths.nonzero()[0].tolist():
-            found.setdefault(sequence, {})[number] = int(lengths[sequence])
+        if 0 < owner < len(number_of):
+            number_of[owner] = number
+    block, column = (number_of[owners] >= 0).nonzero()
+    sequence = np.searchsorted(starts, block, side="right") - 1
+    pair = sequence * len(survivors) + number_of[owners[block, column]]
+    order = np.argsort(pair, kind="stable")
+    pair, place = pair[order], (block - starts[sequence])[order]
+    begins = np.append(0, np.diff(pair).nonzero()[0] + 1) if len(pair) else pair
+    counted = np.arange(len(pair)) - np.repeat(begins, np.diff(np.append(begins, len(pair))))
+    lengths = np.add.reduceat((place == counted).astype(np.int64), begins) if len(pair) else pair
+    found: dict[int, dict[int, int]] = {}
+    for name_of_pair, length in zip(pair[begins].tolist(), lengths.tolist(), strict=True):
+        if length:
+            which, number = divmod(name_of_pair, len(survivors))
+            found.setdefault(which, {})[number] = length
     return found
 
 

@@ -148,12 +148,13 @@ class _Assignment:
         wanted = np.zeros(int(racks.max(initial=0)) + 1)
         for number in self._open:
             wanted[racks[number]] += max(0.0, self._left(number))
-        draws = _draws(order, len(self._members))
         for place, slot in enumerate(order):
+            # One slot at a time: all of them together are gigabytes for thousands of members.
+            draws = _draws(slot, len(self._members))
             while len(self._keepers[slot]) < self._copies:
                 # A rack that wants as much as there are slots left has to be in each of them.
                 is_tight = (wanted >= len(order) - place - 0.5)[racks]
-                number = self._best(slot, draws[place], is_tight)
+                number = self._best(slot, draws, is_tight)
                 if self._loads[number] >= self._limits[number]:
                     self._relieve(number, slot)
                 self._add(slot, number)
@@ -284,10 +285,9 @@ def _numbered(names: Iterable[str]) -> IntArray:
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.intp)
 
 
-def _draws(slots: Sequence[int], members: int) -> FloatArray:
-    """[slot, member]: -ln(u), u in (0, 1): always the same for the same slot and member."""
-    rows = np.array(slots, dtype=np.uint64)[:, None] << _HALF
-    names = (rows + np.arange(1, members + 1, dtype=np.uint64)).astype(np.uint64)
+def _draws(slot: int, members: int) -> FloatArray:
+    """By member: -ln(u), u in (0, 1): always the same for the same slot and member."""
+    names = (np.uint64(slot) << _HALF) + np.arange(1, members + 1, dtype=np.uint64)
     spread = mixed(names, _SALT) >> _HALF
     return -np.log((spread.astype(np.float64) + 0.5) / 2.0**32)
 

@@ -24,7 +24,7 @@ class KvSource:
     rank: int = 0
     # A store that speaks for several owners names them; others are not listened to.
     ranks_by_backend: dict[str, int] = field(default_factory=dict[str, int])
-    # Events of other models and block sizes are left out; empty and 0 take all.
+    # Events of other models and block sizes are left out; empty and 0: than the first ones named.
     model_name: str = ""
     block_tokens: int = 0
 

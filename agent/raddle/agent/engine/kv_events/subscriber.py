@@ -28,6 +28,7 @@ from raddle.model.stats import KvEvent, RankStats
 from raddle.model.types import RankKey
 
 REPLAY_TIMEOUT_S = 5.0
+_ANEW_S = 1.0
 _FRAMES = 3
 _END = b"\xff" * 8
 # Messages remembered to tell a late one from one of a publisher that began anew.
@@ -103,6 +104,9 @@ class KvSubscriber:
         self._incarnation = f"{source.endpoint}#{secrets.token_hex(4)}"
         self._numbers: dict[RankKey, int] = dict.fromkeys(self._ranks(), 0)
         self._again = asyncio.Event()
+        # Whose blocks are taken: the source's word, else the first that the publisher names.
+        self._model = source.model_name
+        self._block_tokens = source.block_tokens
         self.counts = Counts()
 
     def _ranks(self) -> list[RankKey]:
@@ -117,7 +121,17 @@ class KvSubscriber:
     # --- the wire ------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled; ZeroMQ connects again by itself."""
+        """Until cancelled, whatever the publisher sends: its agent has more to do."""
+        while True:
+            try:
+                await self._follow()
+            except Exception:
+                log.exception("a KV publisher is followed anew", endpoint=self._source.endpoint)
+            self._void()
+            await asyncio.sleep(_ANEW_S)
+
+    async def _follow(self) -> None:
+        """ZeroMQ connects again by itself."""
         socket = self._context.socket(zmq.SUB)
         socket.setsockopt(zmq.RCVHWM, _HIGH_WATER)
         socket.setsockopt(zmq.LINGER, 0)
@@ -269,8 +283,10 @@ class KvSubscriber:
 
     def _owner(self, wire: WireEvent) -> RankKey | None:
         source = self._source
-        other_model = wire.model_name and source.model_name not in ("", wire.model_name)
-        other_size = wire.block_tokens and source.block_tokens not in (0, wire.block_tokens)
+        self._model = self._model or wire.model_name
+        self._block_tokens = self._block_tokens or wire.event.block_tokens
+        other_model = wire.model_name not in ("", self._model)
+        other_size = wire.event.block_tokens not in (0, self._block_tokens)
         if other_model or other_size:
             return None
         rank: int | None = source.rank

@@ -46,6 +46,8 @@ _KINDS = {
     "removed": KvEventKind.REMOVED,
     "cleared": KvEventKind.CLEARED,
 }
+# What the Conductor calls the tenant of those who name none.
+_NO_TENANT = "default"
 # A medium that is not listed lies further away than any that is.
 _TIERS = {
     "gpu": KvTier.HBM,
@@ -63,7 +65,6 @@ class WireEvent:
 
     event: KvEvent
     model_name: str = ""
-    block_tokens: int = 0
     backend_id: str = ""
 
 
@@ -83,7 +84,8 @@ def decode_batch(payload: bytes) -> WireBatch:
     """
     try:
         batch = msgspec.msgpack.decode(payload)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError, TypeError) as error:
+        # The last two: nested without end, and a map whose keys are no names.
         raise ValueError(f"no msgpack: {error}") from error
     if not isinstance(batch, list) or len(batch) < 2 or not isinstance(batch[1], list):  # noqa: PLR2004 - time, events
         raise ValueError("a batch is an array of time, events and rank")
@@ -96,7 +98,7 @@ def decode_batch(payload: bytes) -> WireBatch:
 
 
 def _event(event: Any) -> WireEvent:
-    if isinstance(event, list) and event and event[0] in _ARRAYS:
+    if isinstance(event, list) and event and isinstance(event[0], str) and event[0] in _ARRAYS:
         names = _ARRAYS[event[0]]
         # What a newer release appends says nothing that is needed here.
         fields: Mapping[str, Any] = {"type": event[0], **dict(zip(names, event[1:], strict=False))}
@@ -116,25 +118,28 @@ def _engine_event(fields: Mapping[str, Any]) -> WireEvent:
         block_hashes=() if kind is KvEventKind.CLEARED else _hashes(fields.get("block_hashes")),
         tier=_tier(fields.get("medium"), KvTier.HBM),
         kv_group=_whole("group_idx", fields.get("group_idx") or 0),
+        block_tokens=_whole("block_size", fields.get("block_size") or 0),
     )
-    return WireEvent(event, block_tokens=_whole("block_size", fields.get("block_size") or 0))
+    return WireEvent(event)
 
 
 def _envelope(fields: Mapping[str, Any]) -> WireEvent:
     """The Conductor's: every event says everything that its hashes are within."""
     kind = _kind(fields["event_type"])
     tenant, salt = _text(fields, "tenant_id"), _text(fields, "additional_salt")
+    if tenant == _NO_TENANT:
+        tenant = ""
     event = KvEvent(
         kind=kind,
         block_hashes=() if kind is KvEventKind.CLEARED else _hashes(fields.get("seq_hashes")),
         tier=_tier(fields.get("medium"), KvTier.DRAM),
         lora=_text(fields, "lora_name"),
         tenant_salt=f"{tenant}|{salt}" if tenant or salt else "",
+        block_tokens=_whole("block_size", fields.get("block_size") or 0),
     )
     return WireEvent(
         event,
         model_name=_text(fields, "model_name"),
-        block_tokens=_whole("block_size", fields.get("block_size") or 0),
         backend_id=_text(fields, "backend_id"),
     )
 

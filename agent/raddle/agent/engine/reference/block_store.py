@@ -14,10 +14,12 @@ from raddle.model.kv import KvEventKind
 
 
 class Block(NamedTuple):
-    """A block's bytes and the CRC-32 that the rank made which computed them."""
+    """A block's bytes and the CRC-32 that the rank made which computed them, and its node."""
 
     payload: bytes
     checksum: int
+    #: Empty at the rank itself.
+    writer_node: str = ""
 
     @staticmethod
     def of(payload: bytes) -> Block:

@@ -66,7 +66,12 @@ class PoolPeers:
                 fence=to_message(fence, types_pb2.Fence), writer=self._writer
             )
             for name, block in blocks[start : start + BLOCKS_A_CALL]:
-                request.blocks.add(block_hash=name, payload=block.payload, checksum=block.checksum)
+                request.blocks.add(
+                    block_hash=name,
+                    payload=block.payload,
+                    checksum=block.checksum,
+                    writer_node=block.writer_node or self._node,
+                )
             if evict_idle_s is not None:
                 request.evict_idle.FromNanoseconds(round(evict_idle_s * 1e9))
             try:

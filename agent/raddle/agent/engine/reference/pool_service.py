@@ -53,7 +53,9 @@ class PoolService(OwnBlocksService):
     @refusals_told
     async def PutBlocks(self, request: Any, _context: Context) -> Any:
         self._standing.require(request.fence, newer=True)
-        blocks = [(b.block_hash, Block(b.payload, b.checksum)) for b in request.blocks]
+        blocks = [
+            (b.block_hash, Block(b.payload, b.checksum, b.writer_node)) for b in request.blocks
+        ]
         whole = [(name, block) for name, block in blocks if block.is_whole]
         idle_s = None
         if request.HasField("evict_idle"):

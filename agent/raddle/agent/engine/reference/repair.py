@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from raddle.agent.engine.reference.block_store import BlockStore
+from raddle.agent.engine.reference.block_store import Block, BlockStore
 from raddle.agent.engine.reference.places import Places
 from raddle.agent.engine.reference.pool import ROUNDS_BEYOND_REPLICAS, PoolPeers
 from raddle.core.kvcache.figures import REPAIR_BYTES_PER_S
@@ -160,36 +160,43 @@ class PoolRepair:
         return self._loop.take(self._clock())
 
     async def _make(self, fence: Fence, copy: _Copy) -> bool:
-        """Write one copy to the best of the ranking that has room.
-
-        When nobody has, the best makes room of what is colder than the block.
-        """
+        """Write one copy to the best of the ranking that takes it."""
         members, held = self._places.members, copy.held
         for _ in range(len(members) + 1):
             block = self._store.peek(copy.name)
-            usable, idle_s = self._places.with_room(), None
-            targets = self._places.pick(copy.ranking, held=held, usable=usable)[len(held) :]
-            if not targets:
-                targets = self._places.pick(copy.ranking, held=held)[len(held) :]
-                idle_s = self._store.idle_s(copy.name)
-            if block is None or not targets:
+            found = self._target(copy, block) if block is not None else None
+            if block is None or found is None:
                 return False
-            refused = await self._peers.put(
-                fence, members[targets[0]], [(copy.name, block)], idle_s
-            )
+            target, idle_s = found
+            refused = await self._peers.put(fence, members[target], [(copy.name, block)], idle_s)
             if members is not self._places.members:
                 return False
             if refused is None:
                 self._suspects[copy.name] = None
                 return False
             if not refused:
-                held.append(targets[0])
+                held.append(target)
                 return True
             if idle_s is not None:
                 break
-            self._places.is_full(targets[0])
+            self._places.is_full(target)
         self._without_room += 1
         return False
+
+    def _target(self, copy: _Copy, block: Block) -> tuple[int, float | None] | None:
+        """Who gets a copy: the best that has room, else that makes some of what idled so long.
+
+        The writer's node gets the only copy when there is no other one left: better than none.
+        """
+        held, idle_s = copy.held, self._store.idle_s(copy.name)
+        for writer_node in (block.writer_node, ""):
+            for usable, evict_idle_s in ((self._places.with_room(), None), (None, idle_s)):
+                picked = self._places.pick(
+                    copy.ranking, held=held, usable=usable, writer_node=writer_node
+                )
+                if len(picked) > len(held):
+                    return picked[len(held)], evict_idle_s
+        return None
 
     async def _queue(self, fence: Fence, names: Sequence[str]) -> None:
         """Queue copies of these blocks that lack some and that nobody before us makes."""

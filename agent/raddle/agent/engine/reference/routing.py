@@ -19,7 +19,7 @@ from raddle.model.errors import Reason, TemporaryError
 from raddle.model.kinds import RoleKind
 from raddle.model.routes import Routes, RouteState, SequenceReport
 from raddle.model.types import Member
-from raddle.telemetry.channels import make_channel
+from raddle.telemetry.channels import make_channel, send_stream
 from raddle.telemetry.tls import AGENT_NAME, TlsFiles
 from raddle.v1 import router_pb2, router_pb2_grpc
 from raddle.wire.codec import from_message, to_message
@@ -246,10 +246,12 @@ class Routing:
         self._report_wanted.set()
 
     async def _report(self, stub: Any) -> None:
-        try:
-            await stub.ReportSequences(self._reports())
-        except grpc.aio.AioRpcError as error:
-            log.info("sequence reports broke off", why=error.details())
+        while True:
+            try:
+                await send_stream(stub.ReportSequences, self._reports())
+            except grpc.aio.AioRpcError as error:
+                log.info("sequence reports broke off", why=error.details())
+            await asyncio.sleep(_RETRY_S)
 
     async def _reports(self) -> AsyncIterator[router_pb2.ReportSequencesRequest]:
         """All sequences first, then what changed, at most every few milliseconds."""
