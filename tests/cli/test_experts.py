@@ -129,6 +129,17 @@ def test_repair_of_nothing_changes_nothing_and_a_die_comes_back(experts: Folder)
     assert drained["sources"]["peer"] > lost["sources"]["peer"]
 
 
+def test_a_repair_for_a_slow_die_is_compared_at_its_new_speed(experts: Folder) -> None:
+    """What was balanced at full speed is not any more, and the repair improves on that."""
+    whole = experts.place()
+    form = ("repair", "--map", "map.json", "--loads", "L.npy", "--out", "slow.json")
+    said = experts.json(*form, "--slow", "die:5=0.5")
+    assert said["balancedness_before"] < 0.7 * whole["balancedness"]
+    assert said["balancedness"] > said["balancedness_before"]
+    again = ("repair", "--map", "slow.json", "--loads", "L.npy", "--out", "again.json")
+    assert experts.json(*again)["loads"] == 0
+
+
 def test_rebalance_follows_a_shift_and_ignores_noise(experts: Folder) -> None:
     """Small noise moves nothing; other loads move experts and say what is gained."""
     experts.place(dies=8, slots="9")

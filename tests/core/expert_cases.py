@@ -24,6 +24,16 @@ def make_layout(dies: int, slots: int, lost: tuple[int, ...] = (), *, node: int 
     return Layout.of(make_domains(dies, dies_a_node=node), slots, hosts=hosts)
 
 
+def permuted(layout: Layout, order: list[int]) -> Layout:
+    """The same dies in another order."""
+    return Layout.of(
+        layout.domains[:, order],
+        layout.slots[order],
+        hosts=layout.hosts[order],
+        speeds=layout.speeds[order],
+    )
+
+
 def lognormal(layers: int, experts: int, seed: int = 0, sigma: float = 0.8) -> FloatArray:
     return np.random.default_rng(seed).lognormal(0.0, sigma, (layers, experts))
 

@@ -64,7 +64,8 @@ class ExpertLoads:
         seen = self.seen.get((job_uid, role, instance))
         if seen is None or seen.tokens.mean(axis=1).min() < TOKENS_AN_EXPERT_MIN:
             return None
-        return seen.tokens.copy()
+        # Whole numbers: a rebalance takes them for counts, and a few of them for chance.
+        return np.rint(seen.tokens)
 
     def take_due(self, job_uid: str, epoch: int, now: float) -> bool:
         """Is it time to look at the job at this epoch? Then the next time is later."""

@@ -80,13 +80,19 @@ def repair(
         raise PermanentError(Reason.DOES_NOT_FIT, "no die is left to hold experts.")
     table = before.physical_to_logical
     readable = readable_dies(after) & ~fresh
+    respeeded = old.speeds != layout.speeds
 
-    change, cpu_ms = timed(lambda: repair_map(table, wanted, layout, joined=fresh, swaps=swaps))
+    change, cpu_ms = timed(
+        lambda: repair_map(table, wanted, layout, joined=fresh, respeeded=respeeded, swaps=swaps)
+    )
     # Who sends the weights is asked once the map is known: another decision, told by itself.
     sources, sources_cpu_ms = timed(lambda: choose_sources(change, table, layout, readable, rates))
     new = replace(after, physical_to_logical=change.table, experts=before.experts)
     more = {
-        "balancedness_before": _rounded(balancedness(table, wanted, old)),
+        # At the new speeds: what the repair found, and not what was before the die got slow.
+        "balancedness_before": _rounded(
+            balancedness(table, wanted, replace(old, speeds=layout.speeds))
+        ),
         "donor_slots": change.donor_slots,
         "kept": change.kept,
         "sources_cpu_ms": sources_cpu_ms,

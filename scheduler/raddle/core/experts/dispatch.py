@@ -1,7 +1,8 @@
 """How to split each expert's load over its copies, for a map that is given.
 
 `dispatch_weights` minimises the time of the slowest die. Proportional steps: a copy on a busy die
-gives share to its siblings on idle ones; the split with the fastest slowest die so far is kept.
+gives share to its siblings on idle ones; the split with the fastest slowest die so far is kept. A
+step that makes the slowest die slower went too far: the next ones of that layer are weaker.
 `replica_order` serves engines that take only an order of copies.
 """
 
@@ -13,9 +14,12 @@ from raddle.core.experts.balance import copy_loads, loads_of_slots
 from raddle.core.experts.copies import count_copies
 from raddle.core.experts.layout import FloatArray, IntArray, Layout, numbers
 
-# Steps of this strength come within 1 % of the optimum in about a hundred; stronger ones swing.
+# Steps of this strength at first; where they swing they get weaker, else stronger again.
 _STEPS = 120
 _EXPONENT = 2.0
+_WEAKER, _STRONGER = 0.7, 1.05
+# A die that is idle pulls no more than one with this share of the slowest die's time.
+_IDLE = 0.05
 _LEAST = 1e-12
 _GOOD_ENOUGH = 1.002
 
@@ -36,6 +40,7 @@ def dispatch_weights(
     # Slots of dies that host nothing carry nothing: their speed does not matter.
     speeds = np.tile(layout.speeds, layers)
     goal = loads.sum(axis=1) / layout.speeds[layout.hosts].sum() * _GOOD_ENOUGH
+    exponent, last = np.full(layers, _EXPONENT), np.full(layers, np.inf)
     for _ in range(steps + 1):
         time = np.bincount(die_at, share * load, minlength=layers * layout.dies) / speeds
         slowest = time.reshape(layers, -1).max(axis=1)
@@ -44,8 +49,10 @@ def dispatch_weights(
         best = np.where(np.repeat(better, table.shape[1]), share, best)
         if (least <= goal).all():
             break
+        exponent *= np.where(slowest < last, _STRONGER, _WEAKER)
+        last = slowest
         scale = np.repeat(np.maximum(slowest, _LEAST), layout.dies)
-        pull = np.maximum(time / scale, _LEAST) ** -_EXPONENT
+        pull = np.maximum(time / scale, _IDLE) ** -np.repeat(exponent, layout.dies)
         share = np.where(held, share * pull[die_at], 0.0)
         total = np.bincount(expert_at, share, minlength=loads.size)
         share = share / np.maximum(total[expert_at], _LEAST)

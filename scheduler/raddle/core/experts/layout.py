@@ -124,11 +124,19 @@ class Layout:
         die, place = self._cells()
         return grid[:, die, place]
 
-    def only_hosts(self) -> Layout:
-        """The hosts alone, renumbered from 0."""
-        keep = self.hosts
+    def host_order(self) -> IntArray:
+        """The hosts by their own numbers, so that the order of the arrays has no say in a map."""
+        hosts = np.flatnonzero(self.hosts)
+        return hosts[np.argsort(self.domains[0, hosts], kind="stable")].astype(np.int64)
+
+    def only(self, dies: IntArray) -> Layout:
+        """These dies alone, renumbered from 0 in this order."""
         return Layout(
-            self.slots[keep], self.domains[:, keep], keep[keep], self.speeds[keep], self.levels
+            self.slots[dies],
+            self.domains[:, dies],
+            self.hosts[dies],
+            self.speeds[dies],
+            self.levels,
         )
 
     def closeness(self) -> FloatArray:

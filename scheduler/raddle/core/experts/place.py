@@ -20,7 +20,7 @@ import numpy as np
 
 from raddle.core.experts.balance import copy_loads, loads_of_slots
 from raddle.core.experts.copies import by_load, copies_of_sorted, count_copies
-from raddle.core.experts.exchange import Working, even_out
+from raddle.core.experts.exchange import Working, even_out, exchange_best
 from raddle.core.experts.layout import EMPTY, NO_SLOT, FloatArray, IntArray, Layout, numbers
 from raddle.core.experts.part import LEVELS_ALWAYS_APART, part_copies
 from raddle.model.errors import PermanentError, Reason
@@ -32,6 +32,8 @@ _GOAL = 0.996
 _GOOD_ENOUGH = 0.992
 # From here on packing is easy whatever the weights of the copies.
 FEW_SLOTS_MAX = 4
+# Exchanges a layer for the sake of slow dies.
+_SINGLE_EXCHANGES_MAX = 48
 # Powers of the counts that are tried (see `copies_of_sorted`), with few slots a die and with many.
 _POWERS_FEW = (1.05, 1.1, 1.2, 1.35)
 _POWERS_MANY = (1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
@@ -43,7 +45,8 @@ def place_experts(loads: FloatArray, layout: Layout) -> IntArray:
     Raises:
         PermanentError: DOES_NOT_FIT if the hosts have fewer slots than there are experts.
     """
-    inner = layout.only_hosts()
+    hosts = layout.host_order()
+    inner = layout.only(hosts)
     if layout.host_slots < loads.shape[1]:
         raise PermanentError(
             Reason.DOES_NOT_FIT,
@@ -54,8 +57,8 @@ def place_experts(loads: FloatArray, layout: Layout) -> IntArray:
     inner = replace(inner, slots=np.minimum(inner.slots, loads.shape[1]))
     grid = layout.to_grid(np.full((len(loads), int(layout.slots.sum())), EMPTY, dtype=np.int64))
     placed = _place(loads, inner)
-    grid[:, layout.hosts, : inner.width] = np.where(
-        placed == NO_SLOT, grid[:, layout.hosts, : inner.width], placed
+    grid[:, hosts, : inner.width] = np.where(
+        placed == NO_SLOT, grid[:, hosts, : inner.width], placed
     )
     return layout.to_table(grid)
 
@@ -148,10 +151,15 @@ def _laid_out(
     copies, loads = np.empty_like(counts), np.empty_like(heavy)
     np.put_along_axis(copies, order, counts, 1)
     np.put_along_axis(loads, order, heavy, 1)
-    goal = _least(heavy, counts, layout) / _GOAL
+    goal = folded = _least(heavy, counts, layout) / _GOAL
     work = Working.of(grid, weight, copies, layout)
-    # Folding is the best that can be done with these counts and two slots a die.
-    folded = np.maximum(goal, _slowest(work)) if few else goal
+    if few and _same_speed(layout):
+        # Folding is the best that can be done with these counts and two slots a die.
+        folded = np.maximum(goal, _slowest(work))
+    elif few:
+        # As good as dies of one speed that can do as much together.
+        heaviest = _heaviest_die(heavy, counts, layout) * layout.dies / layout.speeds.sum()
+        folded = np.maximum(goal, heaviest)
     if layout.width == 2 and _same_speed(layout):  # noqa: PLR2004 - two slots
         goal = folded
     if few or not _is_regular(layout):
@@ -166,7 +174,23 @@ def _laid_out(
             break
         del work.places.levels[kept:]
         even_out(work, enough)
+    if not _same_speed(layout):
+        _serve_slow_dies(work, enough)
     return work.grid, _slowest(work)
+
+
+def _serve_slow_dies(work: Working, goal: FloatArray) -> None:
+    """Exchange between the slowest die and any other until layers meet their goal.
+
+    Exchanges in pairs don't get there: a slow die needs the copies of one certain other die.
+    """
+    in_memory = np.full_like(work.grid, NO_SLOT)
+    left = numbers(len(work.grid))
+    for _ in range(_SINGLE_EXCHANGES_MAX):
+        left = left[_slowest(work)[left] > goal[left]]
+        if not len(left):
+            return
+        left = left[exchange_best(work, left, in_memory)]
 
 
 def _slowest(work: Working) -> FloatArray:
@@ -252,6 +276,10 @@ def _rows(queue: _Queue, layout: Layout, *, fold: bool) -> tuple[IntArray, Float
         dies = order[layout.slots[order] > row].reshape(layers, -1)
         end = start + dies.shape[1]
         apart = dies.shape[1] if fold and row == 0 else 0 if fold else queue.shared - start
+        if fold and row == 0:
+            # Slow dies begin with the lightest copies of the row.
+            by_speed = np.argsort(-layout.speeds[dies[0]], kind="stable")
+            dies = dies[:, by_speed]
         # Folded back, equal dies come in the reverse order: copies stay side by side.
         target = dies = dies[:, ::-1] if fold and row % 2 else dies
         if row or not _same_speed(layout):

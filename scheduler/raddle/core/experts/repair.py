@@ -72,6 +72,7 @@ def repair_map(
     layout: Layout,
     *,
     joined: BoolArray | None = None,
+    respeeded: BoolArray | None = None,
     swaps: int | None = 0,
 ) -> MapChange:
     """Repair a map for the hosts of `layout`; nothing lost and nothing new changes nothing.
@@ -81,6 +82,7 @@ def repair_map(
         loads: [layers, experts], any unit.
         joined: [dies] hosts that are new: they have nothing in memory, what the map gives them
             is loaded, and their empty slots are filled.
+        respeeded: [dies] whose speed is another one than before: what they carry may change.
         swaps: exchanges a layer that may improve the balance; None: as many as reach 0.95 while
             at most 10 % of the slots are loaded.
     """
@@ -89,8 +91,7 @@ def repair_map(
     touched = (grid[:, ~layout.hosts] >= 0).any(axis=(1, 2))
     touched |= (count_copies(grid[:, layout.hosts], loads.shape[1]) == 0).any(axis=1)
     touched |= (grid[:, fresh] == EMPTY).any(axis=(1, 2))
-    speeds = layout.speeds[layout.hosts]
-    if bool((speeds != speeds.max(initial=1.0)).any()):
+    if respeeded is not None and (respeeded & layout.hosts).any():
         touched[:] = True
     return remap_layers(table, loads, layout, np.flatnonzero(touched), fresh=fresh, swaps=swaps)
 
@@ -112,9 +113,10 @@ def remap_layers(
         swaps: as for `repair_map`.
     """
     new = np.zeros(layout.dies, dtype=bool) if fresh is None else fresh
-    inner, fresh_hosts = layout.only_hosts(), new[layout.hosts]
+    hosts = layout.host_order()
+    inner, fresh_hosts = layout.only(hosts), new[hosts]
     before = layout.to_grid(table)
-    grid = before[:, layout.hosts, : inner.width]
+    grid = before[:, hosts, : inner.width]
     old = grid.copy()
     old[:, fresh_hosts] = EMPTY
     donors = 0
@@ -132,7 +134,7 @@ def remap_layers(
     if swaps != 0 and len(rows) and not moot:
         _improve(grid, old, loads, inner, swaps, rows, table.size)
     after = np.where(before >= 0, EMPTY, before)
-    after[:, layout.hosts, : inner.width] = grid
+    after[:, hosts, : inner.width] = grid
     return changed(layout, before, after, new, uncovered, donors)
 
 
@@ -172,8 +174,9 @@ class _Filling:
         self.copies = count_copies(grid, loads.shape[1])
         self.needed = needed
         self.carried = np.zeros(grid.shape[:2])
-        #: [layers] the mean die, experts that are to be covered included.
-        self.even = np.maximum(loads.sum(axis=1) / layout.dies, 1e-300)
+        #: [layers, experts] the mean die, experts that are to be covered included.
+        even = np.maximum(loads.sum(axis=1, keepdims=True) / layout.dies, 1e-300)
+        self.even = np.broadcast_to(even, loads.shape)
         #: The slots' experts in the two tables below, kept up to date with the grid.
         self.index = slot_indices(grid, loads.shape[1] + 2)
         self.shared = np.zeros((len(grid), loads.shape[1] + 2))
@@ -183,8 +186,7 @@ class _Filling:
         self.burden = np.zeros(layout.dies)
         self.donor_slots = 0
         self.uncovered: list[tuple[int, int]] = []
-        layer, expert = np.divmod(numbers(loads.size), loads.shape[1])
-        self._price(layer, expert)
+        self._price((slice(None), slice(0, loads.shape[1])))
         self._weigh(numbers(len(grid)))
 
     @cached_property
@@ -197,19 +199,20 @@ class _Filling:
         if self.layout.width > 1:
             self.carried[layers] = self.shared.ravel()[self.index[layers]].sum(axis=2)
 
-    def _price(self, layer: IntArray, expert: IntArray) -> None:
+    def _price(self, at: tuple[IntArray | slice, IntArray | slice]) -> None:
         """What a copy weighs, and what it costs that it gives way: infinite if it is needed.
 
-        Its die gets rid of its load, its siblings take it over; in units of the mean die.
+        `at` are (layers, experts). Its die gets rid of its load, its siblings take it over; in
+        units of the mean die.
         """
-        copies, loads = self.copies[layer, expert], self.loads[layer, expert]
+        copies, loads = self.copies[at], self.loads[at]
         share = loads / np.maximum(copies, 1)
-        self.shared[layer, expert] = share
-        price = np.zeros(len(layer))
+        self.shared[at] = share
+        price = np.zeros(copies.shape)
         if self.layout.width > 1:
-            price = (loads / np.maximum(copies - 1, 1) - 2 * share) / self.even[layer]
-        surplus = copies > self.needed[layer, expert]
-        self.price[layer, expert] = np.where(surplus, price * _LOAD_WEIGHT, np.inf)
+            price = (loads / np.maximum(copies - 1, 1) - 2 * share) / self.even[at]
+        surplus = copies > self.needed[at]
+        self.price[at] = np.where(surplus, price * _LOAD_WEIGHT, np.inf)
 
     def cover(self) -> None:
         """Give every expert the copies that it needs: uncovered ones first, then by load."""
@@ -250,8 +253,8 @@ class _Filling:
         self.copies[layer, expert] += 1
         self.copies[layer[donor], given[donor]] -= 1
         self.burden += np.bincount(die, minlength=self.layout.dies)
-        self._price(layer, expert)
-        self._price(layer[donor], given[donor])
+        self._price((layer, expert))
+        self._price((layer[donor], given[donor]))
         self._weigh(layer)
 
     def _harm(self, layer: IntArray, expert: IntArray, grid: IntArray) -> FloatArray:
@@ -261,7 +264,7 @@ class _Filling:
             harm = self._turns(layer)
         else:
             share = (self.loads[layer, expert] / (copies + 1))[:, None]
-            even = self.even[layer][:, None] * self.layout.speeds
+            even = self.even[layer, :1] * self.layout.speeds
             harm = (self.carried[layer] + share) / even
         harm *= _LOAD_WEIGHT
         # New processes have to load in any case: what they were to hold gives way first.
@@ -348,10 +351,23 @@ def _improve(
             exchanges = (allowed - _count_loads(old, grid)) // 2
             chosen = _worst_layers(balance_of_layers(work.carried, layout), left, exchanges)
             if not len(chosen):
-                return
+                break
         done = exchange_best(work, chosen, old)
         left = np.setdiff1d(left, chosen[~done])
         turn += 1
+    if swaps is None:
+        _part_for_free(work, rows, (allowed - _count_loads(old, grid)) // 2)
+
+
+def _part_for_free(work: Working, rows: IntArray, exchanges: int) -> None:
+    """Bring copies on different nodes and racks too, where that costs no balance."""
+    some = rows[: max(exchanges, 0)]
+    if not len(some):
+        return
+    kept, before = work.grid.copy(), balance_of_layers(work.carried, work.layout)
+    part_copies(work, some, len(work.layout.domains), min(exchanges // len(some), ROUNDS_MAX))
+    worse = balance_of_layers(work.carried, work.layout) * _ROUNDING < before
+    work.grid[worse] = kept[worse]
 
 
 def _worst_layers(balance: FloatArray, left: IntArray, most: int) -> IntArray:
