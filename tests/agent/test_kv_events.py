@@ -80,6 +80,11 @@ def envelope(kind: str, *hashes: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def numbered(*events: dict[str, Any], first: int = 1) -> list[dict[str, Any]]:
+    """Events as one stream numbers them."""
+    return [event | {"event_id": first + number} for number, event in enumerate(events)]
+
+
 # --- encodings -----------------------------------------------------------------------------------
 
 
@@ -153,6 +158,7 @@ def test_the_conductors_envelope_is_read() -> None:
         batch(stored(1, group_idx=-1)),
         batch(envelope("moved", 1)),
         batch(envelope("stored", 1, tenant_id=["t"])),
+        batch(envelope("stored", 1, event_id="1")),
         batch(stored(1), rank=-1),
         b"\x91" * 1_100,
         batch([[[1]]]),
@@ -435,15 +441,31 @@ async def test_a_publisher_speaks_of_one_model(context: Any) -> None:
         await publisher.send(
             1,
             batch(
-                envelope("stored", 7, block_size=2),
-                envelope("removed", 7, block_size=2, model_name="qwen"),
-                envelope("stored", 8, block_size=16),
-                envelope("stored", 9, block_size=2),
+                *numbered(
+                    envelope("stored", 7, block_size=2),
+                    envelope("removed", 7, block_size=2, model_name="qwen"),
+                    envelope("stored", 8, block_size=16),
+                    envelope("stored", 9, block_size=2),
+                )
             ),
         )
         await listener.until(lambda: listener.held(9) == [9])
         assert listener.held(7, 8, 9) == [7, 9]
         assert listener.subscriber.counts.left_out == 2
+
+
+async def test_a_missing_event_voids_what_was_known(context: Any) -> None:
+    """Where events are numbered one may be missing though no message is: it may have removed."""
+    async with heard(context, block_tokens=64) as (publisher, listener):
+        await publisher.send(1, batch(*numbered(envelope("stored", 1), envelope("stored", 2))))
+        later = numbered(envelope("stored", 3), first=3) + numbered(envelope("stored", 9), first=9)
+        await publisher.send(2, batch(*later))
+        await listener.until(lambda: listener.held(9) == [9])
+        assert listener.held(1000, 1, 2, 3, 9) == [9]
+        await publisher.send(3, batch(*numbered(envelope("stored", 10), first=10)))
+        await listener.until(lambda: listener.held(10) == [10])
+        assert listener.held(9, 10) == [9, 10]
+        assert listener.subscriber.counts.gaps_lost == 1
 
 
 async def test_a_new_leader_is_told_everything_again(context: Any) -> None:
@@ -464,13 +486,15 @@ async def test_a_store_speaks_for_several_owners(context: Any) -> None:
         await publisher.send(
             1,
             batch(
-                envelope("stored", 1),
-                envelope("stored", 2, backend_id="worker-1"),
-                envelope("stored", 3, backend_id="worker-9"),
-                envelope("stored", 4, model_name="qwen"),
-                envelope("stored", 5, block_size=16),
-                envelope("stored", 6),
-                envelope("removed", 1),
+                *numbered(
+                    envelope("stored", 1),
+                    envelope("stored", 2, backend_id="worker-1"),
+                    envelope("stored", 3, backend_id="worker-9"),
+                    envelope("stored", 4, model_name="qwen"),
+                    envelope("stored", 5, block_size=16),
+                    envelope("stored", 6),
+                    envelope("removed", 1),
+                )
             ),
         )
         await listener.until(lambda: listener.held(6) == [6])

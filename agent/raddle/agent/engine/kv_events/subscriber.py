@@ -104,6 +104,8 @@ class KvSubscriber:
         self._incarnation = f"{source.endpoint}#{secrets.token_hex(4)}"
         self._numbers: dict[RankKey, int] = dict.fromkeys(self._ranks(), 0)
         self._again = asyncio.Event()
+        #: The newest event of a stream that numbers its events.
+        self._event_id: int | None = None
         # Whose blocks are taken: the source's word, else the first that the publisher names.
         self._model = source.model_name
         self._block_tokens = source.block_tokens
@@ -266,20 +268,40 @@ class KvSubscriber:
         """It may have been a removal: what was known counts no more."""
         self.counts.garbage += 1
         log.warning("garbage from a KV publisher", endpoint=self._source.endpoint, why=why)
+        self._void_within()
+
+    def _void_within(self) -> None:
+        """Nothing is known, but the next message is: the stream of messages has no gap."""
         expected = self._order.expected
         self._void()
         self._order.expected = expected
 
+    def _follows(self, event: WireEvent) -> bool:
+        """Is it the event after the newest one, as far as events are numbered?"""
+        newest, self._event_id = self._event_id, event.event_id
+        return newest is None or event.event_id is None or event.event_id == newest + 1
+
     def _tell(self, batch: WireBatch) -> None:
         by_rank: dict[RankKey, list[KvEvent]] = {}
         for event in batch.events:
+            if not self._follows(event):
+                # The publisher itself lost some: what came before it counts no more.
+                self.counts.gaps_lost += 1
+                self._send_all(by_rank)
+                newest = self._event_id
+                self._void_within()
+                self._event_id = newest
             key = self._owner(event)
             if key is None:
                 self.counts.left_out += 1
             else:
                 by_rank.setdefault(key, []).append(self._numbered(key, event.event))
+        self._send_all(by_rank)
+
+    def _send_all(self, by_rank: dict[RankKey, list[KvEvent]]) -> None:
         for key, events in by_rank.items():
             self._send(key, events)
+        by_rank.clear()
 
     def _owner(self, wire: WireEvent) -> RankKey | None:
         source = self._source
@@ -304,6 +326,7 @@ class KvSubscriber:
     def _void(self) -> None:
         """Nothing of this publisher is known from now on."""
         self._order.forget()
+        self._event_id = None
         for key in self._ranks():
             cleared = KvEvent(kind=KvEventKind.CLEARED, tier=KvTier.UNSPECIFIED)
             self._send(key, [self._numbered(key, cleared)])

@@ -66,6 +66,8 @@ class WireEvent:
     event: KvEvent
     model_name: str = ""
     backend_id: str = ""
+    #: The Conductor numbers the events of a stream one after the other; None: not said.
+    event_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ def _envelope(fields: Mapping[str, Any]) -> WireEvent:
         event,
         model_name=_text(fields, "model_name"),
         backend_id=_text(fields, "backend_id"),
+        event_id=_event_id(fields.get("event_id")),
     )
 
 
@@ -171,6 +174,14 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 def _whole(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
         raise ValueError(f"{name} must be a whole number, not {str(value)[:40]!r}")
+    return value
+
+
+def _event_id(value: Any) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"event_id must be a whole number, not {str(value)[:40]!r}")
     return value
 
 
