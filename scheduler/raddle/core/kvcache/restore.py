@@ -182,7 +182,8 @@ def _held(ordered: Sequence[SequenceReport], survivors: Sequence[Survivor], pool
 
 def _peers_of(sources: Owners, held: _Held, pool: Pool) -> tuple[RankKey, ...]:
     """The ranks that will send some of these blocks, those that send most first."""
-    counts = Counter(sources[held.is_peer[sources]].tolist())
+    from_peers: list[int] = sources[held.is_peer[sources]].tolist()
+    counts = Counter(from_peers)
     most = sorted(counts, key=lambda number: (-counts[number], number))[:PEERS_A_SEQUENCE_MAX]
     return tuple(pool.index.place(number).member[1] for number in most)
 
