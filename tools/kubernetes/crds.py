@@ -31,6 +31,7 @@ from raddle.model.kinds import RecoveryKind, RoleKind
 from raddle.model.llm import BYTES_BY_DTYPE
 from raddle.model.topology import MAY_BE_ZERO, SuperNode
 from raddle.operator.names import CATEGORY, GROUP, KINDS, VERSION
+from raddle.v1 import topology_pb2
 from raddle.wire.parse import TEXT_CHARACTERS_MAX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -406,18 +407,13 @@ def inference_role(_protos: Protos) -> Schema:
     return definition
 
 
-def _camel(name: str) -> str:
-    """`nodes_per_rack` as it stands in YAML, `nodesPerRack`."""
-    first, *others = name.split("_")
-    return first + "".join(other.capitalize() for other in others)
-
-
 def supernode(protos: Protos) -> Schema:
     spec = protos.message("SuperNode")
     spec["description"] = (
         "One flat, all-to-all domain of dies; metadata.name names it in positions."
     )
-    fields = {_camel(field.name): field for field in dataclasses.fields(SuperNode)}
+    by_name = topology_pb2.SuperNode.DESCRIPTOR.fields_by_name
+    fields = {by_name[field.name].json_name: field for field in dataclasses.fields(SuperNode)}
     for name, schema in spec["properties"].items():
         if name != "machine":
             schema["minimum"] = 0 if fields[name].name in MAY_BE_ZERO else 1

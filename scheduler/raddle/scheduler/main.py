@@ -78,10 +78,6 @@ class Settings:
     etcd_key: str = setting("", "our key for etcd (PEM)")
 
 
-def etcd_tls(ca: str, certificate: str, key: str) -> TlsFiles | None:
-    return tls_files(ca, certificate, key, prefix="--etcd-")
-
-
 @dataclass(frozen=True, slots=True)
 class Files:
     """What the settings' files hold."""
@@ -104,7 +100,8 @@ def read_files(settings: Settings) -> Files:
         policy = load_policy(settings.policy)
     else:
         policy = LOOPBACK if tls is None else DEFAULT
-    etcd = etcd_tls(settings.etcd_ca, settings.etcd_certificate, settings.etcd_key)
+    names = (settings.etcd_ca, settings.etcd_certificate, settings.etcd_key)
+    etcd = tls_files(*names, prefix="--etcd-")
     return Files(tls, etcd, policy)
 
 

@@ -206,14 +206,12 @@ def _peers(
     pair = sequence * len(survivors) + number_of[owners[block, column]]
     order = np.argsort(pair, kind="stable")
     pair, place = pair[order], (block - starts[sequence])[order]
-    begins = np.append(0, np.diff(pair).nonzero()[0] + 1) if len(pair) else pair
-    counted = np.arange(len(pair)) - np.repeat(begins, np.diff(np.append(begins, len(pair))))
-    lengths = np.add.reduceat((place == counted).astype(np.int64), begins) if len(pair) else pair
+    nth = np.arange(len(pair)) - np.searchsorted(pair, pair)
+    pairs, lengths = np.unique(pair[nth == place], return_counts=True)
     found: dict[int, dict[int, int]] = {}
-    for name_of_pair, length in zip(pair[begins].tolist(), lengths.tolist(), strict=True):
-        if length:
-            which, number = divmod(name_of_pair, len(survivors))
-            found.setdefault(which, {})[number] = length
+    for one, length in zip(pairs.tolist(), lengths.tolist(), strict=True):
+        which, number = divmod(one, len(survivors))
+        found.setdefault(which, {})[number] = length
     return found
 
 

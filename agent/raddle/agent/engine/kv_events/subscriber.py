@@ -278,8 +278,8 @@ class KvSubscriber:
 
     def _follows(self, event: WireEvent) -> bool:
         """Is it the event after the newest one, as far as events are numbered?"""
-        newest, self._event_id = self._event_id, event.event_id
-        return newest is None or event.event_id is None or event.event_id == newest + 1
+        newest, number = self._event_id, event.event_id
+        return newest is None or number is None or number == newest + 1
 
     def _tell(self, batch: WireBatch) -> None:
         by_rank: dict[RankKey, list[KvEvent]] = {}
@@ -288,9 +288,8 @@ class KvSubscriber:
                 # The publisher itself lost some: what came before it counts no more.
                 self.counts.gaps_lost += 1
                 self._send_all(by_rank)
-                newest = self._event_id
                 self._void_within()
-                self._event_id = newest
+            self._event_id = event.event_id
             key = self._owner(event)
             if key is None:
                 self.counts.left_out += 1

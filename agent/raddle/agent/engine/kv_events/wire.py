@@ -139,11 +139,12 @@ def _envelope(fields: Mapping[str, Any]) -> WireEvent:
         tenant_salt=f"{tenant}|{salt}" if tenant or salt else "",
         block_tokens=_whole("block_size", fields.get("block_size") or 0),
     )
+    number = fields.get("event_id")
     return WireEvent(
         event,
         model_name=_text(fields, "model_name"),
         backend_id=_text(fields, "backend_id"),
-        event_id=_event_id(fields.get("event_id")),
+        event_id=None if number is None else _whole("event_id", number, below=1 << 64),
     )
 
 
@@ -171,17 +172,9 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+def _whole(name: str, value: Any, *, below: int = 1 << 31) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
         raise ValueError(f"{name} must be a whole number, not {str(value)[:40]!r}")
-    return value
-
-
-def _event_id(value: Any) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"event_id must be a whole number, not {str(value)[:40]!r}")
     return value
 
 
