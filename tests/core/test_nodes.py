@@ -54,8 +54,9 @@ def test_a_node_that_falls_silent_in_calm_is_lost_after_a_moment() -> None:
 
 def test_the_first_of_many_leases_to_end_is_not_judged_alone() -> None:
     """One lease has ended, and seven agents are as silent: a storm. Three would be no storm."""
-    for quiet, state in ((7, NodeState.UNKNOWN), (3, NodeState.LOST)):
+    for count, state in ((7, NodeState.UNKNOWN), (3, NodeState.LOST)):
         nodes = tracker(12)
+        quiet = [f"n{number}" for number in range(1, count + 1)]
         nodes.lease_ended("n0", now=100.0)
         assert nodes.take_probes() == ["n0"]
         nodes.probed("n0", answered=False, quiet_nodes=quiet, now=100.0)
@@ -64,6 +65,30 @@ def test_the_first_of_many_leases_to_end_is_not_judged_alone() -> None:
         nodes.wake(now=again)
         assert nodes.take_probes() == ["n0"]
         nodes.probed("n0", answered=False, quiet_nodes=quiet, now=again)
+        assert states(nodes) == {state}
+
+
+def test_a_node_that_is_silent_in_two_ways_counts_once() -> None:
+    """Three nodes whose streams broke, and whose leases are not renewed either, are no storm."""
+    nodes = tracker(12)
+    for number in range(3):
+        nodes.stream_broken(f"n{number}", now=100.0)
+    nodes.take_probes()
+    for number in range(3):
+        others = [f"n{other}" for other in range(3) if other != number]
+        nodes.probed(f"n{number}", answered=False, quiet_nodes=others, now=101.0)
+    assert [nodes.node(f"n{number}").state for number in range(3)] == [NodeState.LOST] * 3
+
+
+def test_the_nodes_that_one_host_carries_are_one_failure() -> None:
+    """Sixteen nodes fall silent with their host and are lost; two such hosts are a storm."""
+    for hosts, state in ((1, NodeState.LOST), (2, NodeState.UNKNOWN)):
+        nodes = tracker(48)
+        for number in range(48):
+            nodes.node(f"n{number}").host = f"worker-{number // 16}"
+        silence(nodes, 16 * hosts, now=100.0)
+        look(nodes, now=100.5)
+        look(nodes, now=101.0)
         assert states(nodes) == {state}
 
 

@@ -74,6 +74,29 @@ def test_a_pod_that_does_not_come_up_is_the_reason() -> None:
     assert "localhost/raddle:dev: not found" in ready.message
 
 
+def front_door_pod(*, ready: bool, waits_for: str = "") -> dict[str, Any]:
+    condition = {"type": "Ready", "status": "True" if ready else "False"}
+    state = {"waiting": {"reason": waits_for}} if waits_for else {"running": {}}
+    status = {"conditions": [condition], "containerStatuses": [{"state": state}]}
+    return {"metadata": {"name": "demo-frontdoor-1"}, "status": status}
+
+
+def test_a_job_that_clients_cannot_reach_is_not_ready() -> None:
+    """All ranks serve: the job is ready as soon as its Service leads to a ready front door."""
+    told = answer(seat(0), seat(1))
+    for pods, reason in (
+        ([], "FrontDoorNotReady"),
+        ([front_door_pod(ready=False)], "FrontDoorNotReady"),
+        ([front_door_pod(ready=False, waits_for="ErrImagePull")], "ErrImagePull"),
+    ):
+        problem = job_status.front_door_problem(pods)
+        ready = by_type(job_status.conditions(told, None, [], problem))["Ready"]
+        assert (ready.status, ready.reason) == ("False", reason)
+    pods = [front_door_pod(ready=False), front_door_pod(ready=True)]
+    assert job_status.front_door_problem(pods) is None
+    assert by_type(job_status.conditions(told, None, [], None))["Ready"].status == "True"
+
+
 def test_pods_that_begin_or_run_are_no_problem() -> None:
     """Only what stands in the way is told."""
     states: list[dict[str, Any]] = [

@@ -62,6 +62,9 @@ class Settings:
         "", "file with these positions instead; it may come later, and is followed as it changes"
     )
     machine: str = setting("cloudmatrix384", "built-in machine or file that the nodes are part of")
+    host: str = setting(
+        "", "name of this computer, if several nodes share it: they are one failure domain"
+    )
     etcd: list[str] = setting([], "etcd endpoints, host:port, comma-separated")
     cluster: str = setting("default", "name of the cluster")
     state_dir: str = setting("", "folder for ranks' state and logs; ranks are found again in it")
@@ -167,6 +170,7 @@ class AgentProcess:
             version=version("raddle"),
             host_memory_bytes=self._supernode.host_memory_bytes,
             boot_id=new_boot_id(),
+            host=self._settings.host,
         )
         source = SimulatedSource(node, self._supernode, store, file)
         drivers = partial(self._drivers, node, stream)

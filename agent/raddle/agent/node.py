@@ -58,6 +58,8 @@ class NodeFacts:
     version: str
     host_memory_bytes: int
     boot_id: str
+    #: The computer that carries it, where one carries several nodes.
+    host: str = ""
 
 
 class NodeAgent:
@@ -340,6 +342,7 @@ class NodeAgent:
             parts=self._source.parts(),
             host_memory_bytes=self._facts.host_memory_bytes,
             start_time=self._clock(),
+            host=self._facts.host,
         )
         await self._store.commit(Transaction(writes=(Put(key, wire.encode(key, registration)),)))
 

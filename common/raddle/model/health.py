@@ -69,6 +69,10 @@ class AgentRegistration:
     parts: tuple[PartIdentity, ...] = ()
     host_memory_bytes: int = 0
     start_time: float = 0.0
+    # The computer that carries this node, where one carries several (simulated nodes on
+    # Kubernetes): they fall silent together, and that is one failure. Empty: the node stands for
+    # itself.
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -628,6 +628,7 @@ class NodeStatus(_message.Message):
     DRIVERS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     state: _builtins.str
     """READY, SUSPECT, UNKNOWN, LOST or ABSENT (never registered)."""
@@ -638,6 +639,8 @@ class NodeStatus(_message.Message):
     version: _builtins.str
     ranks: _builtins.int
     """Seats of all jobs here, those in host memory too."""
+    host: _builtins.str
+    """The computer that carries it, where one carries several nodes."""
     @_builtins.property
     def why(self) -> _types_pb2.Why: ...
     @_builtins.property
@@ -655,10 +658,11 @@ class NodeStatus(_message.Message):
         drivers: _abc.Iterable[_builtins.str] | None = ...,
         version: _builtins.str = ...,
         ranks: _builtins.int = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["why", b"why"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dies", b"dies", "dies_faulty", b"dies_faulty", "dies_free", b"dies_free", "dies_held", b"dies_held", "drivers", b"drivers", "node", b"node", "ranks", b"ranks", "state", b"state", "version", b"version", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dies", b"dies", "dies_faulty", b"dies_faulty", "dies_free", b"dies_free", "dies_held", b"dies_held", "drivers", b"drivers", "host", b"host", "node", b"node", "ranks", b"ranks", "state", b"state", "version", b"version", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -149,12 +149,17 @@ class AgentRegistration(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     HOST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     node: _builtins.str
     """`sn0/n07`."""
     boot_id: _builtins.str
     version: _builtins.str
     host_memory_bytes: _builtins.int
+    host: _builtins.str
+    """The computer that carries this node, where one carries several (simulated nodes on Kubernetes):
+    they fall silent together, and that is one failure. Empty: the node stands for itself.
+    """
     @_builtins.property
     def drivers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Engine drivers that this node can run."""
@@ -174,10 +179,11 @@ class AgentRegistration(_message.Message):
         parts: _abc.Iterable[Global___PartIdentity] | None = ...,
         host_memory_bytes: _builtins.int = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "drivers", b"drivers", "host_memory_bytes", b"host_memory_bytes", "node", b"node", "parts", b"parts", "schema_version", b"schema_version", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "drivers", b"drivers", "host", b"host", "host_memory_bytes", b"host_memory_bytes", "node", b"node", "parts", b"parts", "schema_version", b"schema_version", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from raddle.core import pools
 from raddle.core.context import Context, Seat, is_ahead
 from raddle.core.instructions import ProbeRank
+from raddle.core.nodes import STORM_WINDOW_S
 from raddle.model.health import RankStage, RankStatus
 from raddle.model.job import Job, JobState
 from raddle.model.kinds import FaultKind, NodeState
@@ -19,6 +20,9 @@ from raddle.model.types import RankKey
 # A recovery needs every agent. One that is silent while its ranks answer is waited for this long,
 # then its ranks are left behind: fenced by the epoch, they can do no harm.
 CONTROL_LOST_S = 5.0
+# One behind the storm brake may come back with the others of its storm, which takes a window; but a
+# recovery that is under way does not wait for ever for a word against it.
+UNKNOWN_LOST_S = STORM_WINDOW_S + CONTROL_LOST_S
 # A suspected rank that answers is reconnected this often before its peers are believed.
 RECONNECTS_MAX = 2
 # ...within this time: two hiccups a month do not make a rank a bad one.
@@ -83,15 +87,16 @@ def _cause(
 
 def _is_out_of_control(context: Context, job: Job, seat: Seat, status: RankStatus | None) -> bool:
     """Has this epoch waited too long for a rank whose agent is silent?"""
-    if not _is_waited_for(context, job, seat, status):
-        return False
-    return context.seen_for_s(_waiting_name(job)) >= CONTROL_LOST_S
+    patience_s = _patience_s(context, job, seat, status)
+    return patience_s is not None and context.seen_for_s(_waiting_name(job)) >= patience_s
 
 
-def _is_waited_for(context: Context, job: Job, seat: Seat, status: RankStatus | None) -> bool:
+def _patience_s(context: Context, job: Job, seat: Seat, status: RankStatus | None) -> float | None:
+    """How long this epoch waits for the rank's silent agent; None if it does not wait for it."""
     if status is not None and status.epoch >= job.epoch:
-        return False
-    return context.nodes.node(seat.placement.node).state is NodeState.SUSPECT
+        return None
+    state = context.nodes.node(seat.placement.node).state
+    return {NodeState.SUSPECT: CONTROL_LOST_S, NodeState.UNKNOWN: UNKNOWN_LOST_S}.get(state)
 
 
 def _waiting_name(job: Job) -> str:
@@ -101,13 +106,15 @@ def _waiting_name(job: Job) -> str:
 def control_due(context: Context, job: Job, ranks: Ranks) -> float | None:
     """When a silent agent has been waited for long enough; None if none is waited for."""
     name = _waiting_name(job)
-    suspect = job.state is not JobState.READY and any(
-        _is_waited_for(context, job, seat, status) for seat, status in ranks
-    )
-    if not suspect:
+    waits_s = [
+        wait_s
+        for seat, status in ranks
+        if (wait_s := _patience_s(context, job, seat, status)) is not None
+    ]
+    if job.state is JobState.READY or not waits_s:
         context.seen_since.pop(name, None)
         return None
-    return context.now + CONTROL_LOST_S - context.seen_for_s(name)
+    return context.now + min(waits_s) - context.seen_for_s(name)
 
 
 def rank_ahead(context: Context, job: Job, ranks: Ranks) -> str:

@@ -55,7 +55,7 @@ class NodeProbed:
     node: str
     answered: bool
     #: Other nodes whose agents are as silent, though their leases have not ended yet.
-    quiet_nodes: int = 0
+    quiet_nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,9 +98,8 @@ class Machine:
         context.rebuild_cluster()
         for key, value in context.state.records.items():
             if isinstance(value, AgentRegistration):
-                has_lease = context.state.health(value.node) is not None
-                context.nodes.registered(value.node, has_lease=has_lease, now=context.now)
-                self._sync_node(value.node)
+                self._meet(value)
+                self._registered(value)
             elif isinstance(value, AgentHealth):
                 context.cluster.set_faults(value.node, value.active_faults)
             elif key.startswith(keys.JOBS):
@@ -234,11 +233,17 @@ class Machine:
             del context.control_due[job_uid]
             context.touched[job_uid] = None
 
+    def _meet(self, value: AgentRegistration) -> None:
+        """A node that this term has not seen before."""
+        context = self.context
+        has_lease = context.state.health(value.node) is not None
+        context.nodes.registered(value.node, has_lease=has_lease, now=context.now)
+
     def _registered(self, value: AgentRegistration) -> None:
         context = self.context
         if value.node not in context.nodes.nodes:
-            has_lease = context.state.health(value.node) is not None
-            context.nodes.registered(value.node, has_lease=has_lease, now=context.now)
+            self._meet(value)
+        context.nodes.node(value.node).host = value.host
         self._sync_node(value.node)
 
     def _health_changed(self, node: str, old: Any, value: Any) -> None:

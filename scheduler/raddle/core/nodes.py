@@ -4,11 +4,13 @@ In go signs of life and silence (leases, stats streams, probes, peers' words); o
 and probes. "I cannot see it" and "it is dead" are two states: a node is lost only when its agent
 is silent and none of its ranks answers the leader's own call. If more nodes than a rack falls
 silent in one window, or within one lease time of a leader change, the storm brake holds: they are
-unknown until a second witness (a peer rank) speaks against them.
+unknown until a second witness (a peer rank) speaks against them. Nodes that one host carries are
+one failure, however many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from raddle.model.kinds import NodeState
@@ -31,6 +33,8 @@ class Node:
     """One node as the leader sees it."""
 
     name: str
+    #: The computer that carries it, if that carries several nodes.
+    host: str = ""
     state: NodeState = NodeState.ABSENT
     why: Why = field(default_factory=Why)
     has_lease: bool = False
@@ -137,7 +141,9 @@ class NodeTracker:
         """An operator's word against a silent node needs no probe."""
         self._set(self.node(name), NodeState.LOST, "DECLARED_LOST", message)
 
-    def probed(self, name: str, *, answered: bool, now: float, quiet_nodes: int = 0) -> None:
+    def probed(
+        self, name: str, *, answered: bool, now: float, quiet_nodes: Sequence[str] = ()
+    ) -> None:
         """What the leader found when it asked a silent node itself.
 
         Args:
@@ -185,22 +191,29 @@ class NodeTracker:
         """How long it is seen whether others follow a silent node."""
         return LAPSES_APART_S if node.silent_since_s < self.grace_until_s else STORM_GATHER_S
 
-    def _is_spared(self, node: Node, quiet_nodes: int, now: float) -> bool:
+    def _is_spared(self, node: Node, quiet_nodes: Sequence[str], now: float) -> bool:
         quiet_s = max(self.grace_until_s, node.spared_until_s)
-        many = max(self._count_silent(now) + quiet_nodes, len(self._unknown()))
-        return now < quiet_s or many > self.storm_nodes_max
+        quiet = [self.node(name) for name in quiet_nodes]
+        silent = [other for other in self._silent(now) if other.name not in set(quiet_nodes)]
+        return now < quiet_s or self._is_storm(silent + quiet) or self._is_storm(self._unknown())
+
+    def _is_storm(self, nodes: Sequence[Node]) -> bool:
+        """Are these more nodes than one failure takes?"""
+        hosts = {node.host for node in nodes}
+        on_one_host = len(hosts) == 1 and "" not in hosts
+        return len(nodes) > self.storm_nodes_max and not on_one_host
 
     def _unknown(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.state is NodeState.UNKNOWN]
 
-    def _count_silent(self, now: float) -> int:
+    def _silent(self, now: float) -> list[Node]:
         """Nodes that fell silent within one window."""
-        return sum(
-            1
+        return [
+            node
             for node in self.nodes.values()
             if node.state in (NodeState.SUSPECT, NodeState.UNKNOWN, NodeState.LOST)
             and now - node.silent_since_s <= STORM_WINDOW_S
-        )
+        ]
 
     def wake(self, *, now: float) -> float | None:
         """Ask silent nodes again when it is time to judge; the time to look again, or None."""
@@ -221,7 +234,7 @@ class NodeTracker:
 
     def _wake_unknown(self, now: float) -> float | None:
         unknown = self._unknown()
-        if len(unknown) > self.storm_nodes_max:
+        if self._is_storm(unknown):
             # However long: a second witness speaks, or nodes come back.
             for node in unknown:
                 node.stormed = True
@@ -231,8 +244,7 @@ class NodeTracker:
         if not waiting:
             return None
         # The few that fell silent around a leader change are judged as soon as that is over.
-        many = self._count_silent(now) > self.storm_nodes_max
-        wait_s = STORM_WINDOW_S if many else LAPSES_APART_S
+        wait_s = STORM_WINDOW_S if self._is_storm(self._silent(now)) else LAPSES_APART_S
         together_s = max(self.grace_until_s, max(n.silent_since_s for n in waiting) + wait_s)
         later: list[float] = []
         for node in waiting:

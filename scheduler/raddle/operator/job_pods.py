@@ -61,6 +61,18 @@ class JobPods:
                 problems.append(problem)
         return problems
 
+    def front_door_problem(
+        self, answer: Answer, present: list[Object]
+    ) -> job_status.Problem | None:
+        """Why clients cannot reach the job, if it has a front door of ours."""
+        if not self._ranks_in_pods or not pods.is_served(answer.job):
+            return None
+        return job_status.front_door_problem(
+            pod
+            for pod in present
+            if _component(pod) == "frontdoor" and not pod["metadata"].get("deletionTimestamp")
+        )
+
     async def _rank_pods(
         self,
         resource: Object,

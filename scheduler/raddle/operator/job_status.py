@@ -56,18 +56,28 @@ def conditions(
     answer: scheduler_pb2.GetJobResponse,
     incident: incident_pb2.Incident | None,
     problems: Sequence[Problem],
+    front_door: Problem | None = None,
 ) -> list[Condition]:
-    """All conditions of a job that the scheduler has."""
+    """All conditions of a job that the scheduler has.
+
+    Args:
+        problems: what keeps Pods of the job from coming up.
+        front_door: why its Service leads nowhere, if it has one and that does not.
+    """
     job = answer.job
     reason, message = camel(job.why.reason), job.why.message or "no more is known"
     placed = job.state in _PLACED
     ready = job.state == job_pb2.JOB_STATE_READY
     recovering = job.state == job_pb2.JOB_STATE_RECOVERING
     why_placed = answer.placement.why.message if placed else message
+    against = problems
+    if ready:
+        # What still comes up beside a job that serves does not concern its clients; the way does.
+        against = [front_door] if front_door is not None else []
     return [
         _condition("Queued", job.state == job_pb2.JOB_STATE_PENDING, reason, message),
         _condition("Placed", placed, "Placed" if placed else reason, why_placed or message),
-        _ready(ready, reason, message, problems),
+        _ready(ready, reason, message, against),
         _degraded(answer.placement, placed, reason, message),
         _condition("Recovering", recovering, *_recovery(recovering, incident, reason, message)),
     ]
@@ -79,7 +89,7 @@ def _condition(name: str, holds: bool, reason: str, message: str) -> Condition:
 
 def _ready(ready: bool, reason: str, message: str, problems: Sequence[Problem]) -> Condition:
     """A Pod that cannot come up says more than that the job waits for it."""
-    if ready or not problems:
+    if not problems:
         return _condition("Ready", ready, reason, message)
     first = problems[0]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -206,6 +216,21 @@ def is_over(job: job_pb2.Job) -> bool:
 
 def is_ended(job: job_pb2.Job) -> bool:
     return job.state in _ENDED
+
+
+def front_door_problem(pods: Iterable[Mapping[str, Any]]) -> Problem | None:
+    """Why the job's Service leads nowhere; None if one of the front door's Pods is ready."""
+    pods = list(pods)
+    if any(_is_pod_ready(pod) for pod in pods):
+        return None
+    message = "no Pod of it is ready, and the job's Service leads nowhere"
+    found = (problem for pod in pods if (problem := pod_problem(pod)) is not None)
+    return next(found, Problem("front door", "FrontDoorNotReady", message))
+
+
+def _is_pod_ready(pod: Mapping[str, Any]) -> bool:
+    conditions = (pod.get("status") or {}).get("conditions") or ()
+    return any(c["type"] == "Ready" and c["status"] == TRUE for c in conditions)
 
 
 def pod_problem(pod: Mapping[str, Any]) -> Problem | None:

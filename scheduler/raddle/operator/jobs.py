@@ -102,7 +102,8 @@ class Jobs:
         except PermanentError as error:
             failure = error
             problems = [job_status.Problem("not done", camel(error.reason), error.message)]
-        conditions = job_status.conditions(brought.answer, incident, problems)
+        front_door = self._pods.front_door_problem(brought.answer, present)
+        conditions = job_status.conditions(brought.answer, incident, problems, front_door)
         await self._teller.say(resource, brought.answer, conditions, incident, said_of)
         if failure is not None:
             raise failure

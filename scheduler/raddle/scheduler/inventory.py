@@ -157,6 +157,7 @@ def _node(
     if registration is not None:
         status.drivers.extend(registration.drivers)
         status.version = registration.version
+        status.host = registration.host
     if tracker is not None and name in tracker.nodes:
         node = tracker.nodes[name]
         status.state = node.state

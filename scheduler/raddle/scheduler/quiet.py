@@ -26,7 +26,7 @@ _FRESH_S = 0.2
 
 
 class QuietNodes:
-    """Counts them, at most once in a moment."""
+    """Finds them, at most once in a moment."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class QuietNodes:
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[list[str]] | None = None
 
-    async def count(self, but: str) -> int:
-        """Quiet nodes other than this one; 0 where the store does not say."""
+    async def others(self, node: str) -> tuple[str, ...]:
+        """Quiet nodes other than this one; none where the store does not say."""
         now = self._clock()
         if self._asking is None or now > self._asked_s + _FRESH_S:
             self._asked_s = now
             self._asking = asyncio.create_task(self._ask(self._nodes()))
         quiet = await asyncio.shield(self._asking)
-        return sum(node != but for node in quiet)
+        return tuple(other for other in quiet if other != node)
 
     async def _ask(self, nodes: list[str]) -> list[str]:
         asked = nodes[:: -(-len(nodes) // _ASKED_MAX) or 1]
