@@ -112,6 +112,11 @@ class Release(Installation):
 
     # --- the job ---------------------------------------------------------------------------------
 
+    def service(self) -> str:
+        """Address of the job's Service in the cluster."""
+        found = self.cluster.get("service", JOB, "--namespace", NAMESPACE)
+        return f"{found['spec']['clusterIP']}:80"
+
     def status(self) -> Object:
         found = self.cluster.get("inferencejob", JOB, "--namespace", NAMESPACE)
         status: Object = found.get("status") or {}

@@ -41,14 +41,15 @@ def test_the_whole_way(cluster: Cluster, tmp_path: Path) -> None:
     _ask(guide)
     requests = [replace(r, output_tokens=64) for r in traces.load_requests(8, blocks_max=4)]
     known = known_tokens(requests, tmp_path)
-    service = cluster.get("service", JOB, "--namespace", NAMESPACE)["spec"]["clusterIP"]
-    with Load(cluster, f"{service}:80", requests, known) as load:
+    with Load(cluster, release.service(), requests, known) as load:
         _a_killed_rank(release)
         load.settle()
         _a_deleted_pod(guide, release)
         load.settle()
         _evicted_schedulers(release)
         _a_lost_node(release, load, leads=False)
+    _place_anew(release)
+    with Load(cluster, release.service(), requests, known) as load:
         _a_lost_node(release, load, leads=True)
         _all_of_raddle_restarts(release)
         load.settle()
@@ -139,6 +140,14 @@ def _node_to_lose(release: Release) -> str:
     kept = release.nodes_of("app.kubernetes.io/component in (etcd,frontdoor)")
     ranks = {pod["spec"]["nodeName"] for pod in release.rank_pods()}
     return str(min(ranks - kept))
+
+
+def _place_anew(release: Release) -> None:
+    """The job's ranks have left the lost node; a new job has some on every node."""
+    manifest = str(ROOT / "examples" / "kubernetes" / "job.yaml")
+    release.kubectl("delete", "-f", manifest, "--timeout=2m")
+    release.kubectl("apply", "-f", manifest)
+    release.until_ready(1)
 
 
 def _all_of_raddle_restarts(release: Release) -> None:
