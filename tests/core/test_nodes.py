@@ -81,15 +81,35 @@ def test_a_node_that_is_silent_in_two_ways_counts_once() -> None:
 
 
 def test_the_nodes_that_one_host_carries_are_one_failure() -> None:
-    """Sixteen nodes fall silent with their host and are lost; two such hosts are a storm."""
-    for hosts, state in ((1, NodeState.LOST), (2, NodeState.UNKNOWN)):
+    """Sixteen nodes are lost with their host, one more beside them; two hosts are a storm."""
+    for silent, state in ((16, NodeState.LOST), (17, NodeState.LOST), (32, NodeState.UNKNOWN)):
         nodes = tracker(48)
         for number in range(48):
             nodes.node(f"n{number}").host = f"worker-{number // 16}"
-        silence(nodes, 16 * hosts, now=100.0)
+        silence(nodes, silent, now=100.0)
         look(nodes, now=100.5)
         look(nodes, now=101.0)
         assert states(nodes) == {state}
+
+
+def test_a_leader_that_hears_no_other_host_calls_no_host_lost() -> None:
+    """All nodes are on one host: their silence may as well be the leader's own trouble."""
+    nodes = tracker(16)
+    for number in range(16):
+        nodes.node(f"n{number}").host = "worker-0"
+    silence(nodes, 16, now=100.0)
+    for moment in (100.5, 101.0, 120.0):
+        look(nodes, now=moment)
+        assert states(nodes) == {NodeState.UNKNOWN}
+
+
+def test_a_quiet_name_that_nobody_registered_is_no_node() -> None:
+    """What the store's leases name does not make a node."""
+    nodes = tracker(2)
+    nodes.lease_ended("n0", now=100.0)
+    nodes.take_probes()
+    nodes.probed("n0", answered=False, quiet_nodes=("n9",), now=101.0)
+    assert "n9" not in nodes.nodes
 
 
 def test_a_node_that_falls_silent_at_a_leader_change_is_judged_right_after_it() -> None:

@@ -72,6 +72,10 @@ class Context:
     restart_due: dict[str, float] = field(default_factory=dict[str, float])
     #: Jobs that a drain would take down: nothing moves until something becomes free.
     drain_blocked: dict[str, None] = field(default_factory=dict[str, None])
+    #: Silent agents that each job's epoch waits for: (epoch, node) -> (since when, how long).
+    waits: dict[str, dict[tuple[int, str], tuple[float, float]]] = field(
+        default_factory=dict[str, dict[tuple[int, str], tuple[float, float]]]
+    )
     #: When a job stops waiting for a silent agent.
     control_due: dict[str, float] = field(default_factory=dict[str, float])
     #: Active seats of each job, with the placement and the spec that they are of.
@@ -143,6 +147,7 @@ class Context:
             self.lives,
             self.restart_due,
             self.drain_blocked,
+            self.waits,
             self.control_due,
             self.seats,
             self.to_reconnect,

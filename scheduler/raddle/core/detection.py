@@ -6,6 +6,7 @@ values and probes. Level-triggered: a loss is seen again at each look until a pl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from raddle.core import pools
@@ -23,6 +24,7 @@ CONTROL_LOST_S = 5.0
 # One behind the storm brake may come back with the others of its storm, which takes a window; but a
 # recovery that is under way does not wait for ever for a word against it.
 UNKNOWN_LOST_S = STORM_WINDOW_S + CONTROL_LOST_S
+_PATIENCE_S = {NodeState.SUSPECT: CONTROL_LOST_S, NodeState.UNKNOWN: UNKNOWN_LOST_S}
 # A suspected rank that answers is reconnected this often before its peers are believed.
 RECONNECTS_MAX = 2
 # ...within this time: two hiccups a month do not make a rank a bad one.
@@ -47,6 +49,7 @@ Ranks = list[tuple[Seat, RankStatus | None]]
 
 def losses_of(context: Context, job: Job, ranks: Ranks) -> list[Loss]:
     """Active ranks of the job that are lost, in order."""
+    _look_at_waits(context, job, ranks)
     found: list[Loss] = []
     for seat, status in ranks:
         cause = _cause(context, job, seat, status)
@@ -66,7 +69,7 @@ def _cause(
     fault = context.cluster.fault_of(seat.placement.die) if seat.placement.die else None
     if fault is not None:
         return FaultKind.DIE_FAULT, fault, f"{seat.placement.die} reports {fault}"
-    if job.state is not JobState.READY and _is_out_of_control(context, job, seat, status):
+    if _is_waited_for(job, status) and _is_out_of_control(context, job, node.name):
         what = f"the agent of {node.name} is silent and the recovery needs it"
         return FaultKind.NODE_LOST, "AGENT_SILENT", what
     if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
@@ -85,36 +88,38 @@ def _cause(
     return None
 
 
-def _is_out_of_control(context: Context, job: Job, seat: Seat, status: RankStatus | None) -> bool:
-    """Has this epoch waited too long for a rank whose agent is silent?"""
-    patience_s = _patience_s(context, job, seat, status)
-    return patience_s is not None and context.seen_for_s(_waiting_name(job)) >= patience_s
+def _is_waited_for(job: Job, status: RankStatus | None) -> bool:
+    """Does the epoch under way need a word of this rank that has not come?"""
+    return job.state is not JobState.READY and (status is None or status.epoch < job.epoch)
 
 
-def _patience_s(context: Context, job: Job, seat: Seat, status: RankStatus | None) -> float | None:
-    """How long this epoch waits for the rank's silent agent; None if it does not wait for it."""
-    if status is not None and status.epoch >= job.epoch:
-        return None
-    state = context.nodes.node(seat.placement.node).state
-    return {NodeState.SUSPECT: CONTROL_LOST_S, NodeState.UNKNOWN: UNKNOWN_LOST_S}.get(state)
+def _look_at_waits(context: Context, job: Job, ranks: Ranks) -> None:
+    """Keep since when this epoch waits for which silent agent, and how long it will.
+
+    One that was unknown on the way is waited for as an unknown one, whatever it is now.
+    """
+    old, waits = context.waits.get(job.uid, {}), dict[tuple[int, str], tuple[float, float]]()
+    for seat, status in ranks:
+        name = seat.placement.node
+        patience_s = _PATIENCE_S.get(context.nodes.node(name).state)
+        if patience_s is not None and _is_waited_for(job, status):
+            since_s, before_s = old.get((job.epoch, name), (context.now, 0.0))
+            waits[job.epoch, name] = since_s, max(before_s, patience_s)
+    context.waits[job.uid] = waits
+    if not waits:
+        del context.waits[job.uid]
 
 
-def _waiting_name(job: Job) -> str:
-    return f"epoch {job.uid} {job.epoch}"
+def _is_out_of_control(context: Context, job: Job, node: str) -> bool:
+    """Has this epoch waited too long for the node's silent agent?"""
+    since_s, patience_s = context.waits.get(job.uid, {}).get((job.epoch, node), (0.0, math.inf))
+    return context.now >= since_s + patience_s
 
 
-def control_due(context: Context, job: Job, ranks: Ranks) -> float | None:
+def control_due(context: Context, job: Job) -> float | None:
     """When a silent agent has been waited for long enough; None if none is waited for."""
-    name = _waiting_name(job)
-    waits_s = [
-        wait_s
-        for seat, status in ranks
-        if (wait_s := _patience_s(context, job, seat, status)) is not None
-    ]
-    if job.state is JobState.READY or not waits_s:
-        context.seen_since.pop(name, None)
-        return None
-    return context.now + min(waits_s) - context.seen_for_s(name)
+    waits = context.waits.get(job.uid, {}).values()
+    return min((since_s + patience_s for since_s, patience_s in waits), default=None)
 
 
 def rank_ahead(context: Context, job: Job, ranks: Ranks) -> str:

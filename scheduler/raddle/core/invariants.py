@@ -207,6 +207,7 @@ def _nothing_of_a_deleted_job_is_kept(context: Context) -> None:
         "loads": context.loads_reported,
         "restart": context.restart_due,
         "reconnect": context.to_reconnect,
+        "waits": context.waits,
         "due time": context.control_due,
         "blocked drain": context.drain_blocked,
     }

@@ -128,6 +128,7 @@ class Machine:
         """Take over what another machine of this term was told and no record holds."""
         self.context.state.take_reports(other.context.state)
         self.context.nodes.remember(other.context.nodes)
+        self.context.waits |= other.context.waits
 
     def validate(self) -> None:
         """Assert the invariants that hold between any two events."""
@@ -343,7 +344,7 @@ class Machine:
         ahead = detection.rank_ahead(context, job, ranks)
         if ahead:
             context.to_reconnect[job.uid] = ahead
-        due = detection.control_due(context, job, ranks)
+        due = detection.control_due(context, job)
         if due is None:
             context.control_due.pop(job.uid, None)
         else:

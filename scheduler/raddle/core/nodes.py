@@ -10,6 +10,7 @@ one failure, however many.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -193,15 +194,22 @@ class NodeTracker:
 
     def _is_spared(self, node: Node, quiet_nodes: Sequence[str], now: float) -> bool:
         quiet_s = max(self.grace_until_s, node.spared_until_s)
-        quiet = [self.node(name) for name in quiet_nodes]
-        silent = [other for other in self._silent(now) if other.name not in set(quiet_nodes)]
-        return now < quiet_s or self._is_storm(silent + quiet) or self._is_storm(self._unknown())
+        names = dict.fromkeys((*(other.name for other in self._silent(now)), *quiet_nodes))
+        silent = [self.nodes[name] for name in names if name in self.nodes]
+        return now < quiet_s or self._is_storm(silent) or self._is_storm(self._unknown())
 
     def _is_storm(self, nodes: Sequence[Node]) -> bool:
-        """Are these more nodes than one failure takes?"""
-        hosts = {node.host for node in nodes}
-        on_one_host = len(hosts) == 1 and "" not in hosts
-        return len(nodes) > self.storm_nodes_max and not on_one_host
+        """Are these more than one failure takes? The nodes of one host count once.
+
+        Unless nobody else is heard: then it is rather the leader that is cut off.
+        """
+        hosts = Counter(node.host for node in nodes if node.host)
+        host, carried = max(hosts.items(), key=lambda item: item[1], default=("", 1))
+        others_are_heard = any(
+            node.state is NodeState.READY and node.host != host for node in self.nodes.values()
+        )
+        count = len(nodes) - (carried - 1 if others_are_heard else 0)
+        return count > self.storm_nodes_max
 
     def _unknown(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.state is NodeState.UNKNOWN]

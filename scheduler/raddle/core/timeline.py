@@ -67,6 +67,8 @@ def committed(context: Context, incident_id: str) -> None:
     incident = context.state.records.get(keys.incident(incident_id))
     if incident is not None and incident.phase is IncidentPhase.DECIDE:
         enter(context, incident, IncidentPhase.FENCE, "ranks quiesce, routers withdraw")
+        # From now on it counts how long an agent says nothing, should none of them say a word.
+        context.touched |= dict.fromkeys(plan.job_uid for plan in incident.plans)
 
 
 def started(context: Context, job: Job) -> None:

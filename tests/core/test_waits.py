@@ -1,0 +1,117 @@
+"""How long a recovery waits for agents that are silent, and what a host has to do with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raddle.core.detection import CONTROL_LOST_S, UNKNOWN_LOST_S
+from raddle.core.events import AgentStreamBroken, NodeProbed, Woken
+from raddle.model import keys
+from raddle.model.health import AgentHealth, AgentRegistration
+from raddle.model.job import Job, JobState
+from raddle.model.kinds import NodeState
+from tests.core.world import World, ready_world, submit
+
+
+def recovering_behind_the_brake(world: World) -> tuple[str, str]:
+    """(job, node): a die failed while another node of the job is unknown."""
+    world.machine.context.nodes.storm_nodes_max = 0
+    uid = submit(world)
+    ranks = world.store[keys.placement(uid)].instances[0].ranks
+    silent = ranks[0].node
+    world.node_down(silent)
+    world.settle()
+    world.fault(next(seat.die for seat in ranks if seat.node != silent), present=True)
+    world.now += 0.1
+    world.handle(Woken())
+    assert state_of(world, silent) is NodeState.UNKNOWN
+    assert job_of(world, uid).state is JobState.RECOVERING
+    return uid, silent
+
+
+def job_of(world: World, uid: str) -> Job:
+    found: Any = world.store[keys.job(uid)]
+    assert isinstance(found, Job)
+    return found
+
+
+def state_of(world: World, node: str) -> NodeState:
+    return world.machine.context.nodes.node(node).state
+
+
+def come_back(world: World, node: str) -> None:
+    world.dead.discard(node)
+    world.observe(keys.health(node), AgentHealth(node=node, boot_id="b2"))
+
+
+def test_an_unknown_node_that_returns_in_time_takes_part(world: World) -> None:
+    """Ten seconds behind the storm brake, then back: the recovery goes on with all its ranks."""
+    uid, silent = recovering_behind_the_brake(world)
+    world.now += 10.0
+    world.handle(Woken())
+    assert job_of(world, uid).epoch == 2
+    come_back(world, silent)
+    world.settle()
+    job = job_of(world, uid)
+    assert (job.state, job.live_epoch) == (JobState.READY, 2)
+    assert silent in {s.node for s in world.store[keys.placement(uid)].instances[0].ranks}
+
+
+def test_an_unknown_node_that_answers_is_not_judged_sooner(world: World) -> None:
+    """After six seconds its ranks answer: it has the rest of the time that it had before."""
+    uid, silent = recovering_behind_the_brake(world)
+    began = world.now
+    world.now = began + 6.0
+    world.handle(NodeProbed(silent, answered=True))
+    assert state_of(world, silent) is NodeState.SUSPECT
+    assert job_of(world, uid).epoch == 2
+    world.now = began + UNKNOWN_LOST_S - 0.5
+    world.handle(Woken())
+    assert job_of(world, uid).epoch == 2
+    world.now = began + UNKNOWN_LOST_S + 0.1
+    world.handle(Woken())
+    world.settle()
+    assert job_of(world, uid).live_epoch == 3
+
+
+def test_an_agent_that_falls_silent_late_has_its_own_time(world: World) -> None:
+    """A second agent goes silent, its ranks answer: its five seconds begin then."""
+    uid, first = recovering_behind_the_brake(world)
+    began = world.now
+    seats = world.store[keys.placement(uid)].instances[0].ranks
+    second = next(seat.node for seat in seats if seat.node != first)
+    world.now = began + 4.0
+    world.handle(AgentStreamBroken(second))
+    world.observe(keys.health(second), None)
+    assert state_of(world, second) is NodeState.SUSPECT
+    world.now = began + 4.0 + CONTROL_LOST_S - 0.5
+    world.handle(Woken())
+    assert job_of(world, uid).epoch == 2
+    world.now = began + 4.0 + CONTROL_LOST_S + 0.1
+    world.handle(Woken())
+    world.now += 0.1
+    world.handle(Woken())
+    assert job_of(world, uid).epoch == 3
+
+
+def test_a_wait_goes_on_when_all_else_is_built_anew(world: World) -> None:
+    """The store was away: the machine of the same term that follows counts on."""
+    uid, _ = recovering_behind_the_brake(world)
+    began, before = world.now, world.machine
+    world.now = began + 8.0
+    world.handle(Woken())
+    world.new_leader()
+    world.machine.remember(before)
+    assert world.machine.context.waits == before.context.waits
+    assert job_of(world, uid).epoch == 2
+
+
+def test_a_host_is_known_from_registrations_old_and_new() -> None:
+    """An agent moves to another host; the next leader reads the same from the records."""
+    world = ready_world()
+    node = "sn0/n00"
+    for host in ("worker-1", "worker-2"):
+        world.observe(keys.registration(node), AgentRegistration(node=node, host=host))
+        assert world.machine.context.nodes.node(node).host == host
+    world.new_leader()
+    assert world.machine.context.nodes.node(node).host == "worker-2"
