@@ -193,7 +193,7 @@ def test_without_operator_nothing_of_it_is_left() -> None:
     documents = render(MATRIX["no operator"])
     assert "raddle-operator" not in names(documents, "Deployment")
     assert names(documents, "ClusterRole") == []
-    nodes = one(documents, "ConfigMap", "raddle-nodes")["data"]
+    nodes = one(documents, "ConfigMap", "raddle-given-nodes")["data"]
     assert nodes == {"worker-1": "sn0/n00,sn0/n01", "worker-2": "sn0/n02"}
     agent = environment(one(documents, "DaemonSet", "raddle-agent"))
     assert agent["RADDLE_AGENT_RANKS"] == "processes"
@@ -371,7 +371,6 @@ def test_rights_go_no_further_than_the_served_namespaces() -> None:
         "supernodes/status",
         "maintenances",
         "maintenances/status",
-        "maintenances/finalizers",
     }
     everywhere = _rights(render(MATRIX["policy, all namespaces, no claim"]), "raddle-operator")
     assert ("*", "pods", "create") in everywhere

@@ -25,30 +25,29 @@ def verbs(text: str) -> set[str]:
 
 #: Of the operator, wherever it looks.
 EVERYWHERE: Rights = {
-    ("nodes", ""): verbs("get list watch"),
+    ("nodes", ""): verbs("list watch"),
     ("nodes/status", ""): verbs("patch"),
     ("supernodes.raddle.dev", ""): verbs("create get list watch"),
     ("supernodes.raddle.dev", "sn0"): verbs("patch"),
     ("supernodes.raddle.dev/status", ""): verbs("patch"),
     ("maintenances.raddle.dev", ""): verbs("get list patch watch"),
     ("maintenances.raddle.dev/status", ""): verbs("patch"),
-    ("maintenances.raddle.dev/finalizers", ""): verbs("update"),
 }
 #: And in the release's namespace, which is the jobs' by default.
 OPERATOR: Rights = EVERYWHERE | {
     ("leases.coordination.k8s.io", ""): verbs("create"),
-    ("leases.coordination.k8s.io", "raddle-operator"): verbs("get patch update"),
+    ("leases.coordination.k8s.io", "raddle-operator"): verbs("get update"),
     ("inferencejobs.raddle.dev", ""): verbs("get list patch watch"),
     ("inferenceroles.raddle.dev", ""): verbs("create delete get list patch watch"),
     ("inferencejobs.raddle.dev/status", ""): verbs("patch"),
     ("inferenceroles.raddle.dev/status", ""): verbs("patch"),
     ("inferencejobs.raddle.dev/finalizers", ""): verbs("update"),
     ("inferenceroles.raddle.dev/finalizers", ""): verbs("update"),
-    ("pods", ""): verbs("create delete get list watch"),
+    ("pods", ""): verbs("create delete list watch"),
     ("configmaps", ""): verbs("create delete get patch"),
     ("services", ""): verbs("create delete get patch"),
-    ("deployments.apps", ""): verbs("create delete get list patch watch"),
-    ("events", ""): verbs("create patch"),
+    ("deployments.apps", ""): verbs("create delete get patch"),
+    ("events", ""): verbs("create"),
 }
 SECRETS = ("ca", "scheduler", "agent", "operator", "admin", "frontdoor", "etcd")
 CERTIFICATES: Rights = {

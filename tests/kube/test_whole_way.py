@@ -181,8 +181,8 @@ def _uninstall(guide: Guide, release: Release, before: set[str]) -> None:
     """The job ends by itself, though one of its ranks hangs; what is left then the NOTES name."""
     release.signal_rank("decode", signal.SIGSTOP)
     notes = release.cluster.helm("get", "notes", "raddle", "--namespace", NAMESPACE)
-    # Jobs, and the release.
-    guide.next_lines("Uninstall", 2)
+    # Jobs, maintenances, and the release.
+    guide.next_lines("Uninstall", 3)
     wait_until(
         lambda: not _unnamed(guide, release.objects() - before, notes),
         "nothing is left but what the NOTES name",

@@ -153,6 +153,18 @@ def test_a_front_door_serves_the_job_behind_its_service() -> None:
     assert made == set(pods.front_door_names("demo"))
 
 
+def test_a_front_door_that_is_replaced_ends_its_streams_first() -> None:
+    """It gets no new requests any more, and as long as the longest request may take."""
+    told, resource = answer(seat(0)), inference_job()
+    _, deployment, _ = pods.front_door(SITE, told.job, resource)
+    pod = deployment["spec"]["template"]["spec"]
+    command = pod["containers"][0]["command"]
+    longest_s = int(command[command.index("--request-timeout-s") + 1])
+    leaves_s = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert leaves_s > 0
+    assert pod["terminationGracePeriodSeconds"] >= longest_s + leaves_s
+
+
 def test_rank_tables_have_both_forms() -> None:
     """One ConfigMap an instance, complete when every Pod has its address."""
     told = answer(seat(0), seat(1))

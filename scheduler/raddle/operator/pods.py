@@ -27,6 +27,10 @@ _MODEL_PATH = "/etc/raddle/model"
 HTTP_PORT = 8000
 #: The user of the images.
 _USER = 65_532
+#: Longest time of one request at the front door.
+_REQUEST_TIMEOUT_S = 120
+#: Within this time nobody sends new requests to a front door that is about to end.
+_LEAVES_BALANCERS_S = 5
 Object = dict[str, Any]
 
 
@@ -389,6 +393,7 @@ def _front_door_pod(site: Site, job: job_pb2.Job, model: str) -> Object:
         "--job": f"{job.spec.namespace}/{job.spec.name}",
         "--model": f"{_MODEL_PATH}/config.json",
         "--listen": f"0.0.0.0:{HTTP_PORT}",
+        "--request-timeout-s": str(_REQUEST_TIMEOUT_S),
     }
     if site.tls:
         flags |= {
@@ -410,6 +415,8 @@ def _front_door_pod(site: Site, job: job_pb2.Job, model: str) -> Object:
         "ports": [{"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"}],
         "readinessProbe": probe("/ready", periodSeconds=2),
         "livenessProbe": probe("/live", periodSeconds=10, failureThreshold=6),
+        # Whoever balances has to hear first that it takes no more.
+        "lifecycle": {"preStop": {"sleep": {"seconds": _LEAVES_BALANCERS_S}}},
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}},
         "securityContext": _container_security(),
         "volumeMounts": [
@@ -422,7 +429,9 @@ def _front_door_pod(site: Site, job: job_pb2.Job, model: str) -> Object:
         {"name": "temporary", "emptyDir": {"sizeLimit": "64Mi"}},
     ]
     _mount_secret(site, container, volumes, site.front_door_secret)
-    return {**_pod_basics(site), "containers": [container], "volumes": volumes}
+    # The streams that are open when it is replaced come to their ends.
+    grace = {"terminationGracePeriodSeconds": _LEAVES_BALANCERS_S + _REQUEST_TIMEOUT_S}
+    return {**_pod_basics(site), **grace, "containers": [container], "volumes": volumes}
 
 
 def role_resource(
