@@ -20,7 +20,9 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # It is also the time that an attempt may take, and with certificates on a busy machine that is
+    # more than 100 ms. The next address of a name does not wait for it: it is tried after 250 ms.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Names are looked up again at most this often; the default of 30 s is longer than it takes to
     # replace all that a name stood for.

@@ -140,10 +140,11 @@ class SchedulerLink:
                 group.create_task(follow(method, request, picture))
 
     async def _follow(self, method: str, request: Any, picture: Picture) -> None:
-        pause_s = _RETRY_S_MIN
+        pause_s, was_led = _RETRY_S_MIN, False
         while True:
             stub, channel = self._stub(), self._channel
             picture.begin()
+            is_led = False
             try:
                 async for message in getattr(stub, method)(request):
                     picture.take(message)
@@ -153,14 +154,21 @@ class SchedulerLink:
                 failure = error_from(error)
                 why = failure
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
-                    await self._leave(channel, failure.details.get("leader_address", ""))
+                    leader = failure.details.get("leader_address", "")
+                    is_led = bool(leader)
+                    await self._leave(channel, leader)
             except asyncio.CancelledError:
                 if _is_cancelled():
                     raise
                 # Another watch closed the channel under this one.
-                why = "its channel was closed"
+                why, is_led = "its channel was closed", True
             self.breaks += 1
             log.info("a watch is begun again", watch=method, why=str(why))
+            if is_led and not was_led:
+                # Somebody said where to go. Said twice in a row, the leader is just changing.
+                was_led = True
+                continue
+            was_led = False
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _RETRY_S_MAX)
 
