@@ -32,6 +32,7 @@ from tools.kubernetes.images import cluster_archives
 from tools.kubernetes.machine import built, missing_for_cluster
 
 CONTROL_PLANE = "control-plane"
+BRIDGE_MAC = "02:00:00:00:00:01"
 NODES_MAX = 9
 VOLUMES_PER_NODE = 8
 #: Users of the control plane: file, name, group.
@@ -258,7 +259,9 @@ class Cluster:
     def _start_control_plane(self) -> None:
         box = self.box(CONTROL_PLANE)
         box.start(servers.CONTROL_PLANE_ADDRESS)
-        box.run("ip", "link", "add", "nodes", "type", "bridge")
+        # Without one of its own a bridge has the lowest address of its ports, another one each time
+        # that such a port goes; all nodes would look for this one at the old one for ten seconds.
+        box.run("ip", "link", "add", "nodes", "address", BRIDGE_MAC, "type", "bridge")
         box.run("ip", "address", "add", f"{servers.CONTROL_PLANE_ADDRESS}/24", "dev", "nodes")
         box.run("ip", "link", "set", "nodes", "up")
         # Any route will do: kube-proxy rewrites the address, but a packet without a route never
