@@ -49,8 +49,10 @@ types: setup      ## mypy on everything and pyright on the core, both strict
 	$(BIN)/mypy
 	$(BIN)/pyright
 
+# It prints a path, which only `tools` and `kube-tools` give on stdout: others print JSON there.
+SERVERS := $(BIN)/python tools/build.py
 tools: setup      ## Build the servers that tests need, into a cache outside the checkout
-	$(BIN)/python tools/build.py
+	$(SERVERS)
 
 PACKAGES := containerd runc buildah debootstrap debian-archive-keyring \
     containernetworking-plugins iproute2 iptables conntrack prometheus shellcheck
@@ -59,7 +61,7 @@ kube-packages:    ## Install the Debian packages that a cluster and its tests ne
 	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(PACKAGES); }
 
 kube-tools: setup ## Build Kubernetes, CoreDNS and helm into a cache (10 minutes once)
-	$(BIN)/python tools/build.py kubernetes
+	$(SERVERS) kubernetes
 
 kube-up: tools kube-tools ## Start a Kubernetes cluster on this machine, [NODES=3] [NAME=default]
 	@$(BIN)/python -m tools.kubernetes.cluster up --nodes $(or $(NODES),3) --name $(or $(NAME),default)
@@ -78,11 +80,13 @@ test: tools       ## All tests; those that need a cluster are skipped, by name, 
 test-kube: tools kube-tools ## Tests on Kubernetes; where they cannot run, they fail
 	RADDLE_KUBE=required $(BIN)/pytest tests/kube
 
-soak: tools       ## Faults drawn from a seed against the demo's cluster, MINUTES=n [SEED=n]
-	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+soak: setup       ## Faults drawn from a seed against the demo's cluster, MINUTES=n [SEED=n]
+	@$(SERVERS) >&2
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
-bench: tools      ## Measure (up to 20 minutes); one JSON object on stdout
-	$(BIN)/python -m benchmarks
+bench: setup      ## Measure (up to 20 minutes); one JSON object on stdout
+	@$(SERVERS) >&2
+	@$(BIN)/python -m benchmarks
 
 bench-experts: setup ## Measure expert placement and repair alone (1 minute); one JSON object
 	@$(BIN)/python -m benchmarks.experts

@@ -19,6 +19,7 @@ from benchmarks import (
     control_plane,
     decisions,
     delivery,
+    disk,
     failover,
     footprint,
     kv,
@@ -28,6 +29,7 @@ from benchmarks import (
 from benchmarks.cluster import say
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "disk": disk.measure,
     "decisions": decisions.measure,
     "throughput": throughput.measure,
     "kv": lambda: {"kv": kv.measure()},

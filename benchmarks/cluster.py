@@ -1,4 +1,4 @@
-"""A cluster whose simulated agents say when faults and assignments reached them."""
+"""A cluster whose schedulers and simulated agents say when faults and assignments reached them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks import timed_scheduler
+from benchmarks.moments import SchedulerTimes
 from raddle.cli.cluster import Child, LocalCluster
+from raddle.scheduler import main as scheduler_main
 from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.parse import job_message
 
@@ -27,6 +30,14 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """When an assignment's bytes were at its agent, and when they were decoded: nanoseconds."""
+
+    arrived: int
+    decoded: int
+
+
 @dataclass(slots=True)
 class TimedCluster(LocalCluster):
     """All nodes are simulated and spread over `agent_processes` processes of `timed_agents`."""
@@ -34,13 +45,26 @@ class TimedCluster(LocalCluster):
     agent_processes: int = AGENT_PROCESSES
     #: When each fault was handed to its agent, nanoseconds.
     faults: dict[str, int] = field(default_factory=dict)
-    #: (job uid, epoch) -> node -> when its first assignment of that epoch was decoded.
-    delivered: dict[tuple[str, int], dict[str, int]] = field(
+    #: (job uid, epoch) -> node -> its first assignment of that epoch.
+    delivered: dict[tuple[str, int], dict[str, Delivered]] = field(
         default_factory=lambda: defaultdict(dict)
     )
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     _readers: list[asyncio.Task[None]] = field(default_factory=list)
     _inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def times(self) -> SchedulerTimes:
+        return SchedulerTimes(self.folder / "times")
+
+    def spawn(self, name: str, *command: str) -> Child:
+        """Start a daemon; schedulers are those that write down their times."""
+        module, *arguments = command
+        if module == scheduler_main.__name__:
+            module = timed_scheduler.__name__
+            self._environment[timed_scheduler.VARIABLE] = str(self.folder / "times")
+        # Without arguments `super` does not find its class in one with slots.
+        return LocalCluster.spawn(self, name, module, *arguments)
 
     def _start_simulated_agents(self) -> None:
         names = list(self.supernode.node_names())
@@ -75,14 +99,22 @@ class TimedCluster(LocalCluster):
             self.faults[said["fault"]] = said["t"]
         else:
             for uid, epoch, _stage in said["jobs"]:
-                self.delivered[uid, epoch].setdefault(said["node"], said["t"])
+                told = Delivered(said["arrived"], said["t"])
+                self.delivered[uid, epoch].setdefault(said["node"], told)
         moved, self.moved = self.moved, asyncio.Event()
         moved.set()
 
     async def set_fault(self, die: str, *, present: bool) -> None:
         """Hand a fault to the die's agent, or take it back."""
+        await self._order(die, present=present)
+
+    async def end_rank(self, die: str) -> None:
+        """Have the agent learn that the process of the die's rank was killed."""
+        await self._order(die, ended=True)
+
+    async def _order(self, die: str, **what: bool) -> None:
         writer = self._inputs["/".join(die.split("/")[:2])]
-        writer.write(json.dumps({"die": die, "present": present}).encode() + b"\n")
+        writer.write(json.dumps({"die": die} | what).encode() + b"\n")
         await writer.drain()
 
     async def until_heard(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -115,6 +147,12 @@ class TimedCluster(LocalCluster):
         request = scheduler_pb2.GetJobRequest(job_uid=uid)
         return await self._answer(
             lambda: self.stub.GetJob(request, timeout=5.0), "a scheduler answers"
+        )
+
+    async def kv_status(self, uid: str) -> Any:
+        request = scheduler_pb2.GetKvStatusRequest(job_uid=uid)
+        return await self._answer(
+            lambda: self.stub.GetKvStatus(request, timeout=5.0), "a scheduler answers"
         )
 
     async def ready(self, uid: str, epoch: int = 1) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 
 from benchmarks.cluster import TimedCluster, say, timed_cluster
 from benchmarks.figures import figure
-from raddle.v1 import incident_pb2, scheduler_pb2
+from benchmarks.moments import History, decision, phases_ms, with_key
+from raddle.model import keys
+from raddle.model.incident import IncidentPhase
+from raddle.model.job import JobState
+from raddle.v1 import scheduler_pb2
 
 FAULTS = 210
 FAULTS_A_JOB = 30
@@ -30,7 +34,9 @@ roles:
 """
 
 
-async def _one_fault(cluster: TimedCluster, uid: str, nodes: int) -> tuple[float, dict[str, float]]:
+async def _one_fault(
+    cluster: TimedCluster, history: History, uid: str
+) -> tuple[float, dict[str, float]]:
     """Milliseconds from the source to the last agent, and of which phase."""
     job = await cluster.job(uid)
     epoch = job.job.epoch + 1
@@ -39,70 +45,104 @@ async def _one_fault(cluster: TimedCluster, uid: str, nodes: int) -> tuple[float
     # Of the fullest node, so that the job goes on spanning all of them.
     die = max(active, key=lambda r: ranks[r.node]).die
     await cluster.set_fault(die, present=True)
-    await cluster.until_heard(lambda: len(cluster.delivered[uid, epoch]) >= nodes)
-    last = max(cluster.delivered[uid, epoch].values())
+    agents = cluster.supernode.nodes
+    await cluster.until_heard(lambda: len(cluster.delivered[uid, epoch]) >= agents)
+    last = max(cluster.delivered[uid, epoch].values(), key=lambda told: told.decoded)
     await cluster.ready(uid, epoch)
-    request = scheduler_pb2.ListIncidentsRequest(job_uid=uid, page_size=1)
-    incident = (await cluster.stub.ListIncidents(request, timeout=5.0)).incidents[0]
-    total_ms = (last - cluster.faults[die]) / 1e6
-    phases = {
-        incident_pb2.IncidentPhase.Name(entry.phase).removeprefix("INCIDENT_PHASE_").lower(): (
-            entry.duration.seconds * 1e3 + entry.duration.nanos / 1e6
-        )
-        for entry in incident.timeline
-    }
-    told = {"gather": phases["detect"], "decide_and_commit": phases["decide"]}
-    return total_ms, told | {"report_and_deliver": total_ms - sum(told.values())}
+    began_s = cluster.faults[die] / 1e9
+    incident = await history.closed_incident(uid, epoch, began_s)
+    journal = with_key(keys.incident(incident.id))
+    committed = history.find(journal, began_s, lambda value: value is not None)
+    assert committed is not None
+    moments = [
+        # The agent's transaction, and the leader's watch.
+        ("report", history.began(incident, IncidentPhase.DETECT)),
+        *decision(history, cluster.times, incident),
+        ("commit", committed[0]),
+        # The processes' event loops are part of it: six agents share one, and the machine is full.
+        ("etcd_to_agent", last.arrived / 1e9),
+        ("decode", last.decoded / 1e9),
+    ]
+    return (last.decoded - cluster.faults[die]) / 1e6, phases_ms(began_s, moments)
 
 
-async def fault_to_delivered(cluster: TimedCluster) -> dict[str, Any]:
+async def fault_to_delivered(
+    cluster: TimedCluster, history: History, count: int = FAULTS
+) -> dict[str, Any]:
     """`fault_to_delivered_ms`."""
-    nodes = cluster.supernode.nodes
     samples: list[float] = []
     phases: list[dict[str, float]] = []
-    while len(samples) < FAULTS:
+    while len(samples) < count:
         uid = await cluster.submit(WIDE)
         await cluster.ready(uid)
         faulty = len(cluster.faults)
-        for _ in range(min(FAULTS_A_JOB, FAULTS - len(samples))):
-            total_ms, told = await _one_fault(cluster, uid, nodes)
+        for _ in range(min(FAULTS_A_JOB, count - len(samples))):
+            total_ms, told = await _one_fault(cluster, history, uid)
             samples.append(total_ms)
             phases.append(told)
         await cluster.remove(uid)
         for die in list(cluster.faults)[faulty:]:
             await cluster.set_fault(die, present=False)
-        say(f"fault_to_delivered_ms: {len(samples)} of {FAULTS}")
+        say(f"fault_to_delivered_ms: {len(samples)} of {count}")
         cluster.delivered.clear()
         cluster.faults.clear()
-    return figure(samples, phases, agents=nodes, agent_processes=cluster.agent_processes)
+    agents = cluster.supernode.nodes
+    return figure(samples, phases, agents=agents, agent_processes=cluster.agent_processes)
 
 
-async def replan(cluster: TimedCluster) -> dict[str, Any]:
+async def replan(cluster: TimedCluster, history: History, count: int = REPLANS) -> dict[str, Any]:
     """`replan_whole_machine_s`: 96 waiting gangs of 8 dies fill the machine at once."""
-    samples = []
-    for _ in range(REPLANS):
-        samples.append(await _one_replan(cluster))
+    samples: list[float] = []
+    phases: list[dict[str, float]] = []
+    for _ in range(count):
+        seconds, told = await _one_replan(cluster, history)
+        samples.append(seconds)
+        phases.append(told)
         cluster.delivered.clear()
-    return figure(samples, gangs=GANGS)
+    return figure(samples, phases, unit_ms=1e3, gangs=GANGS)
 
 
-async def _one_replan(cluster: TimedCluster) -> float:
+async def _one_replan(cluster: TimedCluster, history: History) -> tuple[float, dict[str, float]]:
     """Seconds from the moment the machine may be used until the last gang is delivered."""
     subject = cluster.supernode.name
     await cluster.stub.Cordon(scheduler_pb2.CordonRequest(subject=subject), timeout=5.0)
     uids = [await cluster.submit(GANG % number) for number in range(GANGS)]
-    began = time.monotonic_ns()
+    began_s = time.monotonic()
     await cluster.stub.Uncordon(scheduler_pb2.UncordonRequest(subject=subject), timeout=5.0)
     await cluster.until_heard(lambda: all(cluster.delivered.get((uid, 1)) for uid in uids))
-    last = max(t for uid in uids for t in cluster.delivered[uid, 1].values())
+    told = [told for uid in uids for told in cluster.delivered[uid, 1].values()]
+    last = max(told, key=lambda one: one.decoded)
+    placed_s = [await _placed(history, uid, began_s) for uid in uids]
     for uid in uids:
         await cluster.ready(uid)
         await cluster.remove(uid)
-    return (last - began) / 1e9
+    moments = [
+        # Each transaction takes as many gangs as it has room for.
+        ("first_decided_and_committed", min(placed_s)),
+        ("others_decided_and_committed", max(placed_s)),
+        ("etcd_to_agent", last.arrived / 1e9),
+        ("decode", last.decoded / 1e9),
+    ]
+    return last.decoded / 1e9 - began_s, phases_ms(began_s, moments)
 
 
-async def measure() -> dict[str, Any]:
+async def _placed(history: History, uid: str, after_s: float) -> float:
+    """When the job was seen to be placed."""
+    moment_s, _ = await history.wait(
+        with_key(keys.job(uid)), after_s, lambda job: job and job.state is JobState.STARTING
+    )
+    return moment_s
+
+
+async def measure(faults: int = FAULTS, replans: int = REPLANS) -> dict[str, Any]:
     """Both figures, on one cluster of 48 agents."""
     async with timed_cluster() as cluster:
-        found = {"fault_to_delivered_ms": await fault_to_delivered(cluster)}
-        return found | {"replan_whole_machine_s": await replan(cluster)}
+        history = History(cluster.etcd_endpoints, keys.INCIDENTS, keys.JOBS)
+        await history.start()
+        try:
+            return {
+                "fault_to_delivered_ms": await fault_to_delivered(cluster, history, faults),
+                "replan_whole_machine_s": await replan(cluster, history, replans),
+            }
+        finally:
+            await history.stop()

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.cluster import say
 from benchmarks.figures import figure
+from benchmarks.moments import History, Moment, phases_ms
 from raddle import traces
 from raddle.cli.cluster import LocalCluster
 from raddle.cli.demo.client import get_text, stream_events
+from raddle.model import keys
+from raddle.model.incident import IncidentPhase
 from raddle.traces import TraceRequest
-from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
+from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.parse import job_message
 
 KILLS = 52
 HANGS = 10
 HOSTS = 5
 STREAMS = 16
+DECODE_RANKS = 16
+SAMPLES_A_CLUSTER = 13
 _MOVE_TIMEOUT_S = 60.0
 _RETRY_S = 0.05
+# The job has just started: first prompts and new connections are not what is measured.
+_SETTLE_S = 1.0
 # The demonstration's model with two layers: 20 ranks share the two cores of this measurement.
 MODEL = str(Path(__file__).parent / "two_layers.json")
 SPEC = """
@@ -34,7 +43,7 @@ name: small
 model: {config: %s, kv_block_tokens: 16}
 roles:
   - {name: prefill, kind: prefill, ranks: 2, slots_per_rank: 32, engine: {driver: reference}}
-  - {name: decode, kind: decode, ranks: 16, slots_per_rank: 4, spread_nodes: 4,
+  - {name: decode, kind: decode, ranks: %d, slots_per_rank: 4, spread_nodes: 4,
      max_sequences_per_rank: 16, engine: {driver: reference}}
   - {name: cache, kind: cache, ranks: 2, dram_bytes: 400000000, engine: {driver: reference}}
 """
@@ -95,23 +104,30 @@ class Streams:
 
 
 class Serving:
-    """A cluster with the job, its front door and running streams."""
+    """A cluster on which the job is placed anew, with a front door of its own, for each sample."""
 
-    def __init__(self, cluster: LocalCluster, uid: str, address: str) -> None:
+    def __init__(self, cluster: LocalCluster, history: History) -> None:
         self.cluster = cluster
-        self.uid = uid
-        self.address = address
+        self.history = history
+        self.uid = ""
+        self.address = ""
 
-    async def job(self) -> Any:
+    async def _ask(self, call: Callable[[], Any], what: str) -> Any:
+        """What a scheduler answers; asked again while it refuses or the lead changes."""
         found: list[Any] = []
-        request = scheduler_pb2.GetJobRequest(job_uid=self.uid)
 
-        async def read() -> bool:
-            found.append(await self.cluster.stub.GetJob(request, timeout=5.0))
+        async def answered() -> bool:
+            found.append(await call())
             return True
 
-        await self.cluster.until(read, "a scheduler answers")
+        await self.cluster.until(answered, what)
         return found[0]
+
+    async def job(self) -> Any:
+        request = scheduler_pb2.GetJobRequest(job_uid=self.uid)
+        return await self._ask(
+            lambda: self.cluster.stub.GetJob(request, timeout=5.0), "a scheduler answers"
+        )
 
     async def settled(self, epoch: int) -> None:
         async def ready() -> bool:
@@ -119,6 +135,31 @@ class Serving:
             return bool(job.state == job_pb2.JOB_STATE_READY and job.live_epoch >= epoch)
 
         await self.cluster.until(ready, f"epoch {epoch} is live")
+
+    async def place(self) -> None:
+        """Submit the job and start its front door: all ranks and their processes are new."""
+        spec = job_message(SPEC % (MODEL, DECODE_RANKS), self.cluster.folder)
+        request = scheduler_pb2.SubmitJobRequest(spec=spec)
+        self.uid = (await self.cluster.stub.SubmitJob(request, timeout=10.0)).job.uid
+        await self.settled(1)
+        self.address = self.cluster.start_front_door("default/small", MODEL)
+
+        async def live() -> bool:
+            with suppress(OSError):
+                return (await get_text(self.address, "/health"))[0] == 200
+            return False
+
+        await self.cluster.until(live, "the front door has routes")
+
+    async def remove(self) -> None:
+        """End the job and its front door, and wait until no process of it is left."""
+        door = self.cluster.children.pop("frontdoor")
+        door.process.kill()
+        await asyncio.to_thread(door.process.wait)
+        stub = self.cluster.stub
+        await stub.CancelJob(scheduler_pb2.CancelJobRequest(job_uid=self.uid), timeout=10.0)
+        request = scheduler_pb2.DeleteJobRequest(job_uid=self.uid)
+        await self._ask(lambda: stub.DeleteJob(request, timeout=5.0), "the job has ended")
 
     async def decode_ranks(self) -> dict[str, tuple[int, str]]:
         """Incarnation -> (process, node) of the living decode ranks."""
@@ -129,40 +170,52 @@ class Serving:
             if r.role == "decode" and r.incarnation in processes
         }
 
-    async def phases(self) -> dict[str, float]:
-        """Milliseconds of each phase of the newest incident."""
-        request = scheduler_pb2.ListIncidentsRequest(job_uid=self.uid, page_size=1)
-        incident = (await self.cluster.stub.ListIncidents(request, timeout=5.0)).incidents[0]
-        return {
-            incident_pb2.IncidentPhase.Name(e.phase).removeprefix("INCIDENT_PHASE_").lower(): (
-                e.duration.seconds * 1e3 + e.duration.nanos / 1e6
-            )
-            for e in incident.timeline
-        }
+    def _commits(self) -> list[tuple[float, dict[str, int]]]:
+        """When the leaders had their commits confirmed, and of which epochs of which jobs."""
+        found: list[tuple[float, dict[str, int]]] = []
+        for path in self.cluster.folder.glob("logs/scheduler-*.log"):
+            for line in path.read_text().splitlines():
+                if '"event": "committed"' in line:
+                    told = json.loads(line)
+                    wall_s = datetime.fromisoformat(told["timestamp"]).timestamp()
+                    found.append((self.history.monotonic_s(wall_s), told.get("jobs", {})))
+        return sorted(found, key=lambda commit: commit[0])
+
+    async def recovery(self, began_s: float, end_s: float) -> list[Moment]:
+        """What led to the epoch that served the last stream's first new token."""
+        began, commits = self.history.began, self._commits()
+        for epoch in range((await self.job()).job.live_epoch, 1, -1):
+            incident = await self.history.closed_incident(self.uid, epoch, began_s)
+            publish_s = began(incident, IncidentPhase.PUBLISH) or end_s
+            live_s = [s for s, jobs in commits if s >= publish_s and jobs.get(self.uid) == epoch]
+            # A second loss may have been dealt with after the streams were back.
+            if live_s and live_s[0] <= end_s:
+                return [
+                    ("detect", began(incident, IncidentPhase.DETECT)),
+                    ("gather", began(incident, IncidentPhase.DECIDE)),
+                    ("decide_and_commit", began(incident, IncidentPhase.FENCE)),
+                    ("fence", began(incident, IncidentPhase.REPAIR)),
+                    ("repair", publish_s),
+                    ("publish", live_s[0]),
+                ]
+        raise AssertionError(f"{self.uid}: no epoch went live before the last stream's new token")
 
 
 @asynccontextmanager
 async def serving(**options: Any) -> AsyncIterator[Serving]:
-    """Start all of it on the small machine: 4 nodes of 8 dies, all real."""
+    """Start the small machine: 4 nodes of 8 dies, all real. Processes are forked, to be quick."""
     machine = str(Path(__file__).parent / "four_nodes.yaml")
     with TemporaryDirectory(prefix="raddle-bench-") as folder:
-        cluster = LocalCluster(Path(folder), machine=machine, real_nodes=4, forks=False, **options)
+        cluster = LocalCluster(Path(folder), machine=machine, real_nodes=4, **options)
+        history: History | None = None
         try:
             await cluster.start()
-            request = scheduler_pb2.SubmitJobRequest(spec=job_message(SPEC % MODEL, Path(folder)))
-            uid = (await cluster.stub.SubmitJob(request, timeout=10.0)).job.uid
-            found = Serving(cluster, uid, "")
-            await found.settled(1)
-            found.address = cluster.start_front_door("default/small", MODEL)
-
-            async def live() -> bool:
-                with suppress(OSError):
-                    return (await get_text(found.address, "/health"))[0] == 200
-                return False
-
-            await cluster.until(live, "the front door has routes")
-            yield found
+            history = History(cluster.etcd_endpoints, keys.INCIDENTS)
+            await history.start()
+            yield Serving(cluster, history)
         finally:
+            if history is not None:
+                await history.stop()
             await cluster.stop()
 
 
@@ -173,6 +226,7 @@ Fault = Callable[[Serving, Streams], Awaitable[tuple[float, set[str]]]]
 async def _busiest(run: Serving, streams: Streams) -> tuple[str, int, str]:
     """(incarnation, process, node) of the decode rank with the most streams."""
     ranks = await run.decode_ranks()
+    assert len(ranks) == DECODE_RANKS, f"{len(ranks)} decode ranks live"
     name = max(ranks, key=lambda n: (len(streams.on({n})), n))
     return name, *ranks[name]
 
@@ -204,49 +258,55 @@ async def _kill_host(run: Serving, streams: Streams) -> tuple[float, set[str]]:
     return began, lost
 
 
-async def _sample(run: Serving, fault: Fault, rest: str) -> tuple[float, dict[str, float]]:
-    """Milliseconds from a fault to the last stream's new token; what the incident took of it."""
+async def _sample(run: Serving, fault: Fault, detect: str) -> tuple[float, dict[str, float]]:
+    """Milliseconds from a fault to the last stream's new token, and of which phase."""
+    await run.place()
     streams = Streams(run.address)
     try:
         await streams.all_flow()
-        epoch = (await run.job()).job.epoch
-        began, lost = await fault(run, streams)
+        await asyncio.sleep(_SETTLE_S)
+        began_s, lost = await fault(run, streams)
         touched = streams.on(lost)
-        total_ms = (await streams.moved(touched, lost) - began) * 1e3
-        await run.settled(epoch + 1)
-        phases = await run.phases()
-        return total_ms, phases | {rest: max(0.0, total_ms - sum(phases.values()))}
+        end_s = await streams.moved(touched, lost)
+        await run.settled(2)
     finally:
         await streams.stop()
+    (_, detected_s), *recovery = await run.recovery(began_s, end_s)
+    moments = [(detect, detected_s), *recovery, ("new_tokens", end_s)]
+    return (end_s - began_s) * 1e3, phases_ms(began_s, moments)
 
 
 async def _figure(
-    name: str, count: int, a_cluster: int, fault: Fault, rest: str, **options: Any
+    name: str, count: int, a_cluster: int, fault: Fault, detect: str, **options: Any
 ) -> dict[str, Any]:
-    """A fresh cluster after each few samples, since lost ranks are not replaced."""
+    """A job of its own for each sample, since lost ranks are not replaced."""
     samples: list[float] = []
     phases: list[dict[str, float]] = []
     while len(samples) < count:
         async with serving(**options) as run:
-            for _ in range(min(a_cluster, count - len(samples))):
-                total_ms, told = await _sample(run, fault, rest)
+            for number in range(min(a_cluster, count - len(samples))):
+                if number:
+                    await run.remove()
+                total_ms, told = await _sample(run, fault, detect)
                 samples.append(total_ms)
                 phases.append(told)
         say(f"{name}: {len(samples)} of {count}, last {samples[-1]:.0f} ms")
-    return figure(samples, phases, decode_ranks=16, streams=STREAMS)
+    return figure(samples, phases, decode_ranks=DECODE_RANKS, streams=STREAMS)
 
 
 async def killed(count: int = KILLS) -> dict[str, Any]:
-    return await _figure("rank_killed_to_token_ms", count, 6, _kill, "notice_and_tokens")
+    name = "rank_killed_to_token_ms"
+    return await _figure(name, count, SAMPLES_A_CLUSTER, _kill, "end_seen_and_told")
 
 
 async def hung(count: int = HANGS) -> dict[str, Any]:
-    return await _figure("rank_hung_to_token_ms", count, 5, _stop, "step_deadline_and_tokens")
+    name = "rank_hung_to_token_ms"
+    return await _figure(name, count, SAMPLES_A_CLUSTER, _stop, "step_deadline_and_probe")
 
 
 async def host_lost(count: int = HOSTS) -> dict[str, Any]:
     name = "host_with_leader_to_token_ms"
-    return await _figure(name, count, 1, _kill_host, "takeover_and_tokens", schedulers=2)
+    return await _figure(name, count, 1, _kill_host, "takeover_and_judgement", schedulers=2)
 
 
 async def measure() -> dict[str, Any]:
