@@ -70,6 +70,31 @@ async def test_a_role_is_scaled_and_the_last_word_counts(stage: Stage) -> None:
     await deleted(stage, "scaled")
 
 
+async def test_a_scale_that_does_not_fit_leaves_the_job_as_it_is(stage: Stage) -> None:
+    """It stays Ready under its status, which says why it is not larger, until it is asked back."""
+    await ready(stage, "grown")
+    before = (await stage.resource("grown"))["status"]
+    scale = ("scale", "-n", stage.jobs, "ir/grown-decode")
+
+    async def is_told() -> bool:
+        message = (await stage.condition("grown", "Ready"))["message"]
+        return "not changed as asked: " in message
+
+    await stage.kubectl(*scale, "--replicas=500")
+    await stage.until(is_told, "the refusal is told")
+    status = (await stage.resource("grown"))["status"]
+    assert (status["jobUid"], status["state"]) == (before["jobUid"], "READY")
+    assert (await stage.condition("grown", "Ready"))["status"] == "True"
+    assert "ChangeRefused" in {event["reason"] for event in await stage.events("grown")}
+    await stage.kubectl(*scale, "--replicas=1")
+
+    async def is_over() -> bool:
+        return not await is_told()
+
+    await stage.until(is_over, "nothing is refused any more")
+    await deleted(stage, "grown")
+
+
 async def test_clients_that_race_end_with_one_of_their_words(stage: Stage) -> None:
     """Who writes over what others changed meanwhile is refused; the job has the last word told."""
     await ready(stage, "race")

@@ -46,7 +46,8 @@ class JobPods:
             return []
         self._machine.require_known()
         ranks = [pod for pod in present if _component(pod) == "rank"]
-        seats = list(pods.seats(answer))
+        # A change that was refused may have taken a role out of the resource that still has seats.
+        seats = [seat for seat in pods.seats(answer) if seat.role in roles]
         await self._secrets(resource["metadata"]["namespace"])
         problems = await self._rank_pods(resource, roles, answer, ranks, seats)
         await self._rank_tables(roles, answer, ranks, seats)
