@@ -18,7 +18,7 @@ from raddle.operator.machine_resources import MachineResources
 from raddle.operator.names import ASCEND_ANNOTATION, GROUP, KINDS, VERSION
 from raddle.operator.pods import Site
 from raddle.operator.scheduler_link import SchedulerLink
-from raddle.operator.watching import EVERYWHERE, Mark, Watch, follow
+from raddle.operator.watching import EVERYWHERE, Mark, News, Watch, follow
 from raddle.operator.work import Item, Work
 from raddle.telemetry.tls import TlsFiles
 
@@ -172,7 +172,13 @@ def _watches(term: _Term) -> list[Watch]:
     """What is watched in the served namespaces, and whom it tells."""
 
     def ours(kind: str, mark: Mark) -> Watch:
-        return Watch(GROUP, VERSION, KINDS[kind].plural, mark)
+        news = News()
+
+        def mark_news(body: Mapping[str, Any], what: str) -> None:
+            if news.is_one(body, what):
+                mark(body, what)
+
+        return Watch(GROUP, VERSION, KINDS[kind].plural, mark_news)
 
     def of_kind(kind: str) -> Mark:
         def mark(body: Mapping[str, Any], _: str) -> None:
