@@ -38,11 +38,15 @@ class Host:
 
 
 def host_of(resource: Mapping[str, Any], tolerated: Collection[str]) -> Host:
-    """Read a Node; taints whose keys are tolerated mean nothing."""
+    """Read a Node; tolerated taints (`key`, `key:effect`, `*` for all keys) mean nothing."""
     metadata, spec, status = (resource.get(part) or {} for part in ("metadata", "spec", "status"))
     name, labels = metadata["name"], metadata.get("labels") or {}
-    taints = [t for t in spec.get("taints") or () if t["key"] not in tolerated]
-    ordered = [t for t in taints if not t["key"].startswith(_OWN_TAINTS)]
+    taints = spec.get("taints") or ()
+    ordered = [
+        taint
+        for taint in taints
+        if not taint["key"].startswith(_OWN_TAINTS) and not _is_tolerated(taint, tolerated)
+    ]
     cordon = f"Kubernetes node {name} is cordoned" if spec.get("unschedulable") else ""
     drain = ""
     for taint in ordered:
@@ -63,6 +67,13 @@ def host_of(resource: Mapping[str, Any], tolerated: Collection[str]) -> Host:
         node=from_key(labels.get(NODE_LABEL, "")),
         labels=labels,
         linux=labels.get("kubernetes.io/os", "linux") == "linux",
+    )
+
+
+def _is_tolerated(taint: Mapping[str, str], tolerated: Collection[str]) -> bool:
+    of_effect = f":{taint['effect']}"
+    return any(
+        f"{key}{effect}" in tolerated for key in (taint["key"], "*") for effect in ("", of_effect)
     )
 
 
