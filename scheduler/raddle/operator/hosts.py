@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raddle.model.names import device_number
+from raddle.operator.machine_view import CONDITION
 from raddle.operator.names import ASCEND_ANNOTATION, GROUP, NODE_LABEL, from_key
 from raddle.v1 import scheduler_pb2
 
@@ -14,6 +15,7 @@ from raddle.v1 import scheduler_pb2
 _OWN_TAINTS = "node.kubernetes.io/"
 #: Somebody said that the machine is off and nothing runs there.
 _OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+_SAID = ("type", "status", "reason", "message")
 _ENDED = ("Succeeded", "Failed")
 
 
@@ -31,6 +33,8 @@ class Host:
     node: str
     labels: Mapping[str, str]
     linux: bool
+    #: What its condition about its dies says now, without times; None without one.
+    dies: Mapping[str, str] | None
 
     @property
     def usable(self) -> bool:
@@ -56,6 +60,7 @@ def host_of(resource: Mapping[str, Any], tolerated: Collection[str]) -> Host:
         elif taint["effect"] == "NoSchedule":
             cordon = cordon or said
     conditions = {c["type"]: c["status"] for c in status.get("conditions") or ()}
+    dies = next((c for c in status.get("conditions") or () if c["type"] == CONDITION), None)
     addresses = {a["type"]: a["address"] for a in status.get("addresses") or ()}
     return Host(
         name=name,
@@ -67,6 +72,7 @@ def host_of(resource: Mapping[str, Any], tolerated: Collection[str]) -> Host:
         node=from_key(labels.get(NODE_LABEL, "")),
         labels=labels,
         linux=labels.get("kubernetes.io/os", "linux") == "linux",
+        dies=dies and {name: dies.get(name, "") for name in _SAID},
     )
 
 
