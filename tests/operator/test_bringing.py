@@ -93,14 +93,42 @@ def jobs_of(api: ApiServer, scheduler: Scheduler) -> Jobs:
     return Jobs(cast("Cluster", api), link, machine, SITE, ranks_in_pods=True)
 
 
-def running_job() -> tuple[ApiServer, Scheduler, Object]:
-    """A job of one rank that serves; its Pods are still to be made."""
-    resource, scheduler = inference_job("demo", role("decode", ranks=1)), Scheduler("READY")
-    resource["metadata"] |= {"finalizers": [FINALIZER], "resourceVersion": "1"}
+def scheduler_of(resource: Object, state: str = "READY") -> Scheduler:
+    """It has the job of a resource, as that asks for it."""
+    scheduler = Scheduler(state)
     scheduler.answer.job.spec.CopyFrom(stored(job_message(resource, {})))
     scheduler.answer.job.idempotency_key = resource["metadata"]["uid"]
+    return scheduler
+
+
+def running_job() -> tuple[ApiServer, Scheduler, Object]:
+    """A job of one rank that serves; its Pods are still to be made."""
+    resource = inference_job("demo", role("decode", ranks=1))
+    resource["metadata"] |= {"finalizers": [FINALIZER], "resourceVersion": "1"}
+    scheduler = scheduler_of(resource)
     del scheduler.answer.ranks[:]
     return ApiServer(resource), scheduler, resource
+
+
+async def test_rank_tables_come_before_their_pods_and_go_with_them() -> None:
+    """No rank reads an older table; those of an instance that went or of a job that ends go."""
+    api, scheduler, resource = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    table, pod = ("ConfigMap", "demo-decode-{}-ranktable"), ("Pod", "demo-decode-{}-0-1")
+
+    def made(instance: int) -> list[tuple[str, str]]:
+        wanted = [(kind, name.format(instance)) for kind, name in (table, pod)]
+        return [key for key in api.items if key in wanted]
+
+    assert [kind for kind, _ in made(0)] == ["ConfigMap", "Pod"]
+    scheduler.answer.placement.instances[0].instance = 1
+    await jobs.bring("default", "demo")
+    assert made(0) == []
+    assert [kind for kind, _ in made(1)] == ["ConfigMap", "Pod"]
+    resource["spec"]["suspend"] = True
+    await jobs.bring("default", "demo")
+    assert made(1) == []
 
 
 @pytest.mark.parametrize(

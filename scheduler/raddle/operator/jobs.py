@@ -16,7 +16,7 @@ import structlog
 from raddle.model.errors import ConflictError, PermanentError, RaddleError, Reason, TemporaryError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
-from raddle.operator.conditions import Condition, camel
+from raddle.operator.conditions import Condition
 from raddle.operator.job_pods import JobPods, is_owned, refuse_foreign
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, GROUP, MANAGER, role_name
@@ -100,19 +100,15 @@ class Jobs:
             await self._teller.say(resource, None, brought.conditions, None, said_of)
             return True
         incident = self._incident(brought.answer.job.uid)
-        failure: RaddleError | None = brought.refusal
-        try:
-            problems = await self._pods.run(resource, roles, brought.answer, present)
-        except PermanentError as error:
-            failure = error
-            problems = [job_status.Problem("not done", camel(error.reason), error.message)]
-        front_door = self._pods.front_door_problem(brought.answer, present)
-        conditions = job_status.conditions(brought.answer, incident, problems, front_door)
+        outcome = await self._pods.run(resource, roles, brought.answer, present)
+        conditions = job_status.conditions(
+            brought.answer, incident, outcome.problems, outcome.front_door
+        )
         if brought.refusal is not None:
             conditions = job_status.unchanged(conditions, brought.refusal)
             await self._teller.tell_refusal(resource, brought.refusal, said_of)
         await self._teller.say(resource, brought.answer, conditions, incident, said_of)
-        if failure is not None:
+        if failure := outcome.failure or brought.refusal:
             raise failure
         return True
 
