@@ -221,6 +221,21 @@ def test_each_pool_is_a_daemon_set_of_its_own() -> None:
     assert operator["RADDLE_OPERATOR_TOLERATED_TAINTS"] == "npu,other"
 
 
+def test_the_operator_knows_what_agents_tolerate() -> None:
+    """A toleration without a key is one of all keys, and its effect counts."""
+    tolerations = [
+        {"key": "npu", "operator": "Exists", "effect": "NoSchedule"},
+        {"operator": "Exists", "effect": "NoExecute"},
+    ]
+    for given, expected in (
+        (tolerations, "npu:NoSchedule,*:NoExecute"),
+        ([{"operator": "Exists"}], "*"),
+    ):
+        documents = render({"agent": {"tolerations": given}})
+        operator = environment(one(documents, "Deployment", "raddle-operator"))
+        assert operator["RADDLE_OPERATOR_TOLERATED_TAINTS"] == expected
+
+
 def test_cert_manager_makes_the_same_certificates_as_the_hook() -> None:
     """The same Secrets for the same identities, and no hook."""
     from raddle.cli.certificates.secrets import IDENTITIES, wanted_secrets

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from raddle.model.job import JobSpec
 from raddle.operator.pods import Site
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
+from raddle.wire import parse
+from raddle.wire.codec import to_message
 
 Object = dict[str, Any]
 SITE = Site(
@@ -48,6 +51,13 @@ def inference_job(name: str = "demo", *roles: Object, **more: Any) -> Object:
         "metadata": {"name": name, "namespace": "default", "uid": f"uid-{name}", "generation": 3},
         "spec": copy.deepcopy(spec | more),
     }
+
+
+def stored(message: job_pb2.JobSpec) -> job_pb2.JobSpec:
+    """The spec as the scheduler stores and tells it."""
+    spec: JobSpec = parse.job_spec(message)
+    found: job_pb2.JobSpec = to_message(spec, job_pb2.JobSpec)
+    return found
 
 
 def answer(

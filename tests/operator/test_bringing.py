@@ -6,14 +6,18 @@ from typing import Any, cast
 
 import pytest
 
-from raddle.model.errors import Reason, TemporaryError
+from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.operator.cluster import Cluster
+from raddle.operator.hosts import Host, host_of
 from raddle.operator.jobs import Jobs
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, MANAGER
 from raddle.operator.scheduler_link import Picture, SchedulerLink
-from raddle.v1 import scheduler_pb2
-from tests.operator.resources import SITE, Object, answer, inference_job, seat
+from raddle.operator.spec import job_message
+from raddle.v1 import job_pb2, scheduler_pb2
+from raddle.wire.rank_tables import TableRank
+from tests.operator.resources import SITE, Object, answer, inference_job, role, seat, stored
+from tests.wire.test_rank_tables import make_table_rank
 
 
 class ApiServer:
@@ -38,6 +42,7 @@ class ApiServer:
         return await self.create(item)
 
     async def create(self, item: Object) -> Object:
+        item["metadata"] = {"uid": f"uid-{len(self.items)}", "generation": 1, **item["metadata"]}
         return self.items.setdefault((item["kind"], item["metadata"]["name"]), item)
 
     async def delete(self, item: Object) -> None:
@@ -53,6 +58,8 @@ class Scheduler:
         self.answer.job.managed_by = MANAGER
         self.calls: list[str] = []
         self.away = False
+        #: Raised by calls that change the job.
+        self.refuses: RaddleError | None = None
 
     async def call(self, method: str, _request: Any) -> Any:
         self.calls.append(method)
@@ -60,12 +67,92 @@ class Scheduler:
             raise TemporaryError(Reason.NO_LEADER, "away")
         if method == "GetJob":
             return self.answer
+        if self.refuses is not None:
+            raise self.refuses
         return scheduler_pb2.CancelJobResponse(job=self.answer.job)
 
 
+class Nodes:
+    """One Kubernetes node plays all nodes of the machine."""
+
+    def require_known(self) -> None:
+        pass
+
+    def host_of(self, _node: str) -> Host:
+        return host_of({"metadata": {"name": "worker-1"}}, ())
+
+    def device_of(self, _die: str) -> None:
+        return None
+
+    def table_rank(self, rank: job_pb2.RankPlacement, pod_ip: str) -> TableRank:
+        return make_table_rank(rank.rank, pod_ip=pod_ip)
+
+
 def jobs_of(api: ApiServer, scheduler: Scheduler) -> Jobs:
-    link, machine = cast("SchedulerLink", scheduler), cast("Machine", None)
+    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes())
     return Jobs(cast("Cluster", api), link, machine, SITE, ranks_in_pods=True)
+
+
+def scheduler_of(resource: Object, state: str = "READY") -> Scheduler:
+    """It has the job of a resource, as that asks for it."""
+    scheduler = Scheduler(state)
+    scheduler.answer.job.spec.CopyFrom(stored(job_message(resource, {})))
+    scheduler.answer.job.idempotency_key = resource["metadata"]["uid"]
+    return scheduler
+
+
+def running_job() -> tuple[ApiServer, Scheduler, Object]:
+    """A job of one rank that serves; its Pods are still to be made."""
+    resource = inference_job("demo", role("decode", ranks=1))
+    resource["metadata"] |= {"finalizers": [FINALIZER], "resourceVersion": "1"}
+    scheduler = scheduler_of(resource)
+    del scheduler.answer.ranks[:]
+    return ApiServer(resource), scheduler, resource
+
+
+async def test_rank_tables_come_before_their_pods_and_go_with_them() -> None:
+    """No rank reads an older table; those of an instance that went or of a job that ends go."""
+    api, scheduler, resource = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    table, pod = ("ConfigMap", "demo-decode-{}-ranktable"), ("Pod", "demo-decode-{}-0-1")
+
+    def made(instance: int) -> list[tuple[str, str]]:
+        wanted = [(kind, name.format(instance)) for kind, name in (table, pod)]
+        return [key for key in api.items if key in wanted]
+
+    assert [kind for kind, _ in made(0)] == ["ConfigMap", "Pod"]
+    scheduler.answer.placement.instances[0].instance = 1
+    await jobs.bring("default", "demo")
+    assert made(0) == []
+    assert [kind for kind, _ in made(1)] == ["ConfigMap", "Pod"]
+    resource["spec"]["suspend"] = True
+    await jobs.bring("default", "demo")
+    assert made(1) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermanentError(Reason.DOES_NOT_FIT, "1000 dies are too many"),
+        TemporaryError(Reason.STORE_UNAVAILABLE, "not just now"),
+    ],
+)
+async def test_a_job_whose_change_is_refused_goes_on(error: RaddleError) -> None:
+    """Its status stays true and says why it is not as asked, and its Pods are made as ever."""
+    api, scheduler, resource = running_job()
+    resource["spec"]["roles"][0]["instances"] = 2
+    scheduler.refuses = error
+    with pytest.raises(type(error), match=error.message):
+        await jobs_of(api, scheduler).bring("default", "demo")
+    assert [pod["metadata"]["name"] for pod in await api.find("Pod")] == ["demo-decode-0-0-1"]
+    status = resource["status"]
+    assert (status["jobUid"], status["state"]) == (scheduler.answer.job.uid, "READY")
+    said = {condition["type"]: condition for condition in status["conditions"]}
+    assert said["Placed"]["status"] == "True"
+    assert f"not changed as asked: {error.message}" in said["Ready"]["message"]
+    told = "ChangeRefused" in {event["reason"] for event in await api.find("Event")}
+    assert told == isinstance(error, PermanentError)
 
 
 async def test_an_incident_is_shown_before_anything_is_done_about_it() -> None:

@@ -42,6 +42,17 @@ def test_cordon_and_taints_keep_work_away() -> None:
     assert not host_of(node(taints=[own]), ()).drain
 
 
+def test_taints_are_tolerated_by_key_and_effect() -> None:
+    """As Kubernetes reads tolerations: without a key all keys, without an effect all effects."""
+    drain = node(taints=[{"key": "team", "effect": "NoExecute"}])
+    for tolerated in ("team", "team:NoExecute", "*", "*:NoExecute"):
+        assert host_of(drain, {tolerated}).usable
+    for tolerated in ("other", "team:NoSchedule", "*:NoSchedule"):
+        assert host_of(drain, {tolerated}).drain
+    off = node(taints=[{"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute"}])
+    assert host_of(off, {"*"}).gone
+
+
 def test_only_a_word_makes_a_node_gone() -> None:
     """Out of service says it; not ready does not."""
     taint = {"key": "node.kubernetes.io/out-of-service", "effect": "NoExecute"}

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from tools.kubernetes.cluster import CommandError
 
+from raddle.model.errors import PermanentError
+from raddle.operator.jobs import Jobs
+from raddle.operator.machine import Machine
+from raddle.operator.scheduler_link import SchedulerLink
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
 from tests.operator.conftest import Stage, simulated
-from tests.operator.resources import role
+from tests.operator.resources import SITE, inference_job, role
+from tests.operator.test_bringing import Nodes, Scheduler, scheduler_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 READY = job_pb2.JOB_STATE_READY
@@ -68,6 +74,31 @@ async def test_a_role_is_scaled_and_the_last_word_counts(stage: Stage) -> None:
     await stage.until_condition("scaled", "Ready", "True")
     await stage.until_condition("scaled-decode", "Ready", "True", of="InferenceRole")
     await deleted(stage, "scaled")
+
+
+async def test_a_scale_that_does_not_fit_leaves_the_job_as_it_is(stage: Stage) -> None:
+    """It stays Ready under its status, which says why it is not larger, until it is asked back."""
+    await ready(stage, "grown")
+    before = (await stage.resource("grown"))["status"]
+    scale = ("scale", "-n", stage.jobs, "ir/grown-decode")
+
+    async def is_told() -> bool:
+        message = (await stage.condition("grown", "Ready"))["message"]
+        return "not changed as asked: " in message
+
+    await stage.kubectl(*scale, "--replicas=500")
+    await stage.until(is_told, "the refusal is told")
+    status = (await stage.resource("grown"))["status"]
+    assert (status["jobUid"], status["state"]) == (before["jobUid"], "READY")
+    assert (await stage.condition("grown", "Ready"))["status"] == "True"
+    assert "ChangeRefused" in {event["reason"] for event in await stage.events("grown")}
+    await stage.kubectl(*scale, "--replicas=1")
+
+    async def is_over() -> bool:
+        return not await is_told()
+
+    await stage.until(is_over, "nothing is refused any more")
+    await deleted(stage, "grown")
 
 
 async def test_clients_that_race_end_with_one_of_their_words(stage: Stage) -> None:
@@ -241,3 +272,76 @@ async def test_a_bad_template_is_told(stage: Stage) -> None:
 
     await stage.until(is_told, "the quantity is refused in words")
     await deleted(stage, "template")
+
+
+def jobs_beside(stage: Stage, scheduler: Scheduler, **site: Any) -> Jobs:
+    """They bring jobs of namespaces that no operator serves, for a scheduler that is played."""
+    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes())
+    chosen = replace(SITE, namespace=stage.space, **site)
+    return Jobs(stage.cluster, link, machine, chosen, ranks_in_pods=True)
+
+
+async def unserved_job(stage: Stage, name: str, space: str) -> dict[str, Any]:
+    item = inference_job(name, role("decode", ranks=1))
+    item["metadata"]["namespace"] = space
+    await stage.apply(item)
+    return await stage.resource(name, space=space)
+
+
+async def test_ready_means_that_the_service_leads_to_the_job(stage: Stage) -> None:
+    """A Pod of the front door has to be ready; a Service of somebody else is named as a reason."""
+    space, resource = stage.space, await unserved_job(stage, "door", stage.space)
+    jobs = jobs_beside(stage, scheduler_of(resource), tls=False)
+
+    async def ready() -> tuple[str, str]:
+        found = await stage.condition("door", "Ready", space=space)
+        return found["status"], found["reason"]
+
+    await jobs.bring(space, "door")
+    assert await ready() == ("False", "FrontDoorNotReady")
+    labels = {"raddle.dev/job": "door", "app.kubernetes.io/component": "frontdoor"}
+    metadata = {"name": "door-frontdoor-1", "namespace": space, "labels": labels}
+    spec = {"containers": [{"name": "c", "image": "frontdoor"}]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    await stage.kubectl("create", "-f", "-", stdin=json.dumps(pod))
+    await jobs.bring(space, "door")
+    assert await ready() == ("False", "FrontDoorNotReady")
+    change = json.dumps({"status": {"conditions": [{"type": "Ready", "status": "True"}]}})
+    patch = ("patch", "pod", "-n", space, "door-frontdoor-1", "--subresource=status")
+    await stage.kubectl(*patch, "--type=merge", "-p", change)
+    await jobs.bring(space, "door")
+    assert await ready() == ("True", "Ready")
+    await stage.kubectl("delete", "service", "-n", space, "door")
+    await stage.kubectl("create", "service", "-n", space, "clusterip", "door", "--tcp=80")
+    with pytest.raises(PermanentError, match="Service door"):
+        await jobs.bring(space, "door")
+    assert await ready() == ("False", "AlreadyExists")
+    assert "Service door" in (await stage.condition("door", "Ready", space=space))["message"]
+    await stage.kubectl("delete", "service", "-n", space, "door")
+    await jobs.bring(space, "door")
+    assert await ready() == ("True", "Ready")
+
+
+async def test_a_secret_of_somebody_else_is_not_taken(stage: Stage) -> None:
+    """The job says what stands in its way; copies of the certificates are found by their labels."""
+    space = f"{stage.space}-apart"
+    await asyncio.to_thread(stage.api.make_namespace, space)
+    create = ("create", "secret", "generic")
+    for name in (SITE.rank_secret, SITE.front_door_secret):
+        await stage.kubectl(*create, name, "-n", stage.space, "--from-literal=tls.crt=ours")
+    await stage.kubectl(*create, SITE.rank_secret, "-n", space, "--from-literal=tls.crt=theirs")
+    before = await stage.resource(SITE.rank_secret, "Secret", space)
+    resource = await unserved_job(stage, "secret", space)
+    jobs = jobs_beside(stage, scheduler_of(resource, "STARTING"))
+    with pytest.raises(PermanentError, match=f"Secret {space}/{SITE.rank_secret}"):
+        await jobs.bring(space, "secret")
+    assert await stage.resource(SITE.rank_secret, "Secret", space) == before
+    ready = await stage.condition("secret", "Ready", space=space)
+    assert (ready["status"], ready["reason"]) == ("False", "AlreadyExists")
+    await stage.kubectl("delete", "secret", "-n", space, SITE.rank_secret)
+    await jobs.bring(space, "secret")
+    labels = "app.kubernetes.io/managed-by=raddle-operator,app.kubernetes.io/instance=raddle"
+    copies = await stage.cluster.find("Secret", space, labels)
+    names = {item["metadata"]["name"] for item in copies}
+    assert names == {SITE.rank_secret, SITE.front_door_secret}
+    assert copies[0]["data"] != before["data"]

@@ -72,6 +72,25 @@ def told(kind: scheduler_pb2.WatchKind.ValueType, uid: str = "") -> scheduler_pb
     return message
 
 
+def test_nothing_is_told_before_all_was_told_once() -> None:
+    """Who needs the whole picture is refused until then, and called then, if it is empty too."""
+    picture, heard, whole = Picture("job", "uid"), list[str](), list[int]()
+    picture.listeners.append(heard.append)
+    picture.when_whole.append(lambda: whole.append(len(picture.values)))
+    picture.begin()
+    with pytest.raises(TemporaryError, match="each job"):
+        picture.require_whole()
+    for uid in ("a", "b"):
+        picture.take(told(SNAPSHOT, uid))
+    assert (heard, whole) == ([], [])
+    picture.take(told(SYNCED))
+    picture.require_whole()
+    assert (heard, whole) == (["a", "b"], [2])
+    picture.begin()
+    picture.take(told(SYNCED))
+    assert (heard, whole) == (["a", "b", "a", "b"], [2, 0])
+
+
 def test_what_a_new_snapshot_does_not_have_is_told_as_gone() -> None:
     """A deletion behind a broken watch is not missed."""
     picture, heard = Picture("job", "uid"), list[str]()

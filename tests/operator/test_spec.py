@@ -5,20 +5,9 @@ from __future__ import annotations
 import pytest
 
 from raddle.model.errors import PermanentError
-from raddle.model.job import JobSpec
 from raddle.models import config_text
 from raddle.operator.spec import Replace, Scale, Update, changes, job_message, replicas
-from raddle.v1 import job_pb2
-from raddle.wire import parse
-from raddle.wire.codec import to_message
-from tests.operator.resources import inference_job, role
-
-
-def stored(message: job_pb2.JobSpec) -> job_pb2.JobSpec:
-    """The spec as the scheduler stores and tells it."""
-    spec: JobSpec = parse.job_spec(message)
-    found: job_pb2.JobSpec = to_message(spec, job_pb2.JobSpec)
-    return found
+from tests.operator.resources import inference_job, role, stored
 
 
 def test_a_resource_becomes_the_spec_of_a_job() -> None:

@@ -195,13 +195,15 @@ annotations:
 {{- join "," $pairs }}
 {{- end }}
 
-{{/* Keys of the taints that agents, of whatever pool, tolerate: these are no cordon. */}}
+{{/* Taints that agents, of whatever pool, tolerate, as key or key:effect: these are no cordon. */}}
 {{- define "raddle.toleratedTaints" -}}
-{{- $keys := list }}
+{{- $taints := list }}
 {{- range prepend .Values.agent.pools .Values.agent }}
-{{- range .tolerations }}{{ with .key }}{{ $keys = append $keys . }}{{ end }}{{ end }}
+{{- range .tolerations }}
+{{- $taints = append $taints (join ":" (compact (list (.key | default "*") .effect))) }}
 {{- end }}
-{{- uniq $keys | join "," }}
+{{- end }}
+{{- uniq $taints | join "," }}
 {{- end }}
 
 {{/* Namespaces whose jobs are served, one a line; "*" for all. */}}

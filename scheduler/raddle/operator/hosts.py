@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raddle.model.names import device_number
+from raddle.operator.machine_view import CONDITION
 from raddle.operator.names import ASCEND_ANNOTATION, GROUP, NODE_LABEL, from_key
 from raddle.v1 import scheduler_pb2
 
@@ -14,6 +15,7 @@ from raddle.v1 import scheduler_pb2
 _OWN_TAINTS = "node.kubernetes.io/"
 #: Somebody said that the machine is off and nothing runs there.
 _OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+_SAID = ("type", "status", "reason", "message")
 _ENDED = ("Succeeded", "Failed")
 
 
@@ -31,6 +33,8 @@ class Host:
     node: str
     labels: Mapping[str, str]
     linux: bool
+    #: What its condition about its dies says now, without times; None without one.
+    dies: Mapping[str, str] | None
 
     @property
     def usable(self) -> bool:
@@ -38,11 +42,15 @@ class Host:
 
 
 def host_of(resource: Mapping[str, Any], tolerated: Collection[str]) -> Host:
-    """Read a Node; taints whose keys are tolerated mean nothing."""
+    """Read a Node; tolerated taints (`key`, `key:effect`, `*` for all keys) mean nothing."""
     metadata, spec, status = (resource.get(part) or {} for part in ("metadata", "spec", "status"))
     name, labels = metadata["name"], metadata.get("labels") or {}
-    taints = [t for t in spec.get("taints") or () if t["key"] not in tolerated]
-    ordered = [t for t in taints if not t["key"].startswith(_OWN_TAINTS)]
+    taints = spec.get("taints") or ()
+    ordered = [
+        taint
+        for taint in taints
+        if not taint["key"].startswith(_OWN_TAINTS) and not _is_tolerated(taint, tolerated)
+    ]
     cordon = f"Kubernetes node {name} is cordoned" if spec.get("unschedulable") else ""
     drain = ""
     for taint in ordered:
@@ -52,6 +60,7 @@ def host_of(resource: Mapping[str, Any], tolerated: Collection[str]) -> Host:
         elif taint["effect"] == "NoSchedule":
             cordon = cordon or said
     conditions = {c["type"]: c["status"] for c in status.get("conditions") or ()}
+    dies = next((c for c in status.get("conditions") or () if c["type"] == CONDITION), None)
     addresses = {a["type"]: a["address"] for a in status.get("addresses") or ()}
     return Host(
         name=name,
@@ -63,6 +72,14 @@ def host_of(resource: Mapping[str, Any], tolerated: Collection[str]) -> Host:
         node=from_key(labels.get(NODE_LABEL, "")),
         labels=labels,
         linux=labels.get("kubernetes.io/os", "linux") == "linux",
+        dies=dies and {name: dies.get(name, "") for name in _SAID},
+    )
+
+
+def _is_tolerated(taint: Mapping[str, str], tolerated: Collection[str]) -> bool:
+    of_effect = f":{taint['effect']}"
+    return any(
+        f"{key}{effect}" in tolerated for key in (taint["key"], "*") for effect in ("", of_effect)
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from raddle.model.errors import PermanentError, Reason, TemporaryError
@@ -13,13 +14,31 @@ from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
 from raddle.operator.conditions import camel
 from raddle.operator.machine import Machine
-from raddle.operator.names import GROUP, MANAGER
+from raddle.operator.names import GROUP
 from raddle.v1 import scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 
+_OURS = ("app.kubernetes.io/managed-by", "app.kubernetes.io/instance")
 _HASH = f"{GROUP}/hash"
 Object = dict[str, Any]
 Answer = scheduler_pb2.GetJobResponse
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What of a job's objects does not come up; a failure is to be raised once that is told."""
+
+    problems: list[job_status.Problem] = field(default_factory=list)
+    #: Why clients cannot reach the job, if it has a front door of ours.
+    front_door: job_status.Problem | None = None
+    failure: PermanentError | None = None
+
+    def failed(self, error: PermanentError) -> job_status.Problem:
+        """Note that a part cannot be made."""
+        problem = job_status.Problem("not done", camel(error.reason), error.message)
+        self.problems.insert(0, problem)
+        self.failure = error
+        return problem
 
 
 class JobPods:
@@ -39,39 +58,50 @@ class JobPods:
         roles: Mapping[str, Object],
         answer: Answer,
         present: list[Object],
-    ) -> list[job_status.Problem]:
+    ) -> Outcome:
         """Pods, rank tables, front door and Service of a job; gives what does not come up."""
         if not self._ranks_in_pods or job_status.is_over(answer.job):
             await self.withdraw(resource, present)
-            return []
+            return Outcome()
         self._machine.require_known()
-        ranks = [pod for pod in present if _component(pod) == "rank"]
-        seats = list(pods.seats(answer))
-        await self._secrets(resource["metadata"]["namespace"])
-        problems = await self._rank_pods(resource, roles, answer, ranks, seats)
-        await self._rank_tables(roles, answer, ranks, seats)
+        outcome = Outcome()
+        # A change that was refused may have taken a role out of the resource that still has seats.
+        seats = [seat for seat in pods.seats(answer) if seat.role in roles]
+        try:
+            await self._secrets(resource["metadata"]["namespace"])
+            await self._ranks(resource, roles, answer, present, seats, outcome.problems)
+        except PermanentError as error:
+            outcome.failed(error)
         if pods.is_served(answer.job):
-            for item in pods.front_door(self._site, answer.job, resource):
-                await self._ensure(item, resource)
+            outcome.front_door = _front_door_problem(present)
+            try:
+                for item in pods.front_door(self._site, answer.job, resource):
+                    await self._ensure(item, resource)
+            except PermanentError as error:
+                outcome.front_door = outcome.failed(error)
         wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
         for pod in present:
             is_wanted = pod["metadata"]["name"] in wanted or _component(pod) != "rank"
             problem = job_status.pod_problem(pod) if is_wanted else None
             if problem is not None:
-                problems.append(problem)
-        return problems
+                outcome.problems.append(problem)
+        return outcome
 
-    def front_door_problem(
-        self, answer: Answer, present: list[Object]
-    ) -> job_status.Problem | None:
-        """Why clients cannot reach the job, if it has a front door of ours."""
-        if not self._ranks_in_pods or not pods.is_served(answer.job):
-            return None
-        return job_status.front_door_problem(
-            pod
-            for pod in present
-            if _component(pod) == "frontdoor" and not pod["metadata"].get("deletionTimestamp")
-        )
+    async def _ranks(
+        self,
+        resource: Object,
+        roles: Mapping[str, Object],
+        answer: Answer,
+        present: list[Object],
+        seats: list[pods.Seat],
+        problems: list[job_status.Problem],
+    ) -> None:
+        """Rank tables before the Pods that read them; those of instances that went go with them."""
+        ranks = [pod for pod in present if _component(pod) == "rank"]
+        await self._rank_tables(roles, answer, ranks, seats)
+        instances = {(seat.role, str(seat.instance)) for seat in seats}
+        await self._delete_tables(pod for pod in ranks if _instance(pod) not in instances)
+        problems += await self._rank_pods(resource, roles, answer, ranks, seats)
 
     async def _rank_pods(
         self,
@@ -146,6 +176,13 @@ class JobPods:
             item = pods.rank_table(self._site, answer.job, roles[role], role, instance, ranks)
             await self._ensure(item, roles[role])
 
+    async def _delete_tables(self, ranks: Iterable[Object]) -> None:
+        """Of the instances of these Pods, which go after them: by them they are known."""
+        for namespace, name in sorted({_table(pod) for pod in ranks}):
+            known = await self._cluster.get("ConfigMap", namespace, name)
+            if known is not None and _carries(known, pods.labels(self._site, "rank")):
+                await self._cluster.delete(known)
+
     async def _ensure(self, item: Object, owner: Object) -> None:
         """Apply an object, if it is not that already and nobody else's.
 
@@ -173,31 +210,42 @@ class JobPods:
                     Reason.NOT_FOUND, f"Secret {self._site.namespace}/{name} is not there yet"
                 )
             known = await self._cluster.get("Secret", namespace, name)
+            marks = pods.labels(self._site, "certificates")
+            if known is not None and not _carries(known, marks):
+                raise PermanentError(
+                    Reason.ALREADY_EXISTS,
+                    f"Secret {namespace}/{name} is there and is not a copy of the certificate of"
+                    f" {self._site.namespace}/{self._site.release}: delete it, or rename it.",
+                )
             if known is None or known.get("data") != source.get("data"):
                 await self._cluster.apply(
                     {
                         "apiVersion": "v1",
                         "kind": "Secret",
                         "type": source["type"],
-                        "metadata": {
-                            "name": name,
-                            "namespace": namespace,
-                            "labels": {"app.kubernetes.io/managed-by": MANAGER},
-                        },
+                        "metadata": {"name": name, "namespace": namespace, "labels": marks},
                         "data": source["data"],
                     }
                 )
 
     async def withdraw(self, resource: Object, present: list[Object]) -> None:
-        """Nothing of the job runs: Pods and front door go."""
-        for pod in present:
-            if _component(pod) == "rank" and not pod["metadata"].get("deletionTimestamp"):
+        """Nothing of the job runs: Pods, rank tables and front door go."""
+        ranks = [pod for pod in present if _component(pod) == "rank"]
+        await self._delete_tables(ranks)
+        for pod in ranks:
+            if not pod["metadata"].get("deletionTimestamp"):
                 await self._cluster.delete(pod)
         metadata = resource["metadata"]
         for kind, name in pods.front_door_names(metadata["name"]):
             known = await self._cluster.get(kind, metadata["namespace"], name)
             if known is not None and is_owned(known, resource):
                 await self._cluster.delete(known)
+
+
+def _carries(item: Mapping[str, Any], marks: Mapping[str, str]) -> bool:
+    """Does a label say that this operator made it, and for this release?"""
+    said = item["metadata"].get("labels") or {}
+    return all(said.get(name) == marks[name] for name in _OURS)
 
 
 def refuse_foreign(known: Object | None, resource: Mapping[str, Any]) -> None:
@@ -221,6 +269,28 @@ def refuse_foreign(known: Object | None, resource: Mapping[str, Any]) -> None:
 def is_owned(item: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
     references = item["metadata"].get("ownerReferences") or ()
     return any(reference["uid"] == owner["metadata"]["uid"] for reference in references)
+
+
+def _front_door_problem(present: Iterable[Object]) -> job_status.Problem | None:
+    return job_status.front_door_problem(
+        pod
+        for pod in present
+        if _component(pod) == "frontdoor" and not pod["metadata"].get("deletionTimestamp")
+    )
+
+
+def _instance(pod: Mapping[str, Any]) -> tuple[str, str]:
+    """(role, instance) of a rank's Pod."""
+    said = pod["metadata"].get("labels") or {}
+    return said.get(f"{GROUP}/role", ""), said.get(f"{GROUP}/instance", "")
+
+
+def _table(pod: Mapping[str, Any]) -> tuple[str, str]:
+    """(namespace, name) of the rank table of a rank's Pod."""
+    metadata = pod["metadata"]
+    return metadata["namespace"], pods.table_name(
+        metadata["labels"][f"{GROUP}/job"], *_instance(pod)
+    )
 
 
 def _component(pod: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ spelling, messages its sentences.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -80,6 +80,17 @@ def conditions(
         _ready(ready, reason, message, against),
         _degraded(answer.placement, placed, reason, message),
         _condition("Recovering", recovering, *_recovery(recovering, incident, reason, message)),
+    ]
+
+
+def unchanged(found: Iterable[Condition], error: RaddleError) -> list[Condition]:
+    """The conditions of a job that goes on, with why it is not as its resource asks."""
+    said = f"not changed as asked: {error.message}"
+    return [
+        replace(condition, message=f"{condition.message}; {said}")
+        if condition.type == "Ready"
+        else condition
+        for condition in found
     ]
 
 

@@ -16,7 +16,7 @@ import structlog
 from raddle.model.errors import ConflictError, PermanentError, RaddleError, Reason, TemporaryError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
-from raddle.operator.conditions import Condition, camel
+from raddle.operator.conditions import Condition
 from raddle.operator.job_pods import JobPods, is_owned, refuse_foreign
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, GROUP, MANAGER, role_name
@@ -42,10 +42,14 @@ Answer = scheduler_pb2.GetJobResponse
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """What the scheduler has of a resource: a job, or the conditions that say why none."""
+    """What the scheduler has of a resource: a job, or the conditions that say why none.
+
+    `refusal` is why the job, which goes on, is not as the resource asks.
+    """
 
     answer: Answer | None
     conditions: list[Condition]
+    refusal: RaddleError | None = None
 
 
 class Jobs:
@@ -96,16 +100,15 @@ class Jobs:
             await self._teller.say(resource, None, brought.conditions, None, said_of)
             return True
         incident = self._incident(brought.answer.job.uid)
-        failure: PermanentError | None = None
-        try:
-            problems = await self._pods.run(resource, roles, brought.answer, present)
-        except PermanentError as error:
-            failure = error
-            problems = [job_status.Problem("not done", camel(error.reason), error.message)]
-        front_door = self._pods.front_door_problem(brought.answer, present)
-        conditions = job_status.conditions(brought.answer, incident, problems, front_door)
+        outcome = await self._pods.run(resource, roles, brought.answer, present)
+        conditions = job_status.conditions(
+            brought.answer, incident, outcome.problems, outcome.front_door
+        )
+        if brought.refusal is not None:
+            conditions = job_status.unchanged(conditions, brought.refusal)
+            await self._teller.tell_refusal(resource, brought.refusal, said_of)
         await self._teller.say(resource, brought.answer, conditions, incident, said_of)
-        if failure is not None:
+        if failure := outcome.failure or brought.refusal:
             raise failure
         return True
 
@@ -191,20 +194,21 @@ class Jobs:
             if found is not None and not await self._end(found.job):
                 return Brought(None, job_status.ending("the job ends, as spec.suspend asks"))
             return Brought(None, job_status.suspended())
-        wanted = job_message(resource, sizes)
         if found is not None and self._is_past(resource, found.job):
             if not await self._end(found.job):
                 message = f"job {found.job.uid} of before has to end first"
                 return Brought(None, job_status.ending(message))
             found = None
+        refusal: RaddleError | None = None
         if found is None:
-            await self._submit(resource, wanted)
+            await self._submit(resource, job_message(resource, sizes))
         else:
-            await self._change(found.job, wanted)
+            refusal = await self._change(found.job, resource, sizes)
         answer = await self._find(resource)
         if answer is None:
-            raise TemporaryError(Reason.NOT_FOUND, "the job went while it was looked at")
-        return Brought(answer, [])
+            gone = TemporaryError(Reason.NOT_FOUND, "the job went while it was looked at")
+            raise refusal or gone
+        return Brought(answer, [], refusal)
 
     @staticmethod
     def _is_past(resource: Object, job: job_pb2.Job) -> bool:
@@ -224,14 +228,26 @@ class Jobs:
         job = (await self._link.call("SubmitJob", request)).job
         log.info("submitted", job=job.uid, namespace=wanted.namespace, name=wanted.name)
 
-    async def _change(self, job: job_pb2.Job, wanted: job_pb2.JobSpec) -> None:
-        """Carry out what differs; the generation that was compared must still be the job's."""
+    async def _change(
+        self, job: job_pb2.Job, resource: Object, sizes: Mapping[str, int]
+    ) -> RaddleError | None:
+        """Carry out what differs; gives why not, for the job goes on as it is.
+
+        The generation that was compared must still be the job's.
+        """
         if job_status.is_ended(job):
-            return
+            return None
         generation = job.generation
-        for change in changes(wanted, job.spec):
-            log.info("changes", job=job.uid, change=str(change))
-            generation = await self._one_change(job, wanted, change, generation)
+        try:
+            wanted = job_message(resource, sizes)
+            for change in changes(wanted, job.spec):
+                log.info("changes", job=job.uid, change=str(change))
+                generation = await self._one_change(job, wanted, change, generation)
+        except ConflictError:
+            raise
+        except RaddleError as error:
+            return error
+        return None
 
     async def _one_change(
         self, job: job_pb2.Job, wanted: job_pb2.JobSpec, change: Change, generation: int

@@ -2,7 +2,7 @@
 
 The client library's own election ends at the first broken connection, measures with the wall
 clock, and gives nothing back; this one waits troubles out, stops before its time is over by the
-monotonic clock, and lets go in the end, so that the next one need not wait.
+loop's monotonic clock, and lets go in the end, so that the next one need not wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from time import monotonic
 from typing import Any
 
 import structlog
@@ -35,7 +34,9 @@ class Lease:
         self._identity = identity
         #: What was seen last, and when: another's lease ends when it stood still for long enough.
         self._seen: tuple[str, str] = ("", "")
-        self._seen_at_s = monotonic()
+        self._seen_at_s = 0.0
+        #: When the newest renewal that succeeded was asked for: others count from later on.
+        self._renewed_at_s = 0.0
         self.held = False
 
     async def lead(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
@@ -71,18 +72,15 @@ class Lease:
             await asyncio.gather(*parts, return_exceptions=True)
 
     async def _renew(self) -> None:
-        """Until the Lease cannot be renewed in time."""
-        renewed_at_s = monotonic()
-        while monotonic() < renewed_at_s + DEADLINE_S:
-            await asyncio.sleep(RENEW_S)
+        """Until the Lease cannot be renewed in time, though an attempt is still under way."""
+        while True:
             try:
-                async with asyncio.timeout(DEADLINE_S - RENEW_S):
-                    if await self._tried():
-                        renewed_at_s = monotonic()
-                    elif self._seen[0] not in ("", self._identity):
+                async with asyncio.timeout_at(self._renewed_at_s + DEADLINE_S):
+                    await asyncio.sleep(RENEW_S)
+                    if not await self._tried() and self._seen[0] not in ("", self._identity):
                         return
             except TimeoutError:
-                continue
+                return
 
     async def _tried(self) -> bool:
         """Is the Lease ours after this attempt?"""
@@ -97,17 +95,23 @@ class Lease:
     async def _try(self) -> bool:
         lease = await self._cluster.get("Lease", self._namespace, self._name)
         if lease is None:
+            asked_at_s = _now_s()
             made = self._renewed({"metadata": {}, "spec": {}}, takes_over=True)
-            return await self._cluster.create(made) is not None
+            if await self._cluster.create(made) is None:
+                return False
+            self._renewed_at_s = asked_at_s
+            return True
         spec = lease.get("spec") or {}
         holder = spec.get("holderIdentity") or ""
         seen = (holder, spec.get("renewTime") or "")
         if seen != self._seen:
-            self._seen, self._seen_at_s = seen, monotonic()
+            self._seen, self._seen_at_s = seen, _now_s()
         duration_s = float(spec.get("leaseDurationSeconds") or DURATION_S)
-        if holder not in ("", self._identity) and monotonic() < self._seen_at_s + duration_s:
+        if holder not in ("", self._identity) and _now_s() < self._seen_at_s + duration_s:
             return False
+        asked_at_s = _now_s()
         await self._cluster.replace(self._renewed(lease, takes_over=holder != self._identity))
+        self._renewed_at_s = asked_at_s
         return True
 
     def _renewed(self, lease: dict[str, Any], *, takes_over: bool) -> dict[str, Any]:
@@ -134,6 +138,10 @@ class Lease:
                 await self._cluster.replace(free)
         except RaddleError as error:
             log.info("the Lease is left to run out", lease=self._name, why=str(error))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:

@@ -8,6 +8,7 @@ Kubernetes' own tools see it. Everything is read anew each time; nothing depends
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -19,7 +20,7 @@ from raddle.operator import machine_view
 from raddle.operator.cluster import Cluster
 from raddle.operator.hosts import Host, foreign_holders, host_of, selected
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
-from raddle.operator.shares import Shares, shares
+from raddle.operator.shares import Shares, labelled, shares
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 
@@ -66,9 +67,9 @@ class Machine:
         self._hosts: dict[str, Host] = {}
         #: Node of the machine -> Kubernetes node.
         self._carriers: dict[str, str] = {}
+        #: Node of the machine -> Kubernetes nodes whose labels name it, if they are several.
+        self.named_twice: dict[str, tuple[str, ...]] = {}
         self._is_known = False
-        #: What was written where last, so that it is not written again.
-        self._written: dict[str, Any] = {}
 
     # --- what others ask -------------------------------------------------------------------------
 
@@ -122,8 +123,8 @@ class Machine:
 
     async def bring(self) -> bool:
         """Bring both sides together; True if another node plays some node than before."""
-        await self._link.nodes.synced.wait()
-        await self._link.maintenances.synced.wait()
+        self._link.nodes.require_whole()
+        self._link.maintenances.require_whole()
         found = [host_of(item, self._tolerated) for item in await self._cluster.find("Node")]
         self._all_hosts = {host.name: host for host in found}
         self._hosts = {host.name: host for host in found if self._is_managed(host)}
@@ -150,9 +151,13 @@ class Machine:
         return f"{self._release}-nodes"
 
     async def _shares_now(self) -> Shares:
-        found = await self._cluster.get("ConfigMap", self._namespace, self._map_name)
-        data = (found or {}).get("data") or {}
+        data = await self._map(self._map_name)
         return {host: tuple(text.split(",")) for host, text in data.items() if text}
+
+    async def _map(self, name: str) -> dict[str, str]:
+        """What a ConfigMap of ours has; nothing if it is not there."""
+        found = await self._cluster.get("ConfigMap", self._namespace, name)
+        return (found or {}).get("data") or {}
 
     def _state(self, node: str) -> str:
         message = self._link.nodes.values.get(node)
@@ -165,8 +170,11 @@ class Machine:
     def _wanted(self, now: Shares) -> Shares:
         nodes = list(self._link.nodes.values)
         if not self._simulated:
-            named = {host.name: host.node for host in self._hosts.values()}
-            return {host: (node,) for host, node in sorted(named.items())}
+            found, named_twice = labelled(
+                now, {host.name: host.node for host in self._hosts.values()}
+            )
+            self._note(named_twice)
+            return found
         silent = {node for node in nodes if self._state(node) in _QUIET}
         # A Kubernetes node that went keeps its share until what ran there is known to be lost.
         leaving = {
@@ -180,6 +188,12 @@ class Machine:
             busy=self._busy(),
             heard=[node for node in nodes if node not in silent],
         )
+
+    def _note(self, named_twice: dict[str, tuple[str, ...]]) -> None:
+        if named_twice != self.named_twice:
+            self.named_twice = named_twice
+            for node, hosts in named_twice.items():
+                log.warning("several Kubernetes nodes are labelled as one", node=node, hosts=hosts)
 
     async def _write_shares(self, now: Shares, wanted: Shares) -> None:
         data: dict[str, str | None] = {host: ",".join(nodes) for host, nodes in wanted.items()}
@@ -216,7 +230,7 @@ class Machine:
         it while ranks there go on.
         """
         for host, nodes in now.items():
-            known = self._hosts.get(host)
+            known = self._all_hosts.get(host)
             if known is None or known.gone:
                 for node in nodes:
                     if self._state(node) in _SILENT:
@@ -325,16 +339,15 @@ class Machine:
             if not nodes:
                 continue
             condition = machine_view.node_condition(nodes)
-            if self._written.get(host.name) != condition:
-                await self._cluster.patch_node_condition(
-                    host.name, machine_view.stamped(condition, self._written.get(host.name))
-                )
-                self._written[host.name] = condition
+            if host.dies != condition:
+                stamped = machine_view.stamped(condition, host.dies)
+                await self._cluster.patch_node_condition(host.name, stamped)
+                # What the API server tells of it now is no news.
+                self._all_hosts[host.name] = replace(host, dies=condition)
         for supernode, data in machine_view.die_maps(told.values()).items():
             name = f"{self._release}-dies-{supernode}"
-            old = self._written.get(name, {})
+            old = await self._map(name)
             changed: dict[str, str | None] = {k: v for k, v in data.items() if old.get(k) != v}
             changed |= {key: None for key in old if key not in data}
             if changed:
                 await self._write_map(name, changed)
-                self._written[name] = data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raddle.machines import machine_message
@@ -54,6 +54,19 @@ def refused(name: str, error: RaddleError) -> Condition:
     return Condition(name, status, camel(error.reason), error.message)
 
 
+def applied(name: str, named_twice: Mapping[str, Sequence[str]]) -> Condition:
+    """The condition of a supernode that the scheduler knows, with what is wrong about its nodes."""
+    message = "the scheduler knows this description"
+    wrong = [
+        f"Kubernetes nodes {', '.join(hosts)} are all labelled as {node}, and one of them counts"
+        for node, hosts in sorted(named_twice.items())
+        if node.startswith(f"{name}/")
+    ]
+    if not wrong:
+        return Condition("Applied", TRUE, "Applied", message)
+    return Condition("Applied", TRUE, "NodeLabelledTwice", "; ".join([message, *wrong]))
+
+
 def supernode_numbers(name: str, nodes: Sequence[scheduler_pb2.NodeStatus]) -> dict[str, int]:
     """What the status of a supernode counts, over its nodes."""
     ours = [node for node in nodes if node.node.startswith(f"{name}/")]
@@ -70,9 +83,16 @@ def supernode_numbers(name: str, nodes: Sequence[scheduler_pb2.NodeStatus]) -> d
 class MachineResources:
     """Both kinds, brought to where they belong."""
 
-    def __init__(self, cluster: Cluster, link: SchedulerLink) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        link: SchedulerLink,
+        named_twice: Callable[[], Mapping[str, Sequence[str]]] = dict,
+    ) -> None:
+        """`named_twice`: nodes of a machine that the labels of several Kubernetes nodes name."""
         self._cluster = cluster
         self._link = link
+        self._named_twice = named_twice
 
     async def bring_supernode(self, name: str) -> bool:
         """Have the scheduler know the description; False if there is no such resource."""
@@ -86,8 +106,8 @@ class MachineResources:
             await write_status(self._cluster, resource, {}, [refused("Applied", error)])
             raise
         nodes = [told.node for told in self._link.nodes.values.values()]
-        applied = Condition("Applied", TRUE, "Applied", "the scheduler knows this description")
-        await write_status(self._cluster, resource, supernode_numbers(name, nodes), [applied])
+        said = [applied(name, self._named_twice())]
+        await write_status(self._cluster, resource, supernode_numbers(name, nodes), said)
         return True
 
     async def bring_maintenance(self, name: str) -> bool:
@@ -98,7 +118,7 @@ class MachineResources:
         finalizers = resource["metadata"].get("finalizers") or []
         if resource["metadata"].get("deletionTimestamp"):
             if FINALIZER in finalizers:
-                await self._cancel((resource.get("status") or {}).get("id", ""))
+                await self._cancel(_id(resource) or await self._unwritten(resource))
                 await self._set_finalizers(resource, [f for f in finalizers if f != FINALIZER])
             return True
         if FINALIZER not in finalizers:
@@ -106,15 +126,17 @@ class MachineResources:
         try:
             record = await self._record(resource)
         except RaddleError as error:
-            await write_status(self._cluster, resource, {}, [refused("Drained", error)])
+            if isinstance(error, PermanentError) or not _id(resource):
+                # A drain goes on while the scheduler is away; what was said of it stays.
+                await write_status(self._cluster, resource, {}, [refused("Drained", error)])
             raise
         await write_status(self._cluster, resource, _maintenance_numbers(record), [drained(record)])
         return True
 
     async def _record(self, resource: Object) -> incident_pb2.Maintenance:
         """The scheduler's record of this resource, made if there is none."""
-        await self._link.maintenances.synced.wait()
-        known: str = (resource.get("status") or {}).get("id") or ""
+        self._link.maintenances.require_whole()
+        known = _id(resource)
         told = self._link.maintenances.values.get(known)
         if told is not None:
             found: incident_pb2.Maintenance = told.maintenance
@@ -144,12 +166,27 @@ class MachineResources:
             )
         for other in await self._cluster.find("Maintenance"):
             is_other = other["metadata"]["uid"] != resource["metadata"]["uid"]
-            if is_other and (other.get("status") or {}).get("id") == record.id:
+            if is_other and _id(other) == record.id:
                 raise PermanentError(
                     Reason.ALREADY_EXISTS,
                     f"{record.subject} is drained already for Maintenance"
                     f" {other['metadata']['name']} ({record.id}).",
                 )
+
+    async def _unwritten(self, resource: Object) -> str:
+        """The id of a drain that was begun for the resource and never written into its status."""
+        self._link.maintenances.require_whole()
+        of_others = {_id(other) for other in await self._cluster.find("Maintenance")}
+        told = (message.maintenance for message in self._link.maintenances.values.values())
+        found = (
+            str(record.id)
+            for record in told
+            if record.subject == resource["spec"]["subject"]
+            and record.created_by == IDENTITY
+            and record.state not in _OVER
+            and record.id not in of_others
+        )
+        return next(found, "")
 
     async def _cancel(self, maintenance_id: str) -> None:
         if not maintenance_id:
@@ -167,6 +204,11 @@ class MachineResources:
         version = resource["metadata"]["resourceVersion"]
         change = {"metadata": {"finalizers": finalizers, "resourceVersion": version}}
         await self._cluster.patch(resource, change)
+
+
+def _id(resource: Mapping[str, Any]) -> str:
+    """Of the drain that a Maintenance stands for; empty if its status does not say."""
+    return (resource.get("status") or {}).get("id") or ""
 
 
 def _maintenance_numbers(record: incident_pb2.Maintenance) -> Object:

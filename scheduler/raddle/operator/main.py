@@ -56,7 +56,8 @@ class Settings:
         [], "labels of the Kubernetes nodes to share out over, key=value, comma-separated"
     )
     tolerated_taints: list[str] = setting(
-        [], "keys of taints that keep no work away, comma-separated"
+        [],
+        "taints that keep no work away, comma-separated: key or key:effect, * for all keys",
     )
     foreign_pods: bool = setting(False, "hold dies that the device plugin gave to Pods of others")
     supernode: str = setting(

@@ -18,7 +18,7 @@ from raddle.operator.machine_resources import MachineResources
 from raddle.operator.names import ASCEND_ANNOTATION, GROUP, KINDS, VERSION
 from raddle.operator.pods import Site
 from raddle.operator.scheduler_link import SchedulerLink
-from raddle.operator.watching import EVERYWHERE, Mark, Watch, follow
+from raddle.operator.watching import EVERYWHERE, Mark, News, Watch, follow
 from raddle.operator.work import Item, Work
 from raddle.telemetry.tls import TlsFiles
 
@@ -94,7 +94,7 @@ class _Term:
         self._jobs = Jobs(
             cluster, link, self.machine, options.site, ranks_in_pods=options.ranks_in_pods
         )
-        self._resources = MachineResources(cluster, link)
+        self._resources = MachineResources(cluster, link, lambda: self.machine.named_twice)
         self.work = Work(self._do)
         #: InferenceJobs and SuperNodes that the API server told of.
         self._known: set[Item] = set()
@@ -105,6 +105,9 @@ class _Term:
         link.incidents.listeners.append(self._incident_told)
         link.nodes.listeners.append(self._node_told)
         link.maintenances.listeners.append(lambda _: self._maintenance_told())
+        # What needs whole pictures was put off, and an empty one names nothing.
+        link.nodes.when_whole.append(lambda: self._node_told(""))
+        link.maintenances.when_whole.append(self._maintenance_told)
         self.mark_machine()
         if self._given is not None:
             self.work.mark(_GIVEN, "", str(self._given["metadata"]["name"]))
@@ -120,12 +123,18 @@ class _Term:
             assert self._given is not None, "only a given supernode is marked so"
             exists = bool(await self._cluster.apply(dict(self._given)))
         else:
-            if await self.machine.bring():
-                self._mark_all(_JOB)
+            await self._bring_machine()
             exists = True
         if not exists:
             self._known.discard(item)
         return exists
+
+    async def _bring_machine(self) -> None:
+        named_twice = self.machine.named_twice
+        if await self.machine.bring():
+            self._mark_all(_JOB)
+        if self.machine.named_twice != named_twice:
+            self._mark_all(_SUPERNODE)
 
     # --- told by the API server ------------------------------------------------------------------
 
@@ -172,7 +181,13 @@ def _watches(term: _Term) -> list[Watch]:
     """What is watched in the served namespaces, and whom it tells."""
 
     def ours(kind: str, mark: Mark) -> Watch:
-        return Watch(GROUP, VERSION, KINDS[kind].plural, mark)
+        news = News()
+
+        def mark_news(body: Mapping[str, Any], what: str) -> None:
+            if news.is_one(body, what):
+                mark(body, what)
+
+        return Watch(GROUP, VERSION, KINDS[kind].plural, mark_news)
 
     def of_kind(kind: str) -> Mark:
         def mark(body: Mapping[str, Any], _: str) -> None:

@@ -109,6 +109,10 @@ def pod_name(job: str, seat: Seat) -> str:
     return short_name(job, seat.role, seat.instance, seat.rank.rank, seat.rank.start_count)
 
 
+def table_name(job: str, role: str, instance: int | str) -> str:
+    return short_name(job, role, instance, "ranktable")
+
+
 def labels(site: Site, component: str, job: job_pb2.Job | None = None) -> dict[str, str]:
     """The labels of everything that belongs to the release, or to one job of it."""
     found = {
@@ -159,7 +163,7 @@ def rank_pod(
         f"{seat.role}-{seat.instance}-{rank.rank}-{rank.start_count}"
     )
     folder = f"{STATE_PATH}/{relative}"
-    table = short_name(job.spec.name, seat.role, seat.instance, "ranktable")
+    table = table_name(job.spec.name, seat.role, seat.instance)
     container = _rank_container(site, job, seat, folder, device)
     # The agent makes both folders, as the user that the rank runs as, and kubelet waits for them:
     # what it made itself would be root's, and each rank would need the rights to give it away.
@@ -324,7 +328,7 @@ def rank_table(
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {
-            "name": short_name(job.spec.name, role, instance, "ranktable"),
+            "name": table_name(job.spec.name, role, instance),
             "namespace": role_resource["metadata"]["namespace"],
             "labels": labels(site, "rank", job) | {f"{GROUP}/role": role},
             "ownerReferences": owner(role_resource),

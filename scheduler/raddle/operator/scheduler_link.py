@@ -36,9 +36,21 @@ class Picture:
         #: Values as messages of the watch.
         self.values: dict[str, Any] = {}
         self.synced = asyncio.Event()
-        #: Called with the name of what changed, and of what went.
+        #: Called with the name of what changed, and of what went; not before all was told once.
         self.listeners: list[Callable[[str], None]] = []
+        #: Called when a snapshot is whole.
+        self.when_whole: list[Callable[[], None]] = []
         self._fresh: set[str] = set()
+
+    def require_whole(self) -> None:
+        """Refuse until the scheduler told all there is; whoever asked is called again then.
+
+        Raises:
+            TemporaryError: NO_LEADER.
+        """
+        if not self.synced.is_set():
+            message = f"the scheduler has not told yet of each {self._field} that it knows"
+            raise TemporaryError(Reason.NO_LEADER, message)
 
     def begin(self) -> None:
         """A watch begins: what its snapshot does not name is gone."""
@@ -51,8 +63,11 @@ class Picture:
             gone = [known for known in self.values if known not in self._fresh]
             for known in gone:
                 del self.values[known]
+            first = [] if self.synced.is_set() else list(self.values)
             self.synced.set()
-            self._tell(gone)
+            self._tell([*first, *gone])
+            for listener in self.when_whole:
+                listener()
         elif message.kind in (
             scheduler_pb2.WATCH_KIND_SNAPSHOT,
             scheduler_pb2.WATCH_KIND_CHANGED,
@@ -65,7 +80,7 @@ class Picture:
             self._tell([name])
 
     def _tell(self, names: Sequence[str]) -> None:
-        for name in names:
+        for name in names if self.synced.is_set() else ():
             for listener in self.listeners:
                 listener(name)
 

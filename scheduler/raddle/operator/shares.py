@@ -1,9 +1,10 @@
-"""Which Kubernetes node plays which nodes of a simulated machine. Pure.
+"""Which Kubernetes node plays which nodes of the machine. Pure.
 
-Equal shares, moved as little as possible. A node of the machine has one agent at a time: it is
-taken from one Kubernetes node first, and given to another one only when the scheduler hears its
-old agent no more. What has work never moves, and neither does what a Kubernetes node that is only
-silent has: it may still run there.
+On a real machine a label of each says so, and a simulated one is shared out: equal shares, moved as
+little as possible. A node of the machine has one agent at a time: it is taken from one Kubernetes
+node first, and given to another one only when the scheduler hears its old agent no more. What has
+work never moves, and neither does what a Kubernetes node that is only silent has: it may still run
+there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,27 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 Shares = dict[str, tuple[str, ...]]
+
+
+def labelled(
+    now: Mapping[str, Collection[str]], labels: Mapping[str, str]
+) -> tuple[Shares, dict[str, tuple[str, ...]]]:
+    """Shares of a real machine, and its nodes that several Kubernetes nodes are labelled as.
+
+    Of those several one plays the node: who does so now, else the first by name.
+
+    Args:
+        now: Kubernetes node -> nodes of the machine that it plays.
+        labels: Kubernetes node -> the node that its label names.
+    """
+    hosts: dict[str, list[str]] = {}
+    for host, node in sorted(labels.items()):
+        hosts.setdefault(node, []).append(host)
+    found: Shares = {}
+    for node, several in hosts.items():
+        chosen = next((host for host in several if node in now.get(host, ())), several[0])
+        found[chosen] = (node,)
+    return found, {node: tuple(several) for node, several in hosts.items() if len(several) > 1}
 
 
 def shares(

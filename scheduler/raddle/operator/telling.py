@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from raddle.model.errors import RaddleError
+from raddle.model.errors import PermanentError, RaddleError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
 from raddle.operator.conditions import TRUE, Condition, event, merged, turned
@@ -85,6 +85,14 @@ class Teller:
                 resource, {"status": {"incident": incident.id}}, part="status"
             )
             await self._tell_incident(resource, incident)
+
+    async def tell_refusal(self, resource: Object, error: RaddleError, roles: list[Object]) -> None:
+        """The scheduler does not change a job as it is asked to; told once for each wish."""
+        if isinstance(error, PermanentError):
+            text = f"{error.reason}: {error.message}"
+            wish = [item["metadata"]["generation"] for item in (resource, *roles)]
+            once = "/".join(str(generation) for generation in wish)
+            await self._tell(resource, "ChangeRefused", text, warning=True, once=once)
 
     async def _say_role(
         self, role: Object, answer: Answer | None, conditions: list[Condition]

@@ -22,6 +22,8 @@ EVERYWHERE = "*"
 _INACTIVITY_S = 70.0
 _RETRY_S_MIN = 1.0
 _RETRY_S_MAX = 30.0
+#: Metadata that differ after any change.
+_OF_EVERY_CHANGE = ("resourceVersion", "managedFields")
 #: Called with an object and with what happened to it: ADDED, MODIFIED, DELETED, or nothing for
 #: one that was listed.
 Mark = Callable[[Mapping[str, Any], str], None]
@@ -36,6 +38,26 @@ class Watch:
     version: str
     plural: str
     mark: Mark
+
+
+class News:
+    """Tells changes of objects from those of their status alone, which are mostly our own words.
+
+    Work that was marked by what it wrote itself would be done twice, and without its pause.
+    """
+
+    def __init__(self) -> None:
+        #: Uid -> metadata; the generation in it stands for the spec.
+        self._known: dict[str, Mapping[str, Any]] = {}
+
+    def is_one(self, body: Mapping[str, Any], what: str) -> bool:
+        metadata = {k: v for k, v in body["metadata"].items() if k not in _OF_EVERY_CHANGE}
+        before = self._known.get(metadata["uid"])
+        if what == "DELETED":
+            self._known.pop(metadata["uid"], None)
+        else:
+            self._known[metadata["uid"]] = metadata
+        return what != "MODIFIED" or metadata != before
 
 
 async def follow(watches: Sequence[Watch], namespaces: Sequence[str], kubeconfig: str) -> None:
