@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
@@ -111,6 +112,8 @@ class Serving:
         self.history = history
         self.uid = ""
         self.address = ""
+        #: What recoveries of decode instances did, by the number of times.
+        self.options: Counter[str] = Counter()
 
     async def _ask(self, call: Callable[[], Any], what: str) -> Any:
         """What a scheduler answers; asked again while it refuses or the lead changes."""
@@ -190,6 +193,8 @@ class Serving:
             live_s = [s for s, jobs in commits if s >= publish_s and jobs.get(self.uid) == epoch]
             # A second loss may have been dealt with after the streams were back.
             if live_s and live_s[0] <= end_s:
+                parts = [part for plan in incident.plans for part in plan.instances]
+                self.options.update(str(p.option) for p in parts if p.role == "decode")
                 return [
                     ("detect", began(incident, IncidentPhase.DETECT)),
                     ("gather", began(incident, IncidentPhase.DECIDE)),
@@ -282,6 +287,7 @@ async def _figure(
     """A job of its own for each sample, since lost ranks are not replaced."""
     samples: list[float] = []
     phases: list[dict[str, float]] = []
+    recovered_by: Counter[str] = Counter()
     while len(samples) < count:
         async with serving(**options) as run:
             for number in range(min(a_cluster, count - len(samples))):
@@ -290,8 +296,11 @@ async def _figure(
                 total_ms, told = await _sample(run, fault, detect)
                 samples.append(total_ms)
                 phases.append(told)
+            recovered_by += run.options
         say(f"{name}: {len(samples)} of {count}, last {samples[-1]:.0f} ms")
-    return figure(samples, phases, decode_ranks=DECODE_RANKS, streams=STREAMS)
+    more: dict[str, Any] = {"decode_ranks": DECODE_RANKS, "streams": STREAMS}
+    more["recovered_by"] = dict(recovered_by)
+    return figure(samples, phases, **more)
 
 
 async def killed(count: int = KILLS) -> dict[str, Any]:
