@@ -18,9 +18,11 @@ from raddle.cli.cluster import LocalCluster
 from raddle.cli.session import EXIT_DEADLINE, EXIT_UNAVAILABLE
 from raddle.model import keys
 from raddle.model.errors import RaddleError, Reason
+from raddle.model.health import AgentAcks
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.protocol import Put, Transaction
 from raddle.v1 import job_pb2, scheduler_pb2, topology_pb2
+from raddle.wire import records
 from raddle.wire.codec import to_message
 from raddle.wire.parse import job_message
 from raddle.wire.status import error_from
@@ -272,7 +274,11 @@ async def test_corrupted_records_are_set_aside(simulated: Simulated) -> None:
     """Garbage in the store is counted and told; the leader goes on, and so does the next one."""
     job = await simulated.submit(simulated.spec())
     await simulated.ready(job.uid)
+    # Said under the name of one node, of another one's ranks and another job.
+    foreign = AgentAcks(node="sn0/n02", job_uid=job.uid)
+    foreign_key = keys.acks("sn0/n01", "j-foreign")
     garbage = (
+        Put(foreign_key, records.encode(foreign_key, foreign)),
         Put(keys.job("j-broken"), b"\xff\xfe\x00garbage"),
         Put(keys.incident("i-000077"), b"{}"),
         Put(keys.acks("sn0/n01", "j-broken"), b"\xff\xff\xff"),
@@ -297,6 +303,9 @@ async def test_corrupted_records_are_set_aside(simulated: Simulated) -> None:
     log = (simulated.cluster.folder / "logs" / "scheduler-0.log").read_text()
     assert "record set aside" in log
     assert "j-broken" in log
+    assert f"{foreign_key} speaks of {keys.acks('sn0/n02', job.uid)}" in log
+    request = scheduler_pb2.GetJobRequest(job_uid=job.uid)
+    assert (await simulated.stub.GetJob(request, timeout=5.0)).job.epoch == 1
 
 
 async def test_a_record_of_a_newer_schema_is_not_led_over(simulated: Simulated) -> None:
