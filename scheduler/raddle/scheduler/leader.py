@@ -332,7 +332,7 @@ class Leader:
 
     async def _probe_node(self, probe: ProbeNode) -> NodeProbed:
         probed, quiet_nodes = await asyncio.gather(
-            self._prober.node(probe), self._quiet_nodes.others(probe.node)
+            self._prober.node(probe), self._quiet_nodes.found()
         )
         return replace(probed, quiet_nodes=quiet_nodes)
 
