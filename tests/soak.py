@@ -106,10 +106,15 @@ class Soak:
                 if tokens != self._expected.tokens[number] and number not in answers.failures:
                     self.wrong.append(f"round {self.rounds}: tokens of request {number} differ")
 
-    async def strike(self, seconds: float) -> None:
-        """Draw faults until the time is over; give up at the first thing that is wrong."""
+    async def strike(self, seconds: float, serving: asyncio.Task[None]) -> None:
+        """Draw faults until the time is over; give up at the first thing that is wrong.
+
+        Raises whatever ended the load: faults without load find little.
+        """
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s and not self.wrong:
+            if serving.done():
+                serving.result()
             kind = self._rng.choice(list(self._kinds))
             self.say(f"{kind}; {self.rounds} rounds, {self.tokens} tokens so far")
             await self._kinds[kind]()
@@ -149,6 +154,22 @@ class Soak:
             if incident.phase != incident_pb2.INCIDENT_PHASE_CLOSED:
                 return f"incident {incident.id}: {incident.why.message}"
         return ""
+
+    async def serve_on(self, serving: asyncio.Task[None]) -> None:
+        """Wait for a whole round after the last fault.
+
+        Raises:
+            AssertionError: none came in time; or whatever ended the load.
+        """
+        await asyncio.gather(*self._waking)
+        # The round that is under way began before.
+        enough = self.rounds + 2
+        end_s = time.monotonic() + RECOVERY_MAX_S
+        while self.rounds < enough and not self.wrong:
+            if serving.done():
+                serving.result()
+            assert time.monotonic() < end_s, f"no round ends after the last fault: {self.rounds}"
+            await asyncio.sleep(0.05)
 
     async def finish(self) -> None:
         await asyncio.gather(*self._waking)
@@ -309,10 +330,12 @@ async def soak(minutes: float, seed: int) -> int:
         end = asyncio.Event()
         serving = asyncio.create_task(run.serve(end))
         try:
-            await run.strike(minutes * 60)
+            await run.strike(minutes * 60, serving)
+            await run.serve_on(serving)
         finally:
             end.set()
-            await asyncio.gather(serving, return_exceptions=True)
+            await asyncio.wait({serving})
+        serving.result()
         await run.finish()
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding
         run.wrong.append(f"{type(error).__name__}: {error}")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from raddle.core.nodes import LEASE_TTL_S, STORM_WINDOW_S, NodeTracker
+from raddle.core.nodes import (
+    ASK_AGAIN_S,
+    LEASE_TTL_S,
+    STORM_GATHER_S,
+    STORM_WINDOW_S,
+    NodeTracker,
+)
 from raddle.model.kinds import NodeState
 
 STORM_NODES_MAX = 4
@@ -75,8 +81,7 @@ def test_a_node_that_is_silent_in_two_ways_counts_once() -> None:
         nodes.stream_broken(f"n{number}", now=100.0)
     nodes.take_probes()
     for number in range(3):
-        others = [f"n{other}" for other in range(3) if other != number]
-        nodes.probed(f"n{number}", answered=False, quiet_nodes=others, now=101.0)
+        nodes.probed(f"n{number}", answered=False, quiet_nodes=["n0", "n1", "n2"], now=101.0)
     assert [nodes.node(f"n{number}").state for number in range(3)] == [NodeState.LOST] * 3
 
 
@@ -214,10 +219,13 @@ def test_others_that_come_and_go_do_not_put_a_dead_nodes_end_off() -> None:
 def test_leases_that_end_late_in_a_storm_are_no_verdict() -> None:
     """Unknown without streams, and later without leases: nothing new is known of them."""
     nodes = tracker(12)
-    for number in range(8):
-        nodes.stream_broken(f"n{number}", now=100.0)
-    answer(nodes, now=100.0)
-    look(nodes, now=100.5)
+    names = [f"n{number}" for number in range(8)]
+    for name in names:
+        nodes.stream_broken(name, now=100.0)
+    for moment in (100.0, 100.5):
+        nodes.wake(now=moment)
+        for name in nodes.take_probes():
+            nodes.probed(name, answered=False, quiet_nodes=names, now=moment)
     assert states(nodes) == {NodeState.UNKNOWN}
     for number in range(8):
         nodes.lease_ended(f"n{number}", now=109.0)
@@ -242,3 +250,66 @@ def test_a_storm_is_remembered_when_all_else_is_built_anew() -> None:
     assert states(nodes) == {NodeState.UNKNOWN}
     look(nodes, now=103.0 + STORM_WINDOW_S)
     assert nodes.node("n7").state is NodeState.LOST
+
+
+def cut_off(nodes: NodeTracker, count: int, *, now: float) -> None:
+    """The leader alone hears nothing from these nodes any more."""
+    for number in range(count):
+        nodes.stream_broken(f"n{number}", now=now)
+    answer(nodes, now=now)
+
+
+def test_a_node_that_renews_its_lease_is_not_dead() -> None:
+    """Neither stream nor answer, but a living lease: suspect, asked again, however long."""
+    nodes = tracker(8)
+    cut_off(nodes, 3, now=100.0)
+    for second in range(60):
+        again = look(nodes, now=100.0 + second)
+        assert again == 100.0 + second + ASK_AGAIN_S
+        assert states(nodes) == {NodeState.SUSPECT}
+    for number in range(3):
+        nodes.stream_opened(f"n{number}")
+    assert states(nodes) == set()
+
+
+def test_a_node_whose_lease_ends_after_its_stream_is_lost() -> None:
+    """What nobody renews any more spares nobody: its end is a silence of its own."""
+    nodes = tracker(8)
+    cut_off(nodes, 1, now=100.0)
+    look(nodes, now=120.0)
+    nodes.lease_ended("n0", now=121.0)
+    answer(nodes, now=121.0)
+    assert states(nodes) == {NodeState.SUSPECT}
+    look(nodes, now=121.0 + STORM_GATHER_S)
+    assert states(nodes) == {NodeState.LOST}
+
+
+def test_a_node_that_has_stopped_renewing_is_lost_before_its_lease_ends() -> None:
+    """A lease that runs out tells of the past only."""
+    nodes = tracker(8)
+    cut_off(nodes, 1, now=100.0)
+    for moment in (102.0, 102.0 + STORM_GATHER_S):
+        nodes.wake(now=moment)
+        assert nodes.take_probes() == ["n0"]
+        nodes.probed("n0", answered=False, quiet_nodes=["n0"], now=moment)
+    assert states(nodes) == {NodeState.LOST}
+
+
+def test_a_peer_speaks_louder_than_a_lease() -> None:
+    """A rank there answers neither its peers nor the leader: the lease may be of before."""
+    nodes = tracker(8)
+    cut_off(nodes, 1, now=100.0)
+    nodes.accused("n0")
+    look(nodes, now=101.0)
+    look(nodes, now=101.0 + STORM_GATHER_S)
+    assert states(nodes) == {NodeState.LOST}
+
+
+def test_leases_that_end_together_after_a_cut_are_a_storm() -> None:
+    """Nodes that were suspect for long fall silent in the moment in which their leases end."""
+    nodes = tracker(12)
+    cut_off(nodes, 8, now=100.0)
+    look(nodes, now=150.0)
+    silence(nodes, 8, now=150.5)
+    look(nodes, now=150.5 + STORM_GATHER_S)
+    assert states(nodes) == {NodeState.UNKNOWN}

@@ -14,7 +14,7 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,6 +182,19 @@ class Hosts(LocalCluster):
 
     def state_folder(self, node: str) -> Path:
         return self.folder / "state" / f"agent-{node.replace('/', '-')}"
+
+    def cut_off(self, name: str, addresses: Iterable[str]) -> None:
+        """No packet passes between this daemon and these hosts any more, and nobody is told."""
+        self._filter(name, "--append", addresses)
+
+    def mend(self, name: str, addresses: Iterable[str]) -> None:
+        self._filter(name, "--delete", addresses)
+
+    def _filter(self, name: str, change: str, addresses: Iterable[str]) -> None:
+        inside = ["nsenter", "-t", str(self.children[name].process.pid), "-n", "iptables", "-w"]
+        for address in addresses:
+            tool(*inside, change, "INPUT", "-s", address, "-j", "DROP")
+            tool(*inside, change, "OUTPUT", "-d", address, "-j", "DROP")
 
     def lose(self, name: str) -> None:
         """No packet leaves the host of this daemon, and then nothing runs on it."""

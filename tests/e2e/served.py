@@ -112,6 +112,16 @@ class Served:
         assert answers.failures == {}
         assert answers.tokens == self.expected.tokens
 
+    async def same_tokens_for(self, seconds: float) -> None:
+        """Rounds of requests for at least so long, every token of each compared."""
+
+        async def nothing() -> None:
+            pass
+
+        end_s = asyncio.get_running_loop().time() + seconds
+        while asyncio.get_running_loop().time() < end_s:
+            await self.same_tokens_while(nothing)
+
     async def decode_ranks(self) -> list[tuple[str, int, str]]:
         """(die, process, incarnation) of the living decode ranks."""
         processes = self.cluster.rank_processes()

@@ -18,13 +18,16 @@ from raddle.cli.cluster import LocalCluster
 from raddle.cli.session import EXIT_DEADLINE, EXIT_UNAVAILABLE
 from raddle.model import keys
 from raddle.model.errors import RaddleError, Reason
+from raddle.model.health import AgentAcks
+from raddle.store.embedded import find_etcd
 from raddle.store.etcd.store import EtcdStore
 from raddle.store.protocol import Put, Transaction
 from raddle.v1 import job_pb2, scheduler_pb2, topology_pb2
+from raddle.wire import records
 from raddle.wire.codec import to_message
 from raddle.wire.parse import job_message
 from raddle.wire.status import error_from
-from tests.e2e.served import SMALL_MACHINE
+from tests.e2e.served import CLOSED, SMALL_MACHINE, serving
 
 JOB = """
 name: small
@@ -272,7 +275,11 @@ async def test_corrupted_records_are_set_aside(simulated: Simulated) -> None:
     """Garbage in the store is counted and told; the leader goes on, and so does the next one."""
     job = await simulated.submit(simulated.spec())
     await simulated.ready(job.uid)
+    # Said under the name of one node, of another one's ranks and another job.
+    foreign = AgentAcks(node="sn0/n02", job_uid=job.uid)
+    foreign_key = keys.acks("sn0/n01", "j-foreign")
     garbage = (
+        Put(foreign_key, records.encode(foreign_key, foreign)),
         Put(keys.job("j-broken"), b"\xff\xfe\x00garbage"),
         Put(keys.incident("i-000077"), b"{}"),
         Put(keys.acks("sn0/n01", "j-broken"), b"\xff\xff\xff"),
@@ -297,6 +304,9 @@ async def test_corrupted_records_are_set_aside(simulated: Simulated) -> None:
     log = (simulated.cluster.folder / "logs" / "scheduler-0.log").read_text()
     assert "record set aside" in log
     assert "j-broken" in log
+    assert f"{foreign_key} speaks of {keys.acks('sn0/n02', job.uid)}" in log
+    request = scheduler_pb2.GetJobRequest(job_uid=job.uid)
+    assert (await simulated.stub.GetJob(request, timeout=5.0)).job.epoch == 1
 
 
 async def test_a_record_of_a_newer_schema_is_not_led_over(simulated: Simulated) -> None:
@@ -376,6 +386,44 @@ async def test_a_full_etcd_is_told(simulated: Simulated) -> None:
     await simulated.ready(job.uid)
     status = await simulated.stub.GetStatus(scheduler_pb2.GetStatusRequest(), timeout=5.0)
     assert status.leader_identity == "scheduler-0"
+
+
+def etcdctl(endpoint: str, *arguments: str) -> None:
+    """What an operator does to etcd, with the tool that comes with it."""
+    program = find_etcd().path.parent / "etcdctl"
+    command = [str(program), "--endpoints", endpoint, *arguments]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+async def test_a_rank_that_dies_while_etcd_is_full_is_recovered_later(tmp_path: Path) -> None:
+    """Nothing can be decided; once there is room the rank is recovered, and no token is lost."""
+    async with serving(tmp_path, etcd_quota_bytes=16 * 1024**2) as served:
+        (endpoint,) = served.cluster.etcd_endpoints.split(",")
+        store = EtcdStore([endpoint], "default", operation_key="operations/test")
+
+        async def fill() -> None:
+            while True:
+                await store.commit(Transaction(writes=(Put("ballast", b"x" * 1_000_000),)))
+
+        async def refused() -> bool:
+            logs = (served.cluster.folder / "logs").glob("agent-*.log")
+            return any("STORE_FULL" in log.read_text() for log in logs)
+
+        async def kill_while_full() -> None:
+            with pytest.raises(RaddleError) as caught:
+                await fill()
+            assert caught.value.reason is Reason.STORE_FULL
+            await served.kill_decode_rank()
+            await served.cluster.until(refused, "an agent cannot tell that its rank is dead")
+            assert (await served.job()).job.epoch == 1
+            revision = (await store.list("ballast")).revision
+            for step in (("compaction", str(revision)), ("defrag",), ("alarm", "disarm")):
+                await asyncio.to_thread(etcdctl, endpoint, *step)
+            await served.ready_at(2)
+
+        await served.same_tokens_while(kill_while_full)
+        assert all(incident.phase == CLOSED for incident in await served.incidents())
+        await store.close()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ async def refused(call: Any) -> Reason:
     return error_from(caught.value).reason
 
 
+def refusals(*logs: Path) -> list[dict[str, Any]]:
+    """The lines that tell of a refusal."""
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    return [line for line in found if line["event"] == "refused"]
+
+
 def scheduler_stub(served: Served, tls: TlsFiles | None, number: int = 0) -> Any:
     address = served.cluster.addresses[number]
     return scheduler_pb2_grpc.SchedulerStub(make_channel(address, tls=tls))
@@ -56,9 +64,13 @@ async def _foreign_identities_are_refused(served: Served, authority: Authority) 
     assert await refused(agent.ReportStats(reports())) is Reason.PERMISSION_DENIED
     cancel = scheduler_pb2.CancelJobRequest(job_uid=served.uid)
     assert await refused(agent.CancelJob(cancel, timeout=5.0)) is Reason.PERMISSION_DENIED
-    log = (served.cluster.folder / "logs" / f"scheduler-{leader}.log").read_text()
-    assert "client/team" in log
-    assert "agent/sn0/n00" in log
+    told = refusals(served.cluster.log_of(f"scheduler-{leader}"))
+    for expected in (
+        {"identity": "client/team", "verb": "admin", "namespace": ""},
+        {"identity": "agent/sn0/n00", "verb": "report", "node": "sn0/n01"},
+        {"identity": "agent/sn0/n00", "verb": "write", "namespace": "default"},
+    ):
+        assert any(expected.items() <= line.items() for line in told), (expected, told)
     other = Authority(authority.folder.parent / "other").issue("client/admin")
     foreign = TlsFiles(authority.folder / "ca.crt", other.certificate, other.key)
     strangers = [None, authority.files("expired"), foreign]
@@ -106,6 +118,23 @@ async def _ranks_hear_only_their_own(served: Served, authority: Authority) -> No
     assert error_from(caught.value).reason is Reason.PERMISSION_DENIED
     await channel.close()
     await asyncio.to_thread(_expert_traffic_is_refused, rank.data_address, authority)
+    told = refusals(*served.cluster.folder.glob("state/*/ranks/*/*/*/rank.log"))
+    owner, quiesced = f"agent/{node}", "/raddle.v1.Engine/Quiesce"
+    for expected in (
+        {"identity": foreign.replace("-", "/"), "call": quiesced},
+        {"identity": "client/team", "call": quiesced},
+        {"identity": "scheduler", "call": quiesced},
+        {"identity": owner, "call": "Quiesce", "reason": "STALE_EPOCH", "epoch": 0},
+        {"identity": owner, "call": "Quiesce", "reason": "WRONG_JOB", "job": "j-other"},
+        {"identity": owner, "call": "/raddle.v1.ReferenceRank/Generate"},
+        {"identity": "client/team", "call": "expert traffic"},
+        {"identity": "agent/sn0/n00", "call": "expert traffic", "why": "frame of another job"},
+    ):
+        assert any(expected.items() <= line.items() for line in told), (expected, told)
+    # Who shows no certificate has no name: where it called from is told.
+    unnamed = [line for line in told if line["call"] == "expert traffic" and not line["identity"]]
+    assert all(line["address"].startswith("127.0.0.1:") for line in unnamed)
+    assert unnamed
 
 
 def _answers(connection: socket.socket) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,13 @@ import pytest
 from raddle.cli.demo.client import get_text
 from raddle.v1 import scheduler_pb2
 from tests.certificates import Authority
+from tests.e2e.history import assert_one_writer
 from tests.e2e.hosts import PROBE_PORT, Deployer, Hosts, network
 from tests.e2e.served import CLOSED, SMALL_MACHINE, Served, serving_on
 
 pytestmark = pytest.mark.timeout(600)
+# Streams are given up after some ten seconds of silence; then each window must pass.
+CUT_S = 40.0
 
 
 def _may_make_hosts() -> bool:
@@ -53,7 +56,7 @@ class ServedByPods(Served):
             return 0
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def serving_pods(folder: Path) -> AsyncIterator[ServedByPods]:
     authority = Authority(folder / "certificates")
     identities = ["scheduler", "client/admin", "client/frontdoor"]
@@ -99,6 +102,57 @@ async def test_ranks_in_pods_on_a_network(tmp_path: Path) -> None:
         await _a_lost_node(served)
         await _a_lost_leader(served)
         assert all(incident.phase == CLOSED for incident in await served.incidents())
+
+
+@contextlib.asynccontextmanager
+async def states_seen(served: Served) -> AsyncIterator[set[str]]:
+    """The states that any node has in the leader's eyes during the block."""
+    seen: set[str] = set()
+
+    async def look() -> None:
+        while True:
+            seen.update((await node_states(served)).values())
+            await asyncio.sleep(0.2)  # the pause between two looks
+
+    looking = asyncio.create_task(look())
+    try:
+        yield seen
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+
+async def node_states(served: Served) -> dict[str, str]:
+    request = scheduler_pb2.ListNodesRequest()
+    nodes = (await served.cluster.stub.ListNodes(request, timeout=10.0)).nodes
+    return {node.node: node.state for node in nodes}
+
+
+@pytest.mark.skipif(not _may_make_hosts(), reason="needs root, network and process namespaces")
+async def test_a_leader_cut_off_from_agents_and_ranks_alone_loses_nothing(tmp_path: Path) -> None:
+    """It reaches etcd and the standby, leases live: suspect nodes, nothing moves, same tokens."""
+    async with serving_pods(tmp_path) as served:
+        leader = await served.leader_number()
+        await served.cluster.connect(leader)
+        name = f"scheduler-{leader}"
+        agents = [a for host, a in served.hosts.hosts.items() if host.startswith("agent-")]
+        cut = [*agents, *(pod.address for pod in served.deployer.pods.values())]
+        before = (await served.job()).job.epoch, await served.incarnations()
+        served.hosts.cut_off(name, cut)
+        async with states_seen(served) as seen:
+            await served.same_tokens_for(CUT_S)
+            assert set((await node_states(served)).values()) == {"SUSPECT"}
+        assert seen <= {"READY", "SUSPECT"}
+        assert ((await served.job()).job.epoch, await served.incarnations()) == before
+        assert await served.leader_number() == leader
+        served.hosts.mend(name, cut)
+
+        async def ready() -> bool:
+            return set((await node_states(served)).values()) == {"READY"}
+
+        await served.cluster.until(ready, "all nodes are ready again")
+        await _a_killed_rank(served)
+        assert await assert_one_writer(served.cluster.etcd_endpoints) == [name]
 
 
 async def _a_killed_rank(served: ServedByPods) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from raddle.core.instructions import Write
 from raddle.model import keys
-from raddle.model.health import Hold
+from raddle.model.health import AgentAcks, AgentHealth, Hold
 from raddle.model.kinds import HoldKind
 from raddle.scheduler.mirror import Mirror
 from raddle.store.memory import MemoryBackend, MemoryStore
@@ -177,3 +177,35 @@ async def test_a_list_under_way_undoes_nothing_newer(backend: MemoryBackend) -> 
     await refresh
     assert mirror.records() == {key("put"): hold("own")}
     assert mirror.set_backs == 0
+
+
+async def test_a_record_that_speaks_of_another_node_is_set_aside(
+    mirror: Mirror, writer: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What n01's agent writes of n05 is nobody's word: set aside, logged with key and body."""
+    name = keys.acks("sn0/n01", "j-1")
+    foreign = AgentAcks(node="sn0/n05", job_uid="j-2")
+    put = Put(name, wire.encode(name, foreign))
+    await mirror.wait_revision(writer.backend.commit(Transaction(writes=(put,))).revision)
+    assert mirror.records() == {}
+    assert list(mirror.set_aside) == [name]
+    log = capsys.readouterr().out
+    assert "record set aside" in log
+    assert name in log
+    assert keys.acks("sn0/n05", "j-2") in log
+
+
+async def test_the_end_of_a_record_that_was_set_aside_is_told(
+    mirror: Mirror, writer: Writer
+) -> None:
+    """An agent's lease ends for the leader too if the last report under it could not be read."""
+    name = keys.health("sn0/n01")
+    told = []
+    mirror.listen(lambda key, value, _revision: told.append((key, value)))
+    own = AgentHealth(node="sn0/n01")
+    for value in (wire.encode(name, own), b"\xff\xff"):
+        writer.backend.commit(Transaction(writes=(Put(name, value),)))
+    ended = writer.backend.commit(Transaction(writes=(Delete(name),))).revision
+    await mirror.wait_revision(ended)
+    assert told == [(name, own), (name, None)]
+    assert mirror.set_aside == {}

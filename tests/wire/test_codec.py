@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
+from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration
 from raddle.model.job import Job, JobState
 from raddle.v1 import job_pb2
 from raddle.wire import records as wire
@@ -86,3 +88,33 @@ def test_a_newer_schema_is_told_apart() -> None:
 def test_every_reason_has_a_code(reason: Reason) -> None:
     """The one table knows a gRPC code for every reason."""
     assert code_of(reason) is not None
+
+
+FOREIGN: dict[str, Any] = {
+    keys.acks("sn0/n01", "j-1"): AgentAcks(node="sn0/n05", job_uid="j-1"),
+    keys.acks("sn0/n01", "j-2"): AgentAcks(node="sn0/n01", job_uid="j-1"),
+    keys.acks("sn0/n01", "j-3"): AgentAcks(),
+    keys.health("sn0/n01"): AgentHealth(node="sn0/n05"),
+    keys.registration("sn0/n01"): AgentRegistration(node="sn0/n05"),
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_a_record_that_speaks_of_another_is_refused(key: str) -> None:
+    """Below its own node an agent says nothing of another node or job: the error names both."""
+    data = wire.encode(key, FOREIGN[key])
+    with pytest.raises(PermanentError) as caught:
+        wire.decode(key, data)
+    assert caught.value.reason is Reason.CORRUPT_RECORD
+    assert key in caught.value.message
+    assert FOREIGN[key].node in caught.value.message
+
+
+def test_what_an_agent_says_of_itself_is_read() -> None:
+    """A record whose body names its own key."""
+    for value, key in (
+        (AgentAcks(node="sn0/n01", job_uid="j-1"), keys.acks("sn0/n01", "j-1")),
+        (AgentHealth(node="sn0/n01"), keys.health("sn0/n01")),
+        (AgentRegistration(node="sn0/n01"), keys.registration("sn0/n01")),
+    ):
+        assert wire.decode(key, wire.encode(key, value)) == value

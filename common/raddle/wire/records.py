@@ -86,6 +86,33 @@ def decode(key: str, data: bytes) -> Any:
     Raises:
         PermanentError: CORRUPT_RECORD or NEWER_SCHEMA, with the key in the details.
     """
+    value = _decode(key, data)
+    meant = _agent_key(value)
+    if meant not in ("", key):
+        raise PermanentError(
+            Reason.CORRUPT_RECORD, f"{key} speaks of {meant}; set it aside", key=key
+        )
+    return value
+
+
+def _agent_key(value: Any) -> str:
+    """Where an agent's record belongs by what it says; empty for records of others.
+
+    etcd lets each agent write below its own node alone, so the key tells who speaks: what is said
+    there of another node, or of another job, is nobody's word.
+    """
+    match value:
+        case health.AgentAcks():
+            return keys.acks(value.node, value.job_uid)
+        case health.AgentRegistration():
+            return keys.registration(value.node)
+        case health.AgentHealth():
+            return keys.health(value.node)
+    return ""
+
+
+def _decode(key: str, data: bytes) -> Any:
+    """What the bytes say, whoever they speak of; raises as `decode` does."""
     found = record_type(key)
     if found is None:
         raise PermanentError(

@@ -29,6 +29,7 @@ from raddle.core.context import (
     Context,
     active_ranks,
     active_seats,
+    note,
     ranks_under,
     set_why,
     status_of,
@@ -65,6 +66,7 @@ from raddle.model.kinds import NodeState
 from raddle.model.stats import RankStats
 from raddle.model.types import Why
 
+RECORD_SET_ASIDE = "RECORD_SET_ASIDE"
 _LEDGER_MAX = 1_024
 
 
@@ -104,6 +106,8 @@ class Machine:
                 context.cluster.set_faults(value.node, value.active_faults)
             elif key.startswith(keys.JOBS):
                 context.touched[value.uid] = None
+        for key in context.state.set_aside:
+            self._tell_set_aside(key)
         context.drains_dirty = True
         resume.resume(context)
 
@@ -153,6 +157,12 @@ class Machine:
             acks = event.value or old
             if isinstance(acks, AgentAcks):
                 self.context.touched[acks.job_uid] = None
+        if event.key in self.context.state.set_aside:
+            self._tell_set_aside(event.key)
+
+    def _tell_set_aside(self, key: str) -> None:
+        why = self.context.state.set_aside[key]
+        note(self.context, RECORD_SET_ASIDE, keys.node_of_agent_key(key), f"{key}: {why}")
 
     @_take.register
     def _(self, event: RequestReceived) -> None:

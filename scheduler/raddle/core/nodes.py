@@ -2,10 +2,11 @@
 
 In go signs of life and silence (leases, stats streams, probes, peers' words); out come node states
 and probes. "I cannot see it" and "it is dead" are two states: a node is lost only when its agent
-is silent and none of its ranks answers the leader's own call. If more nodes than a rack falls
-silent in one window, or within one lease time of a leader change, the storm brake holds: they are
-unknown until a second witness (a peer rank) speaks against them. Nodes that one host carries are
-one failure, however many.
+is silent and none of its ranks answers the leader's own call. While its agent renews the lease, it
+is suspect and no more, unless a peer rank speaks against it: the leader may be the one who is cut
+off. If more nodes than a rack falls silent in one window, or within one lease time of a leader
+change, the storm brake holds: they are unknown until a second witness (a peer rank) speaks against
+them. Nodes that one host carries are one failure, however many.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ STORM_WINDOW_S = 2 * LEASE_TTL_S
 STORM_GATHER_S = 0.5
 # Around an election leases end up to a renewal (1 s) and the store's checks (0.5 s) apart.
 LAPSES_APART_S = 2.0
-# A silent node whose ranks answered is asked again: its host may go after its agent.
+# A silent node whose ranks answered, or whose agent renews its lease, is asked again.
 ASK_AGAIN_S = 1.0
+_ASKED_AGAIN = ("RANKS_ANSWER", "LEASE_LIVES")
 
 
 @dataclass(slots=True)
@@ -148,8 +150,8 @@ class NodeTracker:
         """What the leader found when it asked a silent node itself.
 
         Args:
-            quiet_nodes: others whose agents fell silent too, but whose leases still run: leases
-                that one event ends do so up to a renewal apart.
+            quiet_nodes: nodes whose agents do not renew their leases any more, which still run:
+                leases that one event ends do so up to a renewal apart.
         """
         node = self.node(name)
         node.probing = False
@@ -165,7 +167,17 @@ class NodeTracker:
                 "RANKS_ANSWER",
                 "the agent is silent but its ranks answer: no new work, nothing moves",
             )
-        elif node.why.reason == "RANKS_ANSWER":
+        elif node.has_lease and name not in quiet_nodes and not node.accused:
+            # The leader may be the one who is cut off: a node that writes to the store is not dead.
+            node.answered_s = now
+            self._set(
+                node,
+                NodeState.SUSPECT,
+                "LEASE_LIVES",
+                "nobody there answers the leader but the agent renews its lease: no new work,"
+                " nothing moves",
+            )
+        elif node.why.reason in _ASKED_AGAIN:
             # The host goes after its agent: a silence of its own, which others may share.
             node.silent_since_s = now
             self._set(node, NodeState.SUSPECT, "RANKS_SILENT", "its agent, then its ranks")
@@ -229,7 +241,7 @@ class NodeTracker:
         for node in self.nodes.values():
             if node.state is NodeState.SUSPECT:
                 due = node.silent_since_s + self._gather_s(node)
-                if node.why.reason == "RANKS_ANSWER":
+                if node.why.reason in _ASKED_AGAIN:
                     due = node.answered_s + ASK_AGAIN_S
                 if now < due:
                     later.append(due)

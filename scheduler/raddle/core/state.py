@@ -42,6 +42,10 @@ WRITES_A_COMMIT_MAX = 120
 BYTES_A_COMMIT_MAX = 1_400_000
 # An assignment carries its job's model and launch command: below 80 KB, see admission.
 ASSIGNMENTS_A_PART = 16
+# A store that was set back does not know epochs that ranks are at, as many as were decided since: a
+# decision each second for a week are fewer than this. What is further ahead no leader ever decided,
+# and the next epoch would have to be above it: near 2^63 there is none.
+EPOCHS_AHEAD_MAX = 1_000_000
 _INDEXED = (
     keys.JOBS,
     keys.INCIDENTS,
@@ -72,6 +76,8 @@ class State:
         self.acks: dict[str, dict[str, AgentAcks]] = {}
         #: The same by rank: statuses[job_uid][node][rank key]
         self._statuses: dict[str, dict[str, dict[RankKey, RankStatus]]] = {}
+        #: Acknowledgements that are not believed, by key, with the reason.
+        self.set_aside: dict[str, str] = {}
         #: sequences[job_uid][front_door_id][sequence_id]
         self.sequences: dict[str, dict[str, dict[str, SequenceReport]]] = {}
         #: Which member holds which KV block, of all jobs.
@@ -129,10 +135,32 @@ class State:
                 insort(epochs, value.epoch)
 
     def _index_acks(self, acks: AgentAcks) -> None:
+        key = keys.acks(acks.node, acks.job_uid)
+        why = self._disbelief(acks)
+        if why:
+            self._forget_acks(acks)
+            self.set_aside[key] = why
+            return
+        self.set_aside.pop(key, None)
         self.acks.setdefault(acks.job_uid, {})[acks.node] = acks
         self._statuses.setdefault(acks.job_uid, {})[acks.node] = {
             RankKey(role=s.role, instance=s.instance, rank=s.rank): s for s in acks.ranks
         }
+
+    def _disbelief(self, acks: AgentAcks) -> str:
+        """Why this record cannot be true; empty if it can."""
+        job = self.job(acks.job_uid)
+        epoch = job.epoch if job is not None else 0
+        newest = max((status.epoch for status in acks.ranks), default=0)
+        if newest <= epoch + EPOCHS_AHEAD_MAX:
+            return ""
+        return f"{acks.node} acknowledges epoch {newest} of {acks.job_uid}, which is at {epoch}"
+
+    def _forget_acks(self, acks: AgentAcks) -> None:
+        for by_job in (self.acks, self._statuses):
+            by_job.get(acks.job_uid, {}).pop(acks.node, None)
+            if not by_job.get(acks.job_uid):
+                by_job.pop(acks.job_uid, None)
 
     def _index_assignment(self, assignment: Assignment) -> None:
         now_here = {item.job_uid for item in assignment.jobs}
@@ -245,11 +273,9 @@ class State:
         """Take over an agent's record as the store has it."""
         if value is None:
             old = self.records.pop(key, None)
+            self.set_aside.pop(key, None)
             if isinstance(old, AgentAcks):
-                for by_job in (self.acks, self._statuses):
-                    by_job.get(old.job_uid, {}).pop(old.node, None)
-                    if not by_job.get(old.job_uid):
-                        by_job.pop(old.job_uid, None)
+                self._forget_acks(old)
             return
         self.records[key] = value
         if isinstance(value, AgentAcks):

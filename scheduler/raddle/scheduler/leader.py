@@ -33,7 +33,7 @@ from raddle.core.events import (
     Woken,
 )
 from raddle.core.instructions import Commit, Instruction, ProbeNode, ProbeRank, Reply, WakeAt
-from raddle.core.machine import Machine
+from raddle.core.machine import RECORD_SET_ASIDE, Machine
 from raddle.core.nodes import NodeTracker
 from raddle.core.requests import Request
 from raddle.model import keys
@@ -332,7 +332,7 @@ class Leader:
 
     async def _probe_node(self, probe: ProbeNode) -> NodeProbed:
         probed, quiet_nodes = await asyncio.gather(
-            self._prober.node(probe), self._quiet_nodes.others(probe.node)
+            self._prober.node(probe), self._quiet_nodes.found()
         )
         return replace(probed, quiet_nodes=quiet_nodes)
 
@@ -362,6 +362,7 @@ class Leader:
             self._send(reply)
         if about:
             log.info("committed", revision=result.revision, **about)
+        _log_set_aside(commit)
         if commit.stimulus:
             self.tell(Committed(commit.stimulus))
 
@@ -401,6 +402,14 @@ class Leader:
         task = asyncio.create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _log_set_aside(commit: Commit) -> None:
+    """What is refused is for the log too, not only for the history that the commit wrote."""
+    for write in commit.writes:
+        event = write.value if write.key.startswith(keys.AUDIT) else None
+        if event is not None and event.kind == RECORD_SET_ASIDE:
+            log.error("record set aside", node=event.subject, why=event.message)
 
 
 def _encoded(commit: Commit) -> tuple[Put | Delete, ...]:

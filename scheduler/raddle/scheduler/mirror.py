@@ -144,11 +144,13 @@ class Mirror:
     def _drop(self, key: str, revision: int) -> None:
         self._revisions.pop(key, None)
         self._leases.pop(key, None)
+        # Whoever listens may know what was there before it was set aside: a lease ends for all.
+        known = key in self.set_aside or key in self.too_new
         self._clear_trouble(key)
         if self._refreshes:
             # The list under way may be of before.
             self._gone[key] = revision
-        if self._values.pop(key, None) is not None:
+        if self._values.pop(key, None) is not None or known:
             self._tell(key, None, revision)
 
     def _set_aside(self, key: str, error: PermanentError) -> None:

@@ -42,14 +42,13 @@ class QuietNodes:
         self._asked_s = float("-inf")
         self._asking: asyncio.Task[list[str]] | None = None
 
-    async def others(self, node: str) -> tuple[str, ...]:
-        """Quiet nodes other than this one; none where the store does not say."""
+    async def found(self) -> tuple[str, ...]:
+        """Quiet nodes; none where the store does not say."""
         now = self._clock()
         if self._asking is None or now > self._asked_s + _FRESH_S:
             self._asked_s = now
             self._asking = asyncio.create_task(self._ask(self._nodes()))
-        quiet = await asyncio.shield(self._asking)
-        return tuple(other for other in quiet if other != node)
+        return tuple(await asyncio.shield(self._asking))
 
     async def _ask(self, nodes: list[str]) -> list[str]:
         asked = nodes[:: -(-len(nodes) // _ASKED_MAX) or 1]

@@ -35,6 +35,7 @@ from raddle.store.protocol import (
 )
 from raddle.telemetry.tls import TlsFiles
 
+OPERATION_ID_BYTES = 12
 _PAGE = 1_000
 _RANGE = "/etcdserverpb.KV/Range"
 _TXN = "/etcdserverpb.KV/Txn"
@@ -115,7 +116,7 @@ class EtcdStore:
     async def _commit(
         self, transaction: Transaction, deadline: float, timeout_s: float
     ) -> CommitResult:
-        operation_id = secrets.token_bytes(12)
+        operation_id = _operation_id(transaction)
         in_doubt = False
         while True:
             left = deadline - time.monotonic()
@@ -155,7 +156,7 @@ class EtcdStore:
         may have come before us.
         """
         answer = await self._attempt(
-            self._request(Transaction(), secrets.token_bytes(12)), deadline
+            self._request(Transaction(), _operation_id(Transaction())), deadline
         )
         if answer is None or not answer.succeeded:
             return False
@@ -247,6 +248,15 @@ class EtcdStore:
 
     async def close(self) -> None:
         await self.connection.close()
+
+
+def _operation_id(transaction: Transaction) -> bytes:
+    """A new operation id; behind it the first compare, so that history tells terms apart.
+
+    A leader's first compare is its fence: the version of the leader's record that it put itself.
+    """
+    fence = "".join(f"{found.key}={found.mod_revision}" for found in transaction.compares[:1])
+    return secrets.token_bytes(OPERATION_ID_BYTES) + fence.encode()
 
 
 def prefix_end(prefix: bytes) -> bytes:

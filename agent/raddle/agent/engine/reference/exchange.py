@@ -65,6 +65,33 @@ def _common_name(connection: ssl.SSLSocket) -> str:
     return next((v for part in subject for k, v in part if k == "commonName"), "")
 
 
+def _peer(connection: socket.socket) -> str:
+    """Where the other side is; empty if it has gone again."""
+    try:
+        host, port, *_ = connection.getpeername()
+    except OSError:
+        return ""
+    return host_port(host, port)
+
+
+@dataclass(slots=True)
+class _Caller:
+    """Who is at the other end: an address, and a name once a certificate has proved it."""
+
+    address: str
+    identity: str = ""
+
+    def refused(self, why: str, **what: int) -> None:
+        log.warning(
+            "refused",
+            identity=self.identity,
+            address=self.address,
+            call="expert traffic",
+            why=why,
+            **what,
+        )
+
+
 def _send(connection: socket.socket, frame: Frame) -> None:
     header = _HEADER.pack(
         _MAGIC, frame.kind, frame.job, frame.epoch, frame.layer, frame.expert, len(frame.body), 0
@@ -148,8 +175,8 @@ class ExchangeServer:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
-    def _secured(self, connection: socket.socket) -> socket.socket:
-        """The connection, over TLS where there are certificates.
+    def _secured(self, connection: socket.socket, caller: _Caller) -> socket.socket:
+        """The connection, over TLS where there are certificates; the caller's name is known then.
 
         Raises:
             OSError: no certificate of our CA, or not an agent's.
@@ -160,17 +187,18 @@ class ExchangeServer:
         context = self._tls.socket_context(server=True)
         secured = context.wrap_socket(connection, server_side=True)
         secured.settimeout(None)
-        name = _common_name(secured)
-        if not name.startswith("agent/"):
+        caller.identity = _common_name(secured)
+        if not caller.identity.startswith("agent/"):
             secured.close()
-            raise ConnectionError(f"{name} is no rank's identity")
+            raise ConnectionError(f"{caller.identity} is no rank's identity")
         return secured
 
     def _answer(self, plain: socket.socket) -> None:
+        caller = _Caller(_peer(plain))
         try:
-            connection = self._secured(plain)
+            connection = self._secured(plain, caller)
         except OSError as error:
-            log.warning("refused", call="expert traffic", why=str(error))
+            caller.refused(str(error))
             plain.close()
             return
         with connection, contextlib.suppress(OSError):
@@ -178,13 +206,20 @@ class ExchangeServer:
                 frame = _receive(connection)
                 if frame is None:
                     return
-                answer = None
-                if frame.job == self._job and frame.kind == _DISPATCH:
-                    answer = self._serve(frame.epoch, frame.layer, frame.body)
-                elif frame.job == self._job and frame.kind == _WEIGHTS:
-                    answer = self._weights(frame.layer, frame.expert)
+                answer = self._answer_to(frame)
+                if answer is None:
+                    why = "not here" if frame.job == self._job else "frame of another job"
+                    caller.refused(why, kind=frame.kind, epoch=frame.epoch)
                 kind = _REFUSED if answer is None else _COMBINE
                 _send(connection, Frame(kind, self._job, frame.epoch, 0, 0, answer or b""))
+
+    def _answer_to(self, frame: Frame) -> bytes | None:
+        """What a peer of this job asked for; None refuses."""
+        if frame.job == self._job and frame.kind == _DISPATCH:
+            return self._serve(frame.epoch, frame.layer, frame.body)
+        if frame.job == self._job and frame.kind == _WEIGHTS:
+            return self._weights(frame.layer, frame.expert)
+        return None
 
     def close(self) -> None:
         self._closing = True

@@ -11,6 +11,7 @@ import structlog
 
 from raddle.model.errors import ConflictError, PermanentError, RaddleError, Reason
 from raddle.model.stats import RankState
+from raddle.telemetry.tls import identity_of
 from raddle.wire.status import abort
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -56,17 +57,30 @@ class Standing:
             self.require(fence, newer=False)
 
 
+def log_refusal(call: str, request: Any, context: Context, error: RaddleError) -> None:
+    """Who asked for what, and why not."""
+    log.warning(
+        "refused",
+        identity=identity_of(context),
+        call=call,
+        job=request.fence.job_uid,
+        epoch=request.fence.epoch,
+        reason=error.reason,
+        why=error.message,
+    )
+
+
 def refusals_told(
     method: Callable[[Any, Any, Context], Awaitable[T]],
 ) -> Callable[[Any, Any, Context], Awaitable[T]]:
-    """Turn our errors into gRPC statuses, and log every refusal with what was asked."""
+    """Turn our errors into gRPC statuses, and log every refusal."""
 
     @wraps(method)
     async def call(self: Any, request: Any, context: Context) -> T:
         try:
             return await method(self, request, context)
         except RaddleError as error:
-            log.warning("refused", call=method.__name__, reason=error.reason, why=error.message)
+            log_refusal(method.__name__, request, context, error)
             return await abort(context, error)
 
     return call

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from raddle.agent.engine.reference.blocks import block_hashes, cache_key
-from raddle.agent.engine.reference.fences import Context, Standing, refusals_told
+from raddle.agent.engine.reference.fences import Context, Standing, log_refusal, refusals_told
 from raddle.agent.engine.reference.serving import Serving
 from raddle.agent.engine.reference.worker import Sequence
 from raddle.model.errors import PermanentError, RaddleError, Reason
@@ -71,6 +71,7 @@ class TokenService(reference_pb2_grpc.ReferenceRankServicer):
             async for answer in self._generate(request):
                 yield answer
         except RaddleError as error:
+            log_refusal("Generate", request, context, error)
             await abort(context, error)
 
     async def _generate(self, request: Any) -> AsyncIterator[Any]:
