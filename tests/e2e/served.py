@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -70,20 +70,6 @@ class Served:
         request = scheduler_pb2.ListIncidentsRequest()
         return list((await self.cluster.stub.ListIncidents(request, timeout=10.0)).incidents)
 
-    @property
-    def begun(self) -> int:
-        """Requests of the running round that have begun."""
-        return len(self.answers.tokens)
-
-    async def another_begins(self) -> None:
-        """Wait until another request begins, or none is left."""
-        before, whole = self.begun, len(self.requests)
-
-        async def begun() -> bool:
-            return self.begun >= min(before + 1, whole)
-
-        await self.cluster.until(begun, "another request begins")
-
     async def tokens_flow(self) -> None:
         """Wait until ten more tokens came, or all of them."""
         before, whole = self.answers.count, self.expected.count
@@ -122,6 +108,12 @@ class Served:
         while asyncio.get_running_loop().time() < end_s:
             await self.same_tokens_while(nothing)
 
+    def send_first(self, requests: Sequence[traces.TraceRequest], tokens: list[list[int]]) -> None:
+        """Send these before the others, with what they must give: they were never sent before."""
+        known = [*tokens, *(self.expected.tokens[number] for number in range(len(self.requests)))]
+        self.requests = [*requests, *self.requests]
+        self.expected = Answers(tokens=dict(enumerate(known)))
+
     async def decode_ranks(self) -> list[tuple[str, int, str]]:
         """(die, process, incarnation) of the living decode ranks."""
         processes = self.cluster.rank_processes()
@@ -152,6 +144,8 @@ class Served:
     async def etcd_leader(self) -> int:
         """Which of the cluster's etcd members leads etcd."""
         for number, member in enumerate(self.cluster.etcds):
+            if member.process is None or member.process.poll() is not None:
+                continue
             connection = Connection([member.endpoint])
             status = await connection.status()
             await connection.close()

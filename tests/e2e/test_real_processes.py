@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from raddle.cli.cluster import LocalCluster
 from raddle.model import keys
 from raddle.model.incident import IncidentPhase
 from raddle.store.etcd.store import EtcdStore
 from raddle.v1 import scheduler_pb2
 from raddle.wire import records as codec
 from tests.e2e.served import CLOSED, PHASES, Served, phase_seen, serving
-from tests.support import CuttingProxy
+from tests.e2e.ways import Ways
 
 
 @pytest.fixture
@@ -97,36 +96,8 @@ async def test_a_leader_killed_in_a_recovery_is_followed(served: Served) -> None
 
 # All phases that leave a record; DETECT leaves none and is tested with the simulator.
 RECORDED = PHASES[1:]
-
-
-class LongWays:
-    """A long way from each scheduler to etcd, so that a phase is still there when it is seen."""
-
-    def __init__(self, schedulers: int) -> None:
-        self._proxies = [CuttingProxy() for _ in range(schedulers)]
-        self._addresses: list[str] = []
-        self.cluster: LocalCluster | None = None
-
-    async def start(self) -> None:
-        for proxy in self._proxies:
-            proxy.delay_s = 0.03
-            self._addresses.append(await proxy.start())
-
-    async def stop(self) -> None:
-        for proxy in self._proxies:
-            await proxy.stop()
-
-    def adopt(self, cluster: LocalCluster) -> None:
-        self.cluster = cluster
-
-    def flags(self, name: str) -> list[str]:
-        """Flags of a scheduler: it reaches etcd through its proxy."""
-        if not name.startswith("scheduler-"):
-            return []
-        assert self.cluster is not None
-        number = int(name.rsplit("-", 1)[1])
-        self._proxies[number].target = self.cluster.etcd_endpoints
-        return ["--etcd", self._addresses[number]]
+# A long way from each scheduler to etcd: so a phase is still there when it is seen.
+LONG_WAY_S = 0.03
 
 
 @pytest.mark.timeout(400)
@@ -144,7 +115,7 @@ async def test_the_leader_is_killed_in_each_phase(tmp_path: Path) -> None:
 
 async def leaders_killed_in(phases: Sequence[IncidentPhase], folder: Path) -> set[IncidentPhase]:
     """Kill one leader a phase; gives the phases in which recoveries stood when it was dead."""
-    ways = LongWays(schedulers=3)
+    ways = Ways(schedulers=3, delay_s=LONG_WAY_S)
     await ways.start()
     try:
         return await _leaders_killed_in(phases, folder, ways)
@@ -153,7 +124,7 @@ async def leaders_killed_in(phases: Sequence[IncidentPhase], folder: Path) -> se
 
 
 async def _leaders_killed_in(
-    phases: Sequence[IncidentPhase], folder: Path, ways: LongWays
+    phases: Sequence[IncidentPhase], folder: Path, ways: Ways
 ) -> set[IncidentPhase]:
     hit = set()
     async with serving(folder, on_made=ways.adopt, schedulers=3, more_flags=ways.flags) as served:
@@ -194,11 +165,14 @@ async def test_an_etcd_member_of_three_is_killed(tmp_path: Path) -> None:
     async with serving(tmp_path, etcd_members=3) as served:
 
         async def kill_member_and_rank() -> None:
-            member = served.cluster.etcds[0]
-            assert member.process is not None
-            member.process.kill()
+            leader = await served.etcd_leader()
+            member = served.cluster.etcds[leader].process
+            assert member is not None
+            member.kill()
             await served.kill_decode_rank()
             await served.ready_at(2)
+            member.wait()
+            assert await served.etcd_leader() != leader
 
         await served.same_tokens_while(kill_member_and_rank)
         assert all(incident.phase == CLOSED for incident in await served.incidents())

@@ -84,13 +84,12 @@ class TokenService(reference_pb2_grpc.ReferenceRankServicer):
             return
         sequence, queue, restored = await self._begin(request.sequence_id, tokens, final)
         index = sent
-        answer = reference_pb2.GenerateResponse(
-            index=index,
-            kv_tokens_restored=restored,
-            kv_tokens_recomputed=len(tokens) - restored,
-        )
-        yield answer
         try:
+            yield reference_pb2.GenerateResponse(
+                index=index,
+                kv_tokens_restored=restored,
+                kv_tokens_recomputed=len(tokens) - restored,
+            )
             while True:
                 token = await queue.get()
                 if token is None:
