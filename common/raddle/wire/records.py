@@ -108,7 +108,8 @@ def _agent_key(value: Any) -> str:
             return keys.registration(value.node)
         case health.AgentHealth():
             return keys.health(value.node)
-    return ""
+        case _:
+            return ""
 
 
 def _decode(key: str, data: bytes) -> Any:
