@@ -18,8 +18,13 @@ JOB = "small"
 SCHEDULERS = "app.kubernetes.io/component=scheduler"
 #: On two cores that everything shares.
 PATIENCE_S = 300.0
-#: Kinds that come and go by themselves.
-_FLEETING = {"componentstatuses", "events", "events.events.k8s.io"}
+#: Kinds that come and go by themselves, or with a resource definition.
+_FLEETING = {
+    "apiservices.apiregistration.k8s.io",
+    "componentstatuses",
+    "events",
+    "events.events.k8s.io",
+}
 Object = dict[str, Any]
 
 
@@ -105,10 +110,11 @@ class Release(Installation):
         return {pod["metadata"]["uid"]: pod["metadata"]["name"] for pod in pods}
 
     def objects(self) -> set[str]:
-        """Everything in the cluster that lasts, by kind and name."""
+        """Everything in the cluster that lasts, by kind and name; not kubelets' own leases."""
         kinds = self.cluster.kubectl("api-resources", "--verbs=list", "--output=name").split()
         lasting = ",".join(kind for kind in kinds if kind not in _FLEETING)
-        return set(self.cluster.kubectl("get", lasting, "-A", "--output=name").split())
+        found = self.cluster.kubectl("get", lasting, "-A", "--output=name").split()
+        return set(found) - {f"lease.coordination.k8s.io/{node}" for node in self.cluster.nodes}
 
     # --- the job ---------------------------------------------------------------------------------
 

@@ -183,12 +183,18 @@ def _uninstall(guide: Guide, release: Release, before: set[str]) -> None:
     notes = release.cluster.helm("get", "notes", "raddle", "--namespace", NAMESPACE)
     # Jobs, maintenances, and the release.
     guide.next_lines("Uninstall", 3)
-    wait_until(
-        lambda: not _unnamed(guide, release.objects() - before, notes),
-        "nothing is left but what the NOTES name",
+    _until_none(
+        lambda: _unnamed(guide, release.objects() - before, notes), "is left and not in the NOTES"
     )
     guide.follow("Uninstall")
-    wait_until(lambda: release.objects() == before, "nothing is left")
+    _until_none(lambda: sorted(release.objects() ^ before), "is left, or went with it")
+
+
+def _until_none(find: Callable[[], list[str]], what: str) -> None:
+    try:
+        wait_until(lambda: not find(), what)
+    except TimeoutError:
+        raise AssertionError(f"{', '.join(find())} {what}") from None
 
 
 def _unnamed(guide: Guide, left: set[str], notes: str) -> list[str]:
