@@ -344,4 +344,7 @@ async def test_a_full_disk_under_the_logs_costs_lines_only(tmp_path: Path, tiny_
         assert sizes(tiny_logs) == full
         await asyncio.to_thread(ballast.unlink)
         await served.same_tokens_while(lambda: recovered(served))
-        assert sizes(tiny_logs)["scheduler-0.log"] > full["scheduler-0.log"]
+        # Of two schedulers one leads, and tells.
+        assert max(
+            sizes(tiny_logs)[f"scheduler-{n}.log"] - full[f"scheduler-{n}.log"] for n in (0, 1)
+        )
