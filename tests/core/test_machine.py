@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from raddle.core.detection import UNKNOWN_LOST_S
 from raddle.core.events import (
     AgentStreamBroken,
     Woken,
@@ -102,34 +101,6 @@ def test_the_storm_brake_moves_nothing(world: World) -> None:
     assert world.store[keys.job(uid)].epoch == 1
     states = {world.machine.context.nodes.node(f"sn0/n{n:02d}").state for n in range(8)}
     assert states == {NodeState.UNKNOWN}
-
-
-def test_a_recovery_does_not_wait_for_ever_for_a_node_behind_the_storm_brake(
-    world: World,
-) -> None:
-    """A die fails while a node of the job is unknown: that is waited for, then left behind."""
-    world.machine.context.nodes.storm_nodes_max = 0
-    uid = submit(world)
-    ranks = world.store[keys.placement(uid)].instances[0].ranks
-    silent = ranks[0].node
-    world.node_down(silent)
-    world.settle()
-    assert world.store[keys.job(uid)].epoch == 1
-    world.fault(next(seat.die for seat in ranks if seat.node != silent), present=True)
-    world.settle()
-    waiting = world.store[keys.job(uid)]
-    assert (waiting.state, waiting.epoch) == (JobState.RECOVERING, 2)
-    assert world.machine.context.nodes.node(silent).state is NodeState.UNKNOWN
-    began = world.now
-    world.now = began + UNKNOWN_LOST_S - 1.3
-    world.handle(Woken())
-    assert world.store[keys.job(uid)].epoch == 2
-    world.now = began + UNKNOWN_LOST_S
-    world.settle()
-    job, incident = world.store[keys.job(uid)], world.store[keys.incident("i-000001")]
-    assert (job.state, job.live_epoch, incident.phase) == (JobState.READY, 3, IncidentPhase.CLOSED)
-    assert {fault.code for fault in incident.faults} == {"80E18005", "AGENT_SILENT"}
-    assert silent not in {seat.node for seat in world.store[keys.placement(uid)].instances[0].ranks}
 
 
 def test_the_storm_brake_knows_a_machine_that_was_described_in_this_term(world: World) -> None:

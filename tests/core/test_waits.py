@@ -8,6 +8,7 @@ from raddle.core.detection import CONTROL_LOST_S, UNKNOWN_LOST_S
 from raddle.core.events import AgentStreamBroken, NodeProbed, Woken
 from raddle.model import keys
 from raddle.model.health import AgentHealth, AgentRegistration
+from raddle.model.incident import IncidentPhase
 from raddle.model.job import Job, JobState
 from raddle.model.kinds import NodeState
 from tests.core.world import World, ready_world, submit
@@ -21,6 +22,7 @@ def recovering_behind_the_brake(world: World) -> tuple[str, str]:
     silent = ranks[0].node
     world.node_down(silent)
     world.settle()
+    assert job_of(world, uid).epoch == 1
     world.fault(next(seat.die for seat in ranks if seat.node != silent), present=True)
     world.now += 0.1
     world.handle(Woken())
@@ -42,6 +44,27 @@ def state_of(world: World, node: str) -> NodeState:
 def come_back(world: World, node: str) -> None:
     world.dead.discard(node)
     world.observe(keys.health(node), AgentHealth(node=node, boot_id="b2"))
+
+
+def test_a_recovery_does_not_wait_for_ever_for_a_node_behind_the_storm_brake(
+    world: World,
+) -> None:
+    """A die fails while a node of the job is unknown: that is waited for, then left behind."""
+    uid, silent = recovering_behind_the_brake(world)
+    world.settle()
+    waiting = job_of(world, uid)
+    assert (waiting.state, waiting.epoch) == (JobState.RECOVERING, 2)
+    assert state_of(world, silent) is NodeState.UNKNOWN
+    began = world.now
+    world.now = began + UNKNOWN_LOST_S - 1.3
+    world.handle(Woken())
+    assert job_of(world, uid).epoch == 2
+    world.now = began + UNKNOWN_LOST_S
+    world.settle()
+    job, incident = job_of(world, uid), world.store[keys.incident("i-000001")]
+    assert (job.state, job.live_epoch, incident.phase) == (JobState.READY, 3, IncidentPhase.CLOSED)
+    assert {fault.code for fault in incident.faults} == {"80E18005", "AGENT_SILENT"}
+    assert silent not in {seat.node for seat in world.store[keys.placement(uid)].instances[0].ranks}
 
 
 def test_an_unknown_node_that_returns_in_time_takes_part(world: World) -> None:

@@ -54,7 +54,7 @@ class NodeProbed:
 
     node: str
     answered: bool
-    #: Other nodes whose agents are as silent, though their leases have not ended yet.
+    #: Nodes, this one too, whose agents renew their leases no more, though these still run.
     quiet_nodes: tuple[str, ...] = ()
 
 
