@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -13,15 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from raddle.agent.engine.reference.config import RankAddress
 from raddle.cli.demo.client import get_text
 from raddle.model import keys
-from raddle.model.incident import IncidentPhase
 from raddle.store.etcd.store import EtcdStore
+from raddle.traces import TraceRequest
 from raddle.v1 import (
     health_pb2,
+    incident_pb2,
+    reference_pb2,
+    reference_pb2_grpc,
     scheduler_pb2,
 )
 from raddle.wire import records as codec
@@ -30,11 +36,14 @@ from tests.e2e.holds import (
     Holds,
     assert_nothing_is_held,
     blocks_of,
+    channel_to,
+    fence_of,
     fresh_request,
     logs_of,
+    rank_folders,
     running_ranks,
 )
-from tests.e2e.served import CLOSED, Served, phase_seen, serving
+from tests.e2e.served import CLOSED, Served, serving
 from tests.e2e.ways import Ways
 from tests.kube.known_tokens import known_tokens
 from tests.support import stopped
@@ -119,20 +128,65 @@ async def faults_of(served: Served, rank: RankAddress) -> list[Any]:
     return [f for f in faults if (f.rank.role, f.rank.rank) == (rank.role, rank.rank)]
 
 
-async def test_a_zombie_that_wakes_changes_nothing(served: Served) -> None:
+async def test_a_zombie_that_wakes_changes_nothing(
+    holds: Holds, served: Served, tmp_path: Path
+) -> None:
     """A rank that wakes after the epoch moved, with no agent to end it: all it sends is refused."""
+    fresh = fresh_request(0, blocks=4, output_tokens=96)
+    (tokens,) = known_tokens([fresh], tmp_path / "weights")
+    served.send_first([fresh], [tokens])
+    # A block that it made itself is on its way to the pool when it is stopped.
+    hold = holds.at("put-decode", [blocks_of([*fresh.prompt, *tokens])[4]])
 
     async def stop_rank_and_agent() -> None:
-        node, pid = (await ranks_of(served, "decode"))[0]
+        pid = await hold.holder(served)
+        node = next(node for node, process in await ranks_of(served, "decode") if process == pid)
         agent = served.cluster.children[f"agent-{node.replace('/', '-')}"].process.pid
         with stopped(agent):
             with stopped(pid):
                 await served.ready_at(2)
+                writes = stale_writes(served)
+                hold.release()
             # Awake, at its old epoch, among peers of a newer one, until its agent wakes too.
+            zombie, log = next((a, f / "rank.log") for f, a in rank_folders(served) if a.pid == pid)
+            late = asyncio.create_task(answers_of(zombie, fresh, epoch=1))
+
+            async def refused() -> bool:
+                return "REFUSED" in log.read_text() and stale_writes(served) > writes
+
+            await served.cluster.until(refused, "peers and the pool refuse what it sends")
             await served.tokens_flow()
+            assert pid in served.cluster.rank_processes().values()
         await is_gone(served, pid)
+        # It took the request, being at that epoch, and made nothing of it.
+        tokens_of_answers = await late
+        assert tokens_of_answers
+        assert not any(tokens_of_answers)
 
     await served.same_tokens_while(stop_rank_and_agent)
+
+
+def stale_writes(served: Served) -> int:
+    """How many writes of the first epoch the pool refused."""
+    lines = logs_of(served, "cache").splitlines()
+    return sum('"PutBlocks"' in line and "epoch 1 is not" in line for line in lines)
+
+
+async def answers_of(rank: RankAddress, request: TraceRequest, epoch: int) -> list[list[int]]:
+    """Tokens of each answer to a front door that is at this epoch, until the rank ends."""
+    message = reference_pb2.GenerateRequest(
+        fence=fence_of(rank.job_uid, epoch),
+        sequence_id="late",
+        prompt_tokens=request.prompt,
+        max_tokens=request.output_tokens,
+    )
+    answers = []
+    async with channel_to(rank) as channel:
+        stub: Any = reference_pb2_grpc.ReferenceRankStub(channel)
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async for answer in stub.Generate(message):
+                answers.append(list(answer.tokens))  # noqa: PERF401 - the end is an error
+    return answers
 
 
 async def test_a_prefill_rank_is_killed_in_mid_prompt(served: Served, tmp_path: Path) -> None:
@@ -207,19 +261,46 @@ async def test_decode_ranks_are_killed_while_kv_is_handed_over(
     )
 
 
-async def test_a_second_rank_dies_in_the_repair_of_the_first(served: Served) -> None:
+async def test_a_second_rank_dies_in_the_repair_of_the_first(
+    holds: Holds, served: Served, tmp_path: Path
+) -> None:
     """A fault in the middle of a recovery is planned anew at a higher epoch."""
-    store = EtcdStore([served.cluster.etcd_endpoints], "default", operation_key="operations/test")
+    fresh = fresh_request(0, blocks=20, output_tokens=96)
+    served.send_first([fresh], known_tokens([fresh], tmp_path / "weights"))
 
     async def kill_twice() -> None:
-        first, second = (await ranks_of(served, "decode"))[:2]
-        os.kill(first[1], signal.SIGKILL)
-        await phase_seen(store, IncidentPhase.FENCE, set())
-        os.kill(second[1], signal.SIGKILL)
-        await served.ready_at(3)
+        async def begun() -> bool:
+            return bool(served.answers.tokens[0])
+
+        await served.cluster.until(begun, "the sequence is on a rank")
+        ranks = {r.incarnation: r for r in running_ranks(served) if r.role == "decode"}
+        first = ranks.pop(served.answers.served_by[0])
+        epoch = (await served.job()).job.epoch
+        # Who takes its sequence over fetches the blocks, and the repair waits for it.
+        repair = holds.at("get-decode", blocks_of(fresh.prompt))
+        os.kill(first.pid, signal.SIGKILL)
+        taker = await repair.holder(served)
+
+        async def repairing() -> bool:
+            phases = [incident.phase for incident in await served.incidents()]
+            return incident_pb2.INCIDENT_PHASE_REPAIR in phases
+
+        # Others may be fenced later than the one that takes over.
+        await served.cluster.until(repairing, "all ranks are fenced")
+        second = next(rank for rank in ranks.values() if rank.pid != taker)
+        os.kill(second.pid, signal.SIGKILL)
+        (incident,) = [i for i in await served.incidents() if i.phase != CLOSED]
+        assert incident.phase == incident_pb2.INCIDENT_PHASE_REPAIR
+        assert [plan.epoch for plan in incident.plans] == [epoch + 1]
+        repair.release()
+        await served.ready_at(epoch + 2)
+        (incident,) = [i for i in await served.incidents() if i.id == incident.id]
+        assert [plan.epoch for plan in incident.plans][:2] == [epoch + 1, epoch + 2]
+        assert {f.rank.rank for f in incident.faults} >= {first.rank, second.rank}
 
     await served.same_tokens_while(kill_twice)
-    await store.close()
+    await settled(served)
+    await assert_nothing_is_held(served, blocks_of(fresh.prompt))
 
 
 async def test_a_rank_hangs_in_the_repair_of_another(served: Served) -> None:
