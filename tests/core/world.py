@@ -55,6 +55,8 @@ class World:
         #: Processes that ended, and those that are still coming up, by what names a process.
         self.exited: set[Process] = set()
         self.starting: set[Process] = set()
+        #: Jobs whose ranks are fenced and come no further.
+        self.repairing: set[str] = set()
         self.replies: dict[str, Reply] = {}
         self.epochs: dict[str, int] = {}
 
@@ -115,6 +117,8 @@ class World:
                 if mark in self.starting:
                     continue
                 stage = RankStage.EXITED if mark in self.exited else _STAGES[job.stage]
+                if stage is RankStage.REPAIRED and job.job_uid in self.repairing:
+                    stage = RankStage.FENCED
                 ranks.append(
                     RankStatus(
                         role=key.role,

@@ -83,6 +83,11 @@ class Machine:
             message = "it is not known yet which Kubernetes node plays which node"
             raise TemporaryError(Reason.NO_LEADER, message)
 
+    @property
+    def carriers(self) -> dict[str, str] | None:
+        """Which Kubernetes node plays each node of the machine; None while that is not known."""
+        return self._carriers if self._is_known else None
+
     def host_of(self, node: str) -> Host | None:
         """The Kubernetes node that plays a node of the machine."""
         return self._hosts.get(self._carriers.get(node, ""))
@@ -121,8 +126,8 @@ class Machine:
 
     # --- the procedure ---------------------------------------------------------------------------
 
-    async def bring(self) -> bool:
-        """Bring both sides together; True if another node plays some node than before."""
+    async def bring(self) -> None:
+        """Bring both sides together."""
         self._link.nodes.require_whole()
         self._link.maintenances.require_whole()
         found = [host_of(item, self._tolerated) for item in await self._cluster.find("Node")]
@@ -131,7 +136,6 @@ class Machine:
         now = await self._shares_now()
         wanted = self._wanted(now)
         carriers = {node: host for host, nodes in wanted.items() for node in nodes}
-        moved = carriers != self._carriers or not self._is_known
         self._carriers = carriers
         if wanted != now:
             await self._write_shares(now, wanted)
@@ -139,7 +143,6 @@ class Machine:
         await self._tell_lost(now)
         await self._order()
         await self._show()
-        return moved
 
     def _is_managed(self, host: Host) -> bool:
         if self._simulated:

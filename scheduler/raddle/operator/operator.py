@@ -130,11 +130,15 @@ class _Term:
         return exists
 
     async def _bring_machine(self) -> None:
-        named_twice = self.machine.named_twice
-        if await self.machine.bring():
-            self._mark_all(_JOB)
-        if self.machine.named_twice != named_twice:
-            self._mark_all(_SUPERNODE)
+        carriers, named_twice = self.machine.carriers, self.machine.named_twice
+        try:
+            await self.machine.bring()
+        finally:
+            # What is new is told though the rest failed: at the next attempt it is not new.
+            if self.machine.carriers != carriers:
+                self._mark_all(_JOB)
+            if self.machine.named_twice != named_twice:
+                self._mark_all(_SUPERNODE)
 
     # --- told by the API server ------------------------------------------------------------------
 
