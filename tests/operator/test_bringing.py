@@ -19,6 +19,9 @@ from raddle.wire.rank_tables import TableRank
 from tests.operator.resources import SITE, Object, answer, inference_job, role, seat, stored
 from tests.wire.test_rank_tables import make_table_rank
 
+#: Kinds of what stands for ranks.
+KEPT = ("InferenceRole", "Pod", "ConfigMap")
+
 
 class ApiServer:
     """Objects by kind and name."""
@@ -193,3 +196,30 @@ async def test_a_rank_that_hangs_ends_with_its_pod() -> None:
     await jobs.bring("default", "demo")
     assert scheduler.calls[-1] == "DeleteJob"
     assert resource["metadata"]["finalizers"] == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermanentError(Reason.MANAGED_BY_OTHER, "somebody else has it"),
+        TemporaryError(Reason.NO_LEADER, "not just now"),
+    ],
+)
+async def test_a_refused_change_deletes_nothing(error: RaddleError) -> None:
+    """A role goes with its Pods only once the scheduler lets the job go that has it."""
+    api, scheduler, resource = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    before = [(*key, item["metadata"]["uid"]) for key, item in api.items.items() if key[0] in KEPT]
+    assert {kind for kind, _, _ in before} == set(KEPT)
+    resource["spec"]["roles"] = [role("other", ranks=1)]
+    scheduler.refuses = error
+    with pytest.raises(type(error), match=error.message):
+        await jobs.bring("default", "demo")
+    kept = {(*key, item["metadata"]["uid"]) for key, item in api.items.items() if key[0] in KEPT}
+    assert set(before) <= kept
+    scheduler.refuses = None
+    scheduler.answer.job.state = job_pb2.JOB_STATE_STOPPING
+    await jobs.bring("default", "demo")
+    assert [item["spec"]["role"] for item in await api.find("InferenceRole")] == ["other"]
+    assert await api.find("Pod") == []

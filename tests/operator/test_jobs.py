@@ -277,7 +277,7 @@ async def test_a_bad_template_is_told(stage: Stage) -> None:
 def jobs_beside(stage: Stage, scheduler: Scheduler, **site: Any) -> Jobs:
     """They bring jobs of namespaces that no operator serves, for a scheduler that is played."""
     link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes())
-    chosen = replace(SITE, namespace=stage.space, **site)
+    chosen = replace(SITE, **{"namespace": stage.space, **site})
     return Jobs(stage.cluster, link, machine, chosen, ranks_in_pods=True)
 
 
@@ -322,26 +322,53 @@ async def test_ready_means_that_the_service_leads_to_the_job(stage: Stage) -> No
     assert await ready() == ("True", "Ready")
 
 
+async def make_certificates(stage: Stage, space: str, text: str) -> None:
+    for name in (SITE.rank_secret, SITE.front_door_secret):
+        create = ("create", "secret", "generic", name, "-n", space)
+        await stage.kubectl(*create, f"--from-literal=tls.crt={text}")
+
+
 async def test_a_secret_of_somebody_else_is_not_taken(stage: Stage) -> None:
     """The job says what stands in its way; copies of the certificates are found by their labels."""
     space = f"{stage.space}-apart"
     await asyncio.to_thread(stage.api.make_namespace, space)
-    create = ("create", "secret", "generic")
-    for name in (SITE.rank_secret, SITE.front_door_secret):
-        await stage.kubectl(*create, name, "-n", stage.space, "--from-literal=tls.crt=ours")
-    await stage.kubectl(*create, SITE.rank_secret, "-n", space, "--from-literal=tls.crt=theirs")
-    before = await stage.resource(SITE.rank_secret, "Secret", space)
+    await make_certificates(stage, stage.space, "ours")
+    taken = f"{stage.space}.{SITE.rank_secret}"
+    create = ("create", "secret", "generic", taken, "-n", space)
+    await stage.kubectl(*create, "--from-literal=tls.crt=theirs")
+    before = await stage.resource(taken, "Secret", space)
     resource = await unserved_job(stage, "secret", space)
     jobs = jobs_beside(stage, scheduler_of(resource, "STARTING"))
-    with pytest.raises(PermanentError, match=f"Secret {space}/{SITE.rank_secret}"):
+    with pytest.raises(PermanentError, match=f"Secret {space}/{taken}"):
         await jobs.bring(space, "secret")
-    assert await stage.resource(SITE.rank_secret, "Secret", space) == before
+    assert await stage.resource(taken, "Secret", space) == before
     ready = await stage.condition("secret", "Ready", space=space)
     assert (ready["status"], ready["reason"]) == ("False", "AlreadyExists")
-    await stage.kubectl("delete", "secret", "-n", space, SITE.rank_secret)
+    await stage.kubectl("delete", "secret", "-n", space, taken)
     await jobs.bring(space, "secret")
-    labels = "app.kubernetes.io/managed-by=raddle-operator,app.kubernetes.io/instance=raddle"
+    labels = f"app.kubernetes.io/instance=raddle,raddle.dev/release-namespace={stage.space}"
     copies = await stage.cluster.find("Secret", space, labels)
-    names = {item["metadata"]["name"] for item in copies}
-    assert names == {SITE.rank_secret, SITE.front_door_secret}
+    assert {item["metadata"]["name"] for item in copies} == {
+        f"{stage.space}.{name}" for name in (SITE.rank_secret, SITE.front_door_secret)
+    }
     assert copies[0]["data"] != before["data"]
+
+
+async def test_releases_of_one_name_have_copies_of_their_own(stage: Stage) -> None:
+    """In a namespace of jobs that one had before the other: neither touches the other's copies."""
+    other, space = f"{stage.space}-other", f"{stage.space}-team"
+    for name in (other, space):
+        await asyncio.to_thread(stage.api.make_namespace, name)
+    await make_certificates(stage, other, "of the other")
+    resource = await unserved_job(stage, "shared", space)
+    for release in (stage.space, other):
+        scheduler = scheduler_of(resource, "STARTING")
+        await jobs_beside(stage, scheduler, namespace=release).bring(space, "shared")
+    copies = {
+        release: (await stage.resource(f"{release}.{SITE.rank_secret}", "Secret", space))["data"]
+        for release in (stage.space, other)
+    }
+    for release, data in copies.items():
+        source = await stage.resource(SITE.rank_secret, "Secret", release)
+        assert data == source["data"]
+    assert copies[stage.space] != copies[other]

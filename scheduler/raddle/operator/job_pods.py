@@ -18,7 +18,8 @@ from raddle.operator.names import GROUP
 from raddle.v1 import scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 
-_OURS = ("app.kubernetes.io/managed-by", "app.kubernetes.io/instance")
+_RELEASE_NAMESPACE = f"{GROUP}/release-namespace"
+_OURS = ("app.kubernetes.io/managed-by", "app.kubernetes.io/instance", _RELEASE_NAMESPACE)
 _HASH = f"{GROUP}/hash"
 Object = dict[str, Any]
 Answer = scheduler_pb2.GetJobResponse
@@ -65,7 +66,7 @@ class JobPods:
             return Outcome()
         self._machine.require_known()
         outcome = Outcome()
-        # A change that was refused may have taken a role out of the resource that still has seats.
+        # Somebody may have deleted the InferenceRole of a role that the resource names no more.
         seats = [seat for seat in pods.seats(answer) if seat.role in roles]
         try:
             await self._secrets(resource["metadata"]["namespace"])
@@ -134,7 +135,8 @@ class JobPods:
                 seat,
                 host=host.name,
                 role_resource=roles[seat.role],
-                template=templates[seat.role],
+                # A role that the resource names no more has lost its template with its name.
+                template=templates.get(seat.role, {}),
                 device=self._machine.device_of(seat.rank.die),
             )
             making.append(self._make(item, problems))
@@ -203,14 +205,15 @@ class JobPods:
         """Copies of the certificates that ranks and front doors show, where they run."""
         if not self._site.tls or namespace == self._site.namespace:
             return
-        for name in (self._site.rank_secret, self._site.front_door_secret):
-            source = await self._cluster.get("Secret", self._site.namespace, name)
+        marks = pods.labels(self._site, "certificates") | {_RELEASE_NAMESPACE: self._site.namespace}
+        for secret in (self._site.rank_secret, self._site.front_door_secret):
+            source = await self._cluster.get("Secret", self._site.namespace, secret)
             if source is None:
                 raise TemporaryError(
-                    Reason.NOT_FOUND, f"Secret {self._site.namespace}/{name} is not there yet"
+                    Reason.NOT_FOUND, f"Secret {self._site.namespace}/{secret} is not there yet"
                 )
+            name = self._site.secret_in(namespace, secret)
             known = await self._cluster.get("Secret", namespace, name)
-            marks = pods.labels(self._site, "certificates")
             if known is not None and not _carries(known, marks):
                 raise PermanentError(
                     Reason.ALREADY_EXISTS,
@@ -245,7 +248,7 @@ class JobPods:
 def _carries(item: Mapping[str, Any], marks: Mapping[str, str]) -> bool:
     """Does a label say that this operator made it, and for this release?"""
     said = item["metadata"].get("labels") or {}
-    return all(said.get(name) == marks[name] for name in _OURS)
+    return all(said.get(name) == marks.get(name) for name in _OURS)
 
 
 def refuse_foreign(known: Object | None, resource: Mapping[str, Any]) -> None:

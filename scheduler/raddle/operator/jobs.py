@@ -94,6 +94,13 @@ class Jobs:
                 await self._teller.say(resource, None, job_status.refused(error), None, [])
             raise
         present = await self._present(resource)
+        former = await self._former_roles(resource, roles)
+        if brought.refusal is None:
+            for role in former.values():
+                await self._cluster.delete(role)
+        else:
+            # The job goes on as it was, and so do Pods of roles that its resource names no more.
+            roles |= former
         said_of = list(roles.values())
         if brought.answer is None:
             await self._pods.withdraw(resource, present)
@@ -304,11 +311,18 @@ class Jobs:
                 }
                 known = await self._cluster.patch(known, change) or known
             found[role["name"]] = known
-        names = {role["metadata"]["name"] for role in found.values()}
-        for other in await self._cluster.find("InferenceRole", namespace, f"{GROUP}/job={job}"):
-            if other["metadata"]["name"] not in names and is_owned(other, resource):
-                await self._cluster.delete(other)
         return found
+
+    async def _former_roles(
+        self, resource: Object, roles: Mapping[str, Object]
+    ) -> dict[str, Object]:
+        """InferenceRoles, by role, that the job had and that its resource names no more."""
+        namespace, job = resource["metadata"]["namespace"], resource["metadata"]["name"]
+        return {
+            role["spec"]["role"]: role
+            for role in await self._cluster.find("InferenceRole", namespace, f"{GROUP}/job={job}")
+            if role["spec"]["role"] not in roles and is_owned(role, resource)
+        }
 
 
 def _has_job(resource: Mapping[str, Any]) -> bool:

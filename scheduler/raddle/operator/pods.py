@@ -56,6 +56,13 @@ class Site:
     def front_door_secret(self) -> str:
         return f"{self.release}-tls-frontdoor"
 
+    def secret_in(self, namespace: str, secret: str) -> str:
+        """The name that a Secret of the release has in a namespace: elsewhere it is a copy's.
+
+        A release of the same name in another namespace has copies of its own there.
+        """
+        return secret if namespace == self.namespace else f"{self.namespace}.{secret}"
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -173,7 +180,8 @@ def rank_pod(
         {"name": "ranktable", "configMap": {"name": table, "optional": True}},
         {"name": "temporary", "emptyDir": {"sizeLimit": "1Gi"}},
     ]
-    _mount_secret(site, container, volumes, site.rank_secret)
+    namespace = role_resource["metadata"]["namespace"]
+    _mount_secret(site, container, volumes, site.secret_in(namespace, site.rank_secret))
     spec = {
         "nodeName": host,
         "restartPolicy": "Never",
@@ -186,7 +194,7 @@ def rank_pod(
     }
     metadata = {
         "name": pod_name(job.spec.name, seat),
-        "namespace": role_resource["metadata"]["namespace"],
+        "namespace": namespace,
         "labels": labels(site, "rank", job) | seat.label_values(),
         "annotations": {f"{GROUP}/die": rank.die, f"{GROUP}/node": rank.node},
         "ownerReferences": owner(role_resource),
@@ -432,7 +440,8 @@ def _front_door_pod(site: Site, job: job_pb2.Job, model: str) -> Object:
         {"name": "model", "configMap": {"name": model}},
         {"name": "temporary", "emptyDir": {"sizeLimit": "64Mi"}},
     ]
-    _mount_secret(site, container, volumes, site.front_door_secret)
+    secret = site.secret_in(job.spec.namespace, site.front_door_secret)
+    _mount_secret(site, container, volumes, secret)
     # The streams that are open when it is replaced come to their ends.
     grace = {"terminationGracePeriodSeconds": _LEAVES_BALANCERS_S + _REQUEST_TIMEOUT_S}
     return {**_pod_basics(site), **grace, "containers": [container], "volumes": volumes}
