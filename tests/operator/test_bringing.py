@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import pytest
 
 from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.operator.cluster import Cluster
-from raddle.operator.hosts import Host, host_of
+from raddle.operator.hosts import Host, WrongDevice, host_of
 from raddle.operator.jobs import Jobs
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, MANAGER
@@ -78,6 +79,9 @@ class Scheduler:
 class Nodes:
     """One Kubernetes node plays all nodes of the machine."""
 
+    def __init__(self, *wrong: WrongDevice) -> None:
+        self.wrong = list(wrong)
+
     def require_known(self) -> None:
         pass
 
@@ -87,12 +91,15 @@ class Nodes:
     def device_of(self, _die: str) -> None:
         return None
 
+    def wrong_devices(self, _pods: Collection[Object]) -> list[WrongDevice]:
+        return self.wrong
+
     def table_rank(self, rank: job_pb2.RankPlacement, pod_ip: str) -> TableRank:
         return make_table_rank(rank.rank, pod_ip=pod_ip)
 
 
-def jobs_of(api: ApiServer, scheduler: Scheduler) -> Jobs:
-    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes())
+def jobs_of(api: ApiServer, scheduler: Scheduler, nodes: Nodes | None = None) -> Jobs:
+    link, machine = cast("SchedulerLink", scheduler), cast("Machine", nodes or Nodes())
     return Jobs(cast("Cluster", api), link, machine, SITE, ranks_in_pods=True)
 
 

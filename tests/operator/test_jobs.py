@@ -11,6 +11,7 @@ import pytest
 from tools.kubernetes.cluster import CommandError
 
 from raddle.model.errors import PermanentError
+from raddle.operator.hosts import WrongDevice
 from raddle.operator.jobs import Jobs
 from raddle.operator.machine import Machine
 from raddle.operator.scheduler_link import SchedulerLink
@@ -274,9 +275,9 @@ async def test_a_bad_template_is_told(stage: Stage) -> None:
     await deleted(stage, "template")
 
 
-def jobs_beside(stage: Stage, scheduler: Scheduler, **site: Any) -> Jobs:
+def jobs_beside(stage: Stage, scheduler: Scheduler, *wrong: WrongDevice, **site: Any) -> Jobs:
     """They bring jobs of namespaces that no operator serves, for a scheduler that is played."""
-    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes())
+    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes(*wrong))
     chosen = replace(SITE, **{"namespace": stage.space, **site})
     return Jobs(stage.cluster, link, machine, chosen, ranks_in_pods=True)
 
@@ -320,6 +321,23 @@ async def test_ready_means_that_the_service_leads_to_the_job(stage: Stage) -> No
     await stage.kubectl("delete", "service", "-n", space, "door")
     await jobs.bring(space, "door")
     assert await ready() == ("True", "Ready")
+
+
+async def test_a_wrong_device_of_a_rank_is_told_loudly(stage: Stage) -> None:
+    """As the reason of a condition and as a warning, with both devices."""
+    space, resource = stage.space, await unserved_job(stage, "device", stage.space)
+    wrong = WrongDevice(
+        f"{space}/rank", "sn0/n00/npu0/die0", ("sn0/n00/npu1/die1",), is_taken=False
+    )
+    await jobs_beside(stage, scheduler_of(resource), wrong, tls=False).bring(space, "device")
+    placed = await stage.condition("device", "Placed", space=space)
+    assert (placed["status"], placed["reason"]) == ("True", "DeviceDiffers")
+    events = await stage.cluster.find("Event", space)
+    (told,) = (event for event in events if "DeviceDiffers" in event["message"])
+    assert (told["type"], told["involvedObject"]["name"]) == ("Warning", "device")
+    for die in (wrong.placed, *wrong.given):
+        assert die in placed["message"]
+        assert die in told["message"]
 
 
 async def make_certificates(stage: Stage, space: str, text: str) -> None:

@@ -35,6 +35,7 @@ from raddle.model.health import ActiveFault, Hold, Injections
 from raddle.model.incident import Maintenance, MaintenanceState
 from raddle.model.job import Job, JobSpec, JobState, NameRecord, Placement
 from raddle.model.kinds import HoldKind, NodeState
+from raddle.model.reasons import Decision
 from raddle.model.topology import DIES_MAX, SuperNode
 from raddle.model.types import Why
 
@@ -81,7 +82,7 @@ def submit_job(request: SubmitJob, context: Context, identity: str) -> tuple[Job
         spec=spec,
         generation=1,
         state=JobState.PENDING,
-        why=Why(reason="ACCEPTED", message="accepted, waits to be placed"),
+        why=Why(reason=Decision.ACCEPTED, message="accepted, waits to be placed"),
         created_by=identity,
         managed_by=request.managed_by,
         idempotency_key=request.idempotency_key,
@@ -201,7 +202,7 @@ def scale_job(request: ScaleJob, context: Context, identity: str) -> Job:
     size = f"{new.instances} instances of {new.ranks} ranks"
     note(context, "JOB_SCALED", job.uid, f"{new.name}: {size}", identity=identity)
     if job.state is not JobState.PENDING:
-        why = Why(reason="SCALED", message=f"role {new.name} now has {size}: placed anew")
+        why = Why(reason=Decision.SCALED, message=f"role {new.name} now has {size}: placed anew")
         job = lifecycle.requeue(context, job, why)
     context.queue_dirty = True
     return job
@@ -213,7 +214,7 @@ def cancel_job(request: CancelJob, context: Context, identity: str) -> Job:
     _require_owner(job, request.managed_by)
     if is_ended(job) or job.state is JobState.STOPPING:
         return job
-    why = Why(reason=lifecycle.CANCELLED, message=f"cancelled by {identity}")
+    why = Why(reason=Decision.CANCELLED, message=f"cancelled by {identity}")
     return lifecycle.stop(context, job, why)
 
 
@@ -347,7 +348,7 @@ def create_maintenance(request: CreateMaintenance, context: Context, identity: s
         id=request.maintenance_id,
         subject=request.subject,
         state=MaintenanceState.DRAINING,
-        why=Why(reason="DRAINING", message=request.message or "ranks move away"),
+        why=Why(reason=Decision.DRAINING, message=request.message or "ranks move away"),
         deadline=context.now + request.timeout_s,
         ranks_total=sum(ranks_under(context, request.subject).values()),
         created_by=identity,
@@ -355,7 +356,7 @@ def create_maintenance(request: CreateMaintenance, context: Context, identity: s
     )
     if request.dry_run:
         message = f"{record.ranks_total} ranks would have to move away"
-        return replace(record, id="", why=Why(reason="DRY_RUN", message=message))
+        return replace(record, id="", why=Why(reason=Decision.DRY_RUN, message=message))
     put_hold(context, request.subject, HoldKind.DRAIN, record.why.message, identity)
     context.state.put(keys.maintenance(record.id), record)
     context.drains_dirty = True
@@ -371,7 +372,7 @@ def cancel_maintenance(request: CancelMaintenance, context: Context, identity: s
         raise PermanentError(Reason.NOT_FOUND, f"There is no maintenance {request.maintenance_id}.")
     if record.state in (MaintenanceState.CANCELLED, MaintenanceState.EXPIRED):
         return record
-    why = Why(reason="CANCELLED", message=f"cancelled by {identity}")
+    why = Why(reason=Decision.CANCELLED, message=f"cancelled by {identity}")
     record = replace(record, state=MaintenanceState.CANCELLED, why=why)
     context.state.put(key, record)
     context.seen_since.pop(record.id, None)
@@ -409,4 +410,4 @@ def inject_fault(request: InjectFault, context: Context, identity: str) -> Why:
     verb = "cleared" if request.clear else "set"
     message = f"{request.code} {verb} on {request.subject}"
     note(context, "FAULT_INJECTED", request.subject, message, identity=identity)
-    return Why(reason="FAULT_INJECTED", message=message)
+    return Why(reason=Decision.FAULT_INJECTED, message=message)

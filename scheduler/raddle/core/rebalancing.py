@@ -32,6 +32,7 @@ from raddle.model.job import (
     JobState,
     Placement,
 )
+from raddle.model.reasons import Decision
 from raddle.model.routes import RouteState
 from raddle.model.types import ExpertMove, RankKey, Why
 
@@ -99,7 +100,7 @@ def _commit(
     message: str,
 ) -> None:
     """Stage the next epoch: the same members fence, load what is new, and go on."""
-    why = Why(reason="REBALANCING", message=message)
+    why = Why(reason=Decision.REBALANCING, message=message)
     job = replace(at_next_epoch(context, job), state=JobState.RECOVERING, why=why)
     placement = replace(placement, epoch=job.epoch)
     put_job(context, job)

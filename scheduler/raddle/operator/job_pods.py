@@ -12,9 +12,9 @@ from typing import Any
 from raddle.model.errors import PermanentError, Reason, TemporaryError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
-from raddle.operator.conditions import camel
 from raddle.operator.machine import Machine
 from raddle.operator.names import GROUP
+from raddle.operator.reasons import OperatorReason
 from raddle.v1 import scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 
@@ -32,11 +32,13 @@ class Outcome:
     problems: list[job_status.Problem] = field(default_factory=list)
     #: Why clients cannot reach the job, if it has a front door of ours.
     front_door: job_status.Problem | None = None
+    #: Ranks' Pods that were given other devices than they are meant to use.
+    devices: list[job_status.Problem] = field(default_factory=list)
     failure: PermanentError | None = None
 
     def failed(self, error: PermanentError) -> job_status.Problem:
         """Note that a part cannot be made."""
-        problem = job_status.Problem("not done", camel(error.reason), error.message)
+        problem = job_status.Problem("not done", error.reason, error.message)
         self.problems.insert(0, problem)
         self.failure = error
         return problem
@@ -80,6 +82,8 @@ class JobPods:
                     await self._ensure(item, resource)
             except PermanentError as error:
                 outcome.front_door = outcome.failed(error)
+        wrong = self._machine.wrong_devices([pod for pod in present if _component(pod) == "rank"])
+        outcome.devices = job_status.device_problems(wrong)
         wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
         for pod in present:
             is_wanted = pod["metadata"]["name"] in wanted or _component(pod) != "rank"
@@ -127,7 +131,9 @@ class JobPods:
             host = self._machine.host_of(seat.rank.node)
             if host is None:
                 message = f"no Kubernetes node plays {seat.rank.node}"
-                problems.append(job_status.Problem(f"Pod {pod}", "NoKubernetesNode", message))
+                problems.append(
+                    job_status.Problem(f"Pod {pod}", OperatorReason.NO_KUBERNETES_NODE, message)
+                )
                 continue
             item = pods.rank_pod(
                 self._site,
@@ -156,7 +162,7 @@ class JobPods:
             await self._cluster.create(item)
         except PermanentError as error:
             name = f"Pod {item['metadata']['name']}"
-            problems.append(job_status.Problem(name, camel(error.reason), error.message))
+            problems.append(job_status.Problem(name, error.reason, error.message))
 
     async def _rank_tables(
         self,

@@ -109,7 +109,7 @@ class Jobs:
         incident = self._incident(brought.answer.job.uid)
         outcome = await self._pods.run(resource, roles, brought.answer, present)
         conditions = job_status.conditions(
-            brought.answer, incident, outcome.problems, outcome.front_door
+            brought.answer, incident, outcome.problems, outcome.front_door, outcome.devices
         )
         if brought.refusal is not None:
             conditions = job_status.unchanged(conditions, brought.refusal)

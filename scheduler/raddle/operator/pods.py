@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raddle.model.kinds import SeatState
-from raddle.operator.names import API_VERSION, GROUP, role_name, short_name
+from raddle.operator.names import API_VERSION, DIE_ANNOTATION, GROUP, role_name, short_name
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank, table_1_2, table_2_0
 
@@ -196,7 +196,7 @@ def rank_pod(
         "name": pod_name(job.spec.name, seat),
         "namespace": namespace,
         "labels": labels(site, "rank", job) | seat.label_values(),
-        "annotations": {f"{GROUP}/die": rank.die, f"{GROUP}/node": rank.node},
+        "annotations": {DIE_ANNOTATION: rank.die, f"{GROUP}/node": rank.node},
         "ownerReferences": owner(role_resource),
     }
     return overlaid(
