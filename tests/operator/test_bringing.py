@@ -61,14 +61,21 @@ class Scheduler:
         self.answer = answer(seat(0), state=state)
         self.answer.job.managed_by = MANAGER
         self.calls: list[str] = []
+        #: Ranks of the Pods that were reported, with the reasons.
+        self.reported: list[tuple[int, str]] = []
         self.away = False
         #: Raised by calls that change the job.
         self.refuses: RaddleError | None = None
 
-    async def call(self, method: str, _request: Any) -> Any:
+    async def call(self, method: str, request: Any) -> Any:
         self.calls.append(method)
         if self.away:
             raise TemporaryError(Reason.NO_LEADER, "away")
+        if method == "ReportPods":
+            if self.refuses is None:
+                self.reported += [(pod.rank.rank, pod.reason) for pod in request.pods]
+                return scheduler_pb2.ReportPodsResponse()
+            raise self.refuses
         if method == "GetJob":
             return self.answer
         if self.refuses is not None:
@@ -230,3 +237,35 @@ async def test_a_refused_change_deletes_nothing(error: RaddleError) -> None:
     await jobs.bring("default", "demo")
     assert [item["spec"]["role"] for item in await api.find("InferenceRole")] == ["other"]
     assert await api.find("Pod") == []
+
+
+async def test_the_scheduler_hears_why_a_pod_ended_though_the_pod_has_gone() -> None:
+    """What the watch told last is kept until the scheduler has heard it, and told once."""
+    api, scheduler, _ = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    pod = api.items.pop(("Pod", "demo-decode-0-0-1"))
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    pod["status"] = {"containerStatuses": [{"name": "rank", "state": killed}]}
+    jobs.pod_told(pod)
+    scheduler.refuses = TemporaryError(Reason.NO_LEADER, "away")
+    with pytest.raises(TemporaryError):
+        await jobs.bring("default", "demo")
+    scheduler.refuses = None
+    await jobs.bring("default", "demo")
+    await jobs.bring("default", "demo")
+    assert scheduler.reported == [(0, "OOMKilled")]
+
+
+async def test_pods_that_wait_are_told_as_long_as_they_are_there() -> None:
+    """A new leader knows nothing of them."""
+    api, scheduler, _ = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    assert scheduler.reported == []
+    waits = {"waiting": {"reason": "ErrImagePull", "message": "demo:1: not found"}}
+    pod = api.items["Pod", "demo-decode-0-0-1"]
+    pod["status"] = {"containerStatuses": [{"name": "rank", "state": waits}]}
+    for _ in range(2):
+        await jobs.bring("default", "demo")
+    assert scheduler.reported == [(0, "ErrImagePull")] * 2

@@ -253,6 +253,42 @@ async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage
     await deleted(stage, "served")
 
 
+async def test_a_pod_that_fails_before_its_rank_is_up_is_replaced_at_once(stage: Stage) -> None:
+    """Its agent would wait for the rank for a minute more; incident and story say why it ended."""
+    await stage.apply_job("refused", role("decode", ranks=4, slotsPerRank=10))
+    selector = "raddle.dev/job=refused,raddle.dev/rank=1"
+    found: list[dict[str, Any]] = []
+
+    async def has_pod() -> bool:
+        found[:] = await stage.cluster.find("Pod", stage.jobs, selector)
+        return len(found) == 1
+
+    await stage.until(has_pod, "the rank's Pod")
+    message = "Allocate failed due to no healthy devices present"
+    status = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": message}
+    name = found[0]["metadata"]["name"]
+    patch = ("patch", "pod", "-n", stage.jobs, name, "--subresource=status", "--type=merge")
+    await stage.kubectl(*patch, "-p", json.dumps({"status": status}))
+
+    async def is_replaced() -> bool:
+        pods = await stage.cluster.find("Pod", stage.jobs, selector)
+        running = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
+        return [pod["metadata"]["name"] for pod in running] not in ([], [name])
+
+    await stage.until(is_replaced, "another start has a Pod")
+    job = await stage.job("refused")
+    assert job is not None
+    listed = scheduler_pb2.ListIncidentsRequest(job_uid=job.job.uid)
+    said = f"the rank's pod ended: UnexpectedAdmissionError: {message}"
+    told = (await stage.call("ListIncidents", listed)).incidents
+    (incident,) = (incident for incident in told if said in incident.why.message)
+    explain = scheduler_pb2.ExplainRequest(subject=f"incident/{incident.id}")
+    assert any(said in line for line in (await stage.call("Explain", explain)).story)
+    story = await stage.call("Explain", scheduler_pb2.ExplainRequest(subject=f"job/{job.job.uid}"))
+    assert any("the pod of decode/0/1: Unexpected" in line for line in story.story)
+    await deleted(stage, "refused")
+
+
 async def test_a_service_of_somebody_else_is_not_taken(stage: Stage) -> None:
     """The job says which object stands in its way."""
     await stage.kubectl("create", "service", "-n", stage.jobs, "clusterip", "mine", "--tcp=80")

@@ -10,6 +10,7 @@ from raddle.model.reasons import Decision
 from raddle.operator import job_status
 from raddle.operator.conditions import Condition, event, merged, turned
 from raddle.operator.hosts import WrongDevice
+from raddle.operator.pod_problems import pod_problem
 from raddle.operator.reasons import EventReason, OperatorReason, PodReason
 from raddle.v1 import incident_pb2
 from tests.operator.resources import answer, inference_job, seat
@@ -94,7 +95,7 @@ def test_a_pod_that_does_not_come_up_is_the_reason() -> None:
         "metadata": {"name": "demo-decode-0-0-1"},
         "status": {"phase": "Pending", "containerStatuses": [{"state": {"waiting": waiting}}]},
     }
-    problem = job_status.pod_problem(pod)
+    problem = pod_problem(pod)
     assert problem is not None
     told = answer(seat(0), state="STARTING", live=False)
     ready = by_type(job_status.conditions(told, None, [problem]))["Ready"]
@@ -134,10 +135,10 @@ def test_pods_that_begin_or_run_are_no_problem() -> None:
     ]
     for state in states:
         pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [{"state": state}]}}
-        assert job_status.pod_problem(pod) is None
+        assert pod_problem(pod) is None
     killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
     pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [{"state": killed}]}}
-    problem = job_status.pod_problem(pod)
+    problem = pod_problem(pod)
     assert problem is not None
     assert problem.reason is PodReason.OOM_KILLED
 

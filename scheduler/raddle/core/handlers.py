@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
-from raddle.core import lifecycle
+from raddle.core import lifecycle, pod_words
 from raddle.core.admission import check_spec
 from raddle.core.context import Context, is_ended, note, put_job, ranks_under, role_of
 from raddle.core.holds import covering, holding_maintenance, lift_drain, lift_hold, put_hold
@@ -24,6 +24,7 @@ from raddle.core.requests import (
     DeclareNodeLost,
     DeleteJob,
     InjectFault,
+    ReportPods,
     ScaleJob,
     SubmitJob,
     Uncordon,
@@ -326,6 +327,14 @@ def declare_node_lost(request: DeclareNodeLost, context: Context, identity: str)
     context.nodes.declared_lost(request.node, f"{said}, says {identity}")
     note(context, "NODE_DECLARED_LOST", request.node, said, identity=identity)
     return node.why
+
+
+@answer.register
+def report_pods(request: ReportPods, context: Context, identity: str) -> None:
+    """Kubernetes' words about pods of a job's ranks; those of a job that has ended are late."""
+    job = context.state.require_job(request.job_uid)
+    if not is_ended(job):
+        pod_words.take(context, job, request.words, identity)
 
 
 @answer.register

@@ -134,6 +134,7 @@ class Machine:
         self.context.state.take_reports(other.context.state)
         self.context.nodes.remember(other.context.nodes)
         self.context.waits |= other.context.waits
+        self.context.pod_words |= other.context.pod_words
 
     def validate(self) -> None:
         """Assert the invariants that hold between any two events."""

@@ -90,7 +90,7 @@ def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
         context.state.make_room(lifecycle.size_of(context, job))
         plan = _recover_job(context, job, lost, incident.id)
         incident = replace(incident, plans=(*incident.plans, plan)[-PLANS_AN_INCIDENT_MAX:])
-        incident = replace(incident, why=_summary(incident))
+        incident = replace(incident, why=summary(incident))
         # The journal and the epochs that it tells of are one commit, for as many as fit in one.
         context.state.put(keys.incident(incident.id), incident)
         context.state.stimulus(incident.id)
@@ -192,6 +192,7 @@ def _incident(
             message=loss.message,
             job_uid=loss.job_uid,
             rank=loss.key,
+            start_count=loss.start_count,
         )
         for loss in losses
     )
@@ -246,7 +247,8 @@ def _subject(positions: list[str], losses: list[Loss]) -> tuple[str, str]:
     return kinds[min(depth, 4)], "/".join(common[:depth])
 
 
-def _summary(incident: Incident) -> Why:
+def summary(incident: Incident) -> Why:
+    """Why an incident is: what was lost first, and what is done about all that was lost."""
     parts = [
         f"{plan.role}/{plan.instance}: {plan.option}" if plan.role else str(plan.option)
         for job_plan in incident.plans

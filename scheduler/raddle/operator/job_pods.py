@@ -14,6 +14,7 @@ from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
 from raddle.operator.machine import Machine
 from raddle.operator.names import GROUP
+from raddle.operator.pod_problems import Problem, pod_problem, pod_report
 from raddle.operator.reasons import OperatorReason
 from raddle.v1 import scheduler_pb2
 from raddle.wire.rank_tables import TableRank
@@ -29,16 +30,18 @@ Answer = scheduler_pb2.GetJobResponse
 class Outcome:
     """What of a job's objects does not come up; a failure is to be raised once that is told."""
 
-    problems: list[job_status.Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     #: Why clients cannot reach the job, if it has a front door of ours.
-    front_door: job_status.Problem | None = None
+    front_door: Problem | None = None
     #: Ranks' Pods that were given other devices than they are meant to use.
-    devices: list[job_status.Problem] = field(default_factory=list)
+    devices: list[Problem] = field(default_factory=list)
+    #: Ranks' Pods that ended or do not come up, as the scheduler is told.
+    reports: list[scheduler_pb2.PodReport] = field(default_factory=list)
     failure: PermanentError | None = None
 
-    def failed(self, error: PermanentError) -> job_status.Problem:
+    def failed(self, error: PermanentError) -> Problem:
         """Note that a part cannot be made."""
-        problem = job_status.Problem("not done", error.reason, error.message)
+        problem = Problem("not done", error.reason, error.message)
         self.problems.insert(0, problem)
         self.failure = error
         return problem
@@ -82,12 +85,13 @@ class JobPods:
                     await self._ensure(item, resource)
             except PermanentError as error:
                 outcome.front_door = outcome.failed(error)
-        wrong = self._machine.wrong_devices([pod for pod in present if _component(pod) == "rank"])
-        outcome.devices = job_status.device_problems(wrong)
+        ranks = [pod for pod in present if is_rank(pod)]
+        outcome.devices = job_status.device_problems(self._machine.wrong_devices(ranks))
+        outcome.reports = [report for pod in ranks if (report := pod_report(pod)) is not None]
         wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
         for pod in present:
-            is_wanted = pod["metadata"]["name"] in wanted or _component(pod) != "rank"
-            problem = job_status.pod_problem(pod) if is_wanted else None
+            is_wanted = pod["metadata"]["name"] in wanted or not is_rank(pod)
+            problem = pod_problem(pod) if is_wanted else None
             if problem is not None:
                 outcome.problems.append(problem)
         return outcome
@@ -99,10 +103,10 @@ class JobPods:
         answer: Answer,
         present: list[Object],
         seats: list[pods.Seat],
-        problems: list[job_status.Problem],
+        problems: list[Problem],
     ) -> None:
         """Rank tables before the Pods that read them; those of instances that went go with them."""
-        ranks = [pod for pod in present if _component(pod) == "rank"]
+        ranks = [pod for pod in present if is_rank(pod)]
         await self._rank_tables(roles, answer, ranks, seats)
         instances = {(seat.role, str(seat.instance)) for seat in seats}
         await self._delete_tables(pod for pod in ranks if _instance(pod) not in instances)
@@ -115,13 +119,13 @@ class JobPods:
         answer: Answer,
         present: list[Object],
         seats: list[pods.Seat],
-    ) -> list[job_status.Problem]:
+    ) -> list[Problem]:
         name = answer.job.spec.name
         wanted = {pods.pod_name(name, seat) for seat in seats}
         there = {pod["metadata"]["name"] for pod in present}
         was_up = pods.started(answer)
         templates = {role["name"]: role.get("template") or {} for role in resource["spec"]["roles"]}
-        problems: list[job_status.Problem] = []
+        problems: list[Problem] = []
         making = []
         for seat in seats:
             pod = pods.pod_name(name, seat)
@@ -131,9 +135,7 @@ class JobPods:
             host = self._machine.host_of(seat.rank.node)
             if host is None:
                 message = f"no Kubernetes node plays {seat.rank.node}"
-                problems.append(
-                    job_status.Problem(f"Pod {pod}", OperatorReason.NO_KUBERNETES_NODE, message)
-                )
+                problems.append(Problem(f"Pod {pod}", OperatorReason.NO_KUBERNETES_NODE, message))
                 continue
             item = pods.rank_pod(
                 self._site,
@@ -156,13 +158,13 @@ class JobPods:
         )
         return problems
 
-    async def _make(self, item: Object, problems: list[job_status.Problem]) -> None:
+    async def _make(self, item: Object, problems: list[Problem]) -> None:
         """Create a Pod; what the API server refuses is told in the job's status."""
         try:
             await self._cluster.create(item)
         except PermanentError as error:
             name = f"Pod {item['metadata']['name']}"
-            problems.append(job_status.Problem(name, error.reason, error.message))
+            problems.append(Problem(name, error.reason, error.message))
 
     async def _rank_tables(
         self,
@@ -239,7 +241,7 @@ class JobPods:
 
     async def withdraw(self, resource: Object, present: list[Object]) -> None:
         """Nothing of the job runs: Pods, rank tables and front door go."""
-        ranks = [pod for pod in present if _component(pod) == "rank"]
+        ranks = [pod for pod in present if is_rank(pod)]
         await self._delete_tables(ranks)
         for pod in ranks:
             if not pod["metadata"].get("deletionTimestamp"):
@@ -280,7 +282,7 @@ def is_owned(item: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
     return any(reference["uid"] == owner["metadata"]["uid"] for reference in references)
 
 
-def _front_door_problem(present: Iterable[Object]) -> job_status.Problem | None:
+def _front_door_problem(present: Iterable[Object]) -> Problem | None:
     return job_status.front_door_problem(
         pod
         for pod in present
@@ -300,6 +302,10 @@ def _table(pod: Mapping[str, Any]) -> tuple[str, str]:
     return metadata["namespace"], pods.table_name(
         metadata["labels"][f"{GROUP}/job"], *_instance(pod)
     )
+
+
+def is_rank(pod: Mapping[str, Any]) -> bool:
+    return _component(pod) == "rank"
 
 
 def _component(pod: Mapping[str, Any]) -> str:

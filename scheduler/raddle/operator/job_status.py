@@ -8,7 +8,7 @@ spelling, messages its sentences.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,7 +18,8 @@ from raddle.model.kinds import RoleKind, SeatState
 from raddle.model.reasons import Code, Decision
 from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition
 from raddle.operator.hosts import WrongDevice
-from raddle.operator.reasons import OperatorReason, PodReason, named
+from raddle.operator.pod_problems import Problem, pod_problem
+from raddle.operator.reasons import OperatorReason, named
 from raddle.v1 import health_pb2, incident_pb2, job_pb2, scheduler_pb2
 
 _CLOSED = incident_pb2.INCIDENT_PHASE_CLOSED
@@ -26,15 +27,6 @@ _NAMED_RANKS_MAX = 5
 _ENDED = (job_pb2.JOB_STATE_CANCELLED, job_pb2.JOB_STATE_FAILED)
 _PLACED = (job_pb2.JOB_STATE_STARTING, job_pb2.JOB_STATE_READY, job_pb2.JOB_STATE_RECOVERING)
 _TYPES = ("Queued", "Placed", "Ready", "Degraded", "Recovering")
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What keeps a job's objects from coming up: a Pod mostly, and what the API server says."""
-
-    subject: str
-    reason: Code
-    message: str
 
 
 def refused(error: RaddleError) -> list[Condition]:
@@ -280,26 +272,3 @@ def front_door_problem(pods: Iterable[Mapping[str, Any]]) -> Problem | None:
 def _is_pod_ready(pod: Mapping[str, Any]) -> bool:
     conditions = (pod.get("status") or {}).get("conditions") or ()
     return any(c["type"] == "Ready" and c["status"] == TRUE for c in conditions)
-
-
-def pod_problem(pod: Mapping[str, Any]) -> Problem | None:
-    """Why a Pod does not come up; None for one that runs, ended well or only begins."""
-    name, status_ = f"Pod {pod['metadata']['name']}", pod.get("status") or {}
-    for container in status_.get("containerStatuses") or ():
-        state = container.get("state") or {}
-        waiting, ended = state.get("waiting") or {}, state.get("terminated") or {}
-        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            said = waiting.get("message") or "it waits"
-            return Problem(name, *named(waiting["reason"], said, PodReason.POD_WAITS))
-        if ended.get("exitCode"):
-            text = ended.get("message") or f"ended with exit code {ended['exitCode']}"
-            word = ended.get("reason") or PodReason.ERROR
-            return Problem(name, *named(word, text.strip(), PodReason.POD_FAILED))
-    if status_.get("phase") == "Failed":
-        word, said = status_.get("reason") or "", status_.get("message") or "it failed"
-        return Problem(name, *named(word, said, PodReason.POD_FAILED))
-    for condition in status_.get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            word = condition.get("reason") or PodReason.UNSCHEDULABLE
-            return Problem(name, *named(word, condition["message"], PodReason.POD_WAITS))
-    return None

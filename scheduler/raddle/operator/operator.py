@@ -143,6 +143,10 @@ class _Term:
         self._known.add(Item(kind, namespace, name))
         self.work.mark(kind, namespace, name)
 
+    def pod_told(self, body: Mapping[str, Any]) -> None:
+        """A Pod of a job was made, changed or deleted."""
+        self._jobs.pod_told(body)
+
     def mark_machine(self) -> None:
         self.work.mark(_MACHINE, "", "")
 
@@ -231,4 +235,5 @@ def _pod_told(term: _Term, body: Mapping[str, Any]) -> None:
     metadata = body["metadata"]
     job = (metadata.get("labels") or {}).get(f"{GROUP}/job")
     if job:
+        term.pod_told(body)
         term.told(_JOB, metadata["namespace"], job)

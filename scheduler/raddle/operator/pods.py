@@ -14,6 +14,7 @@ from typing import Any
 
 from raddle.model.kinds import SeatState
 from raddle.operator.names import API_VERSION, DIE_ANNOTATION, GROUP, role_name, short_name
+from raddle.operator.pod_problems import RANK_CONTAINER
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank, table_1_2, table_2_0
 
@@ -217,7 +218,7 @@ def _rank_container(
     if device is not None:
         environment["ASCEND_VISIBLE_DEVICES"] = str(device)
     container: Object = {
-        "name": "rank",
+        "name": RANK_CONTAINER,
         "image": site.image,
         "imagePullPolicy": site.pull_policy,
         "command": ["python", "-m", "raddle.agent.engine.reference.rank", folder],
