@@ -11,6 +11,7 @@ from raddle.operator.reasons import PodReason
 from tests.operator.test_pods import pod as made_pod
 
 Object = dict[str, Any]
+UID = "j-000000000001"
 
 
 def pod(rank: Object | None = None, *, deleted: bool = False, **status: Any) -> Object:
@@ -69,7 +70,7 @@ def test_what_goes_wrong_with_a_rank_is_told(
     given: Object, reason: str, has_ended: bool, said: str
 ) -> None:
     """Which start of which rank it is, whether its container is over, and Kubernetes' words."""
-    report = pod_report(given)
+    report = pod_report(given, UID)
     assert report is not None
     rank = report.rank
     assert (rank.role, rank.instance, rank.rank, report.start_count) == ("decode", 0, 3, 7)
@@ -94,19 +95,36 @@ def test_what_goes_wrong_with_a_rank_is_told(
 )
 def test_a_rank_that_runs_begins_or_was_asked_to_end_is_not_told(given: Object) -> None:
     """Who deleted its Pod knows why it ended."""
-    assert pod_report(given) is None
+    assert pod_report(given, UID) is None
 
 
 def test_another_container_is_the_jobs_trouble_and_not_the_ranks() -> None:
     """The rank serves on beside a container that ended; what prepares it keeps it from starting."""
     beside = pod({"running": {}})
     beside["status"]["containerStatuses"].append({"name": "sidecar", "state": ended(1)})
-    assert pod_report(beside) is None
+    assert pod_report(beside, UID) is None
     problem = pod_problem(beside)
     assert problem is not None
     assert problem.reason is PodReason.ERROR
     before = pod(waiting("PodInitializing"))
     before["status"]["initContainerStatuses"] = [{"name": "i", "state": waiting("ErrImagePull")}]
-    report = pod_report(before)
+    report = pod_report(before, UID)
     assert report is not None
     assert (report.reason, report.has_ended) == ("ErrImagePull", False)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"raddle.dev/job-uid": "j-of-before"},
+        {"raddle.dev/start-count": "many"},
+        {"raddle.dev/job-uid": ""},
+    ],
+)
+def test_a_pod_of_another_job_or_of_no_rank_tells_nothing(labels: dict[str, str]) -> None:
+    """An older job had the same name, or somebody labelled a Pod by hand."""
+    given = pod(ended(1))
+    given["metadata"]["labels"] |= labels
+    assert pod_report(given, UID) is None
+    given["metadata"]["labels"] = {"raddle.dev/job-uid": UID}
+    assert pod_report(given, UID) is None

@@ -85,12 +85,13 @@ class JobPods:
                     await self._ensure(item, resource)
             except PermanentError as error:
                 outcome.front_door = outcome.failed(error)
-        ranks = [pod for pod in present if is_rank(pod)]
+        ranks = [pod for pod in present if _is_rank(pod)]
         outcome.devices = job_status.device_problems(self._machine.wrong_devices(ranks))
-        outcome.reports = [report for pod in ranks if (report := pod_report(pod)) is not None]
+        reports = (pod_report(pod, answer.job.uid) for pod in ranks)
+        outcome.reports = [report for report in reports if report is not None]
         wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
         for pod in present:
-            is_wanted = pod["metadata"]["name"] in wanted or not is_rank(pod)
+            is_wanted = pod["metadata"]["name"] in wanted or not _is_rank(pod)
             problem = pod_problem(pod) if is_wanted else None
             if problem is not None:
                 outcome.problems.append(problem)
@@ -106,7 +107,7 @@ class JobPods:
         problems: list[Problem],
     ) -> None:
         """Rank tables before the Pods that read them; those of instances that went go with them."""
-        ranks = [pod for pod in present if is_rank(pod)]
+        ranks = [pod for pod in present if _is_rank(pod)]
         await self._rank_tables(roles, answer, ranks, seats)
         instances = {(seat.role, str(seat.instance)) for seat in seats}
         await self._delete_tables(pod for pod in ranks if _instance(pod) not in instances)
@@ -241,7 +242,7 @@ class JobPods:
 
     async def withdraw(self, resource: Object, present: list[Object]) -> None:
         """Nothing of the job runs: Pods, rank tables and front door go."""
-        ranks = [pod for pod in present if is_rank(pod)]
+        ranks = [pod for pod in present if _is_rank(pod)]
         await self._delete_tables(ranks)
         for pod in ranks:
             if not pod["metadata"].get("deletionTimestamp"):
@@ -304,7 +305,7 @@ def _table(pod: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def is_rank(pod: Mapping[str, Any]) -> bool:
+def _is_rank(pod: Mapping[str, Any]) -> bool:
     return _component(pod) == "rank"
 
 

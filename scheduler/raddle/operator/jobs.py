@@ -17,7 +17,7 @@ from raddle.model.errors import ConflictError, PermanentError, RaddleError, Reas
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
 from raddle.operator.conditions import Condition
-from raddle.operator.job_pods import JobPods, is_owned, is_rank, refuse_foreign
+from raddle.operator.job_pods import JobPods, is_owned, refuse_foreign
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, GROUP, MANAGER, role_name
 from raddle.operator.pod_problems import pod_report
@@ -35,8 +35,8 @@ from raddle.operator.spec import (
 from raddle.operator.telling import Teller
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
 
-#: Jobs whose Pods' ends are kept.
-_POD_ENDS_MAX = 1_000
+#: Jobs of which Pods that ended are kept.
+_ENDED_PODS_MAX = 1_000
 _JOB_REPLICAS = f"{GROUP}/job-replicas"
 log = structlog.get_logger()
 Object = dict[str, Any]
@@ -72,19 +72,21 @@ class Jobs:
         self._site = site
         self._pods = JobPods(cluster, machine, site, ranks_in_pods=ranks_in_pods)
         self._teller = Teller(cluster)
-        #: Ends of ranks' Pods, by job uid and Pod, until the scheduler has heard of them.
-        self._pod_ends: dict[str, dict[str, scheduler_pb2.PodReport]] = {}
+        #: Ranks' Pods that ended, by the namespace and the name of their job and by their own name,
+        #: until the scheduler has heard of them.
+        self._ended_pods: dict[tuple[str, str], dict[str, Object]] = {}
 
-    def pod_told(self, pod: Mapping[str, Any]) -> None:
-        """Keep why a rank's Pod ended: the Pod itself may be gone when its job is looked after."""
+    def pod_told(self, pod: Object) -> None:
+        """Keep a Pod that ended: it may be gone when its job is looked after."""
         metadata = pod["metadata"]
-        uid = (metadata.get("labels") or {}).get(f"{GROUP}/job-uid", "")
-        report = pod_report(pod) if uid and is_rank(pod) else None
+        labels = metadata.get("labels") or {}
+        report = pod_report(pod, labels.get(f"{GROUP}/job-uid", ""))
         if report is None or not report.has_ended:
             return
-        self._pod_ends.setdefault(uid, {})[metadata["name"]] = report
-        if len(self._pod_ends) > _POD_ENDS_MAX:
-            del self._pod_ends[next(iter(self._pod_ends))]
+        of_job = (metadata["namespace"], labels[f"{GROUP}/job"])
+        self._ended_pods.setdefault(of_job, {})[metadata["name"]] = pod
+        if len(self._ended_pods) > _ENDED_PODS_MAX:
+            del self._ended_pods[next(iter(self._ended_pods))]
 
     async def bring(self, namespace: str, name: str) -> bool:
         """Bring one resource to where it belongs; False if there is none."""
@@ -131,7 +133,7 @@ class Jobs:
             conditions = job_status.unchanged(conditions, brought.refusal)
             await self._teller.tell_refusal(resource, brought.refusal, said_of)
         await self._teller.say(resource, brought.answer, conditions, incident, said_of)
-        await self._report(brought.answer.job.uid, outcome.reports)
+        await self._report(brought.answer.job, outcome.reports)
         if failure := outcome.failure or brought.refusal:
             raise failure
         return True
@@ -308,16 +310,19 @@ class Jobs:
         told = self._link.incidents.values
         return job_status.newest({name: m.incident for name, m in told.items()}, job_uid)
 
-    async def _report(self, job_uid: str, present: Collection[scheduler_pb2.PodReport]) -> None:
+    async def _report(self, job: job_pb2.Job, present: Collection[scheduler_pb2.PodReport]) -> None:
         """Tell the scheduler why ranks' Pods ended or do not come up."""
-        kept = self._pod_ends.pop(job_uid, {})
-        if not kept and not present:
+        of_job = (job.spec.namespace, job.spec.name)
+        ended = self._ended_pods.pop(of_job, {})
+        gone = (pod_report(pod, job.uid) for pod in ended.values())
+        reports = [*(report for report in gone if report is not None), *present]
+        if not reports:
             return
-        request = scheduler_pb2.ReportPodsRequest(job_uid=job_uid, pods=[*kept.values(), *present])
+        request = scheduler_pb2.ReportPodsRequest(job_uid=job.uid, pods=reports)
         try:
             await self._link.call("ReportPods", request)
         except RaddleError:
-            self._pod_ends[job_uid] = kept | self._pod_ends.get(job_uid, {})
+            self._ended_pods[of_job] = ended | self._ended_pods.get(of_job, {})
             raise
 
     # --- roles -----------------------------------------------------------------------------------

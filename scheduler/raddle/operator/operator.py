@@ -235,5 +235,5 @@ def _pod_told(term: _Term, body: Mapping[str, Any]) -> None:
     metadata = body["metadata"]
     job = (metadata.get("labels") or {}).get(f"{GROUP}/job")
     if job:
-        term.pod_told(body)
+        term.pod_told(dict(body))
         term.told(_JOB, metadata["namespace"], job)

@@ -37,8 +37,11 @@ def pod_problem(pod: Mapping[str, Any]) -> Problem | None:
     return problem or _own_problem(pod)
 
 
-def pod_report(pod: Mapping[str, Any]) -> scheduler_pb2.PodReport | None:
-    """What the scheduler is told of a rank's Pod; None while nothing is wrong with its rank."""
+def pod_report(pod: Mapping[str, Any], job_uid: str) -> scheduler_pb2.PodReport | None:
+    """What the scheduler is told of a Pod of this job; None if nothing is wrong with its rank."""
+    report = _of_rank(pod["metadata"].get("labels") or {}, job_uid)
+    if report is None:
+        return None
     rank = next((c for c in _containers(pod) if c.get("name") == RANK_CONTAINER), {})
     has_failed = (pod.get("status") or {}).get("phase") == "Failed"
     code = _exit_code(rank)
@@ -49,16 +52,23 @@ def pod_report(pod: Mapping[str, Any]) -> scheduler_pb2.PodReport | None:
         return None
     if _is_deleted(pod) and problem.reason is PodReason.ERROR and code in _ASKED_TO_END:
         return None
-    said = pod["metadata"]["labels"]
-    report = scheduler_pb2.PodReport(
-        start_count=int(said[f"{GROUP}/start-count"]),
-        has_ended=has_ended,
-        reason=str(problem.reason),
-        message=" ".join(problem.message.split())[:_TOLD_CHARACTERS_MAX],
-    )
-    report.rank.role = said[f"{GROUP}/role"]
-    report.rank.instance = int(said[f"{GROUP}/instance"])
-    report.rank.rank = int(said[f"{GROUP}/rank"])
+    report.has_ended, report.reason = has_ended, str(problem.reason)
+    report.message = " ".join(problem.message.split())[:_TOLD_CHARACTERS_MAX]
+    return report
+
+
+def _of_rank(labels: Mapping[str, str], job_uid: str) -> scheduler_pb2.PodReport | None:
+    """Which start of which rank of the job a Pod is for; None for any other Pod."""
+    if labels.get(f"{GROUP}/job-uid") != job_uid:
+        return None
+    try:
+        report = scheduler_pb2.PodReport(start_count=int(labels[f"{GROUP}/start-count"]))
+        report.rank.role = labels[f"{GROUP}/role"]
+        report.rank.instance = int(labels[f"{GROUP}/instance"])
+        report.rank.rank = int(labels[f"{GROUP}/rank"])
+    except (KeyError, ValueError):
+        # The front door's, or one that somebody labelled by hand.
+        return None
     return report
 
 
