@@ -59,6 +59,8 @@ class World:
         self.gave_up: set[Process] = set()
         #: Nodes whose ranks answer the leader though their agents are silent.
         self.answering: set[str] = set()
+        #: Jobs whose ranks are fenced and come no further.
+        self.repairing: set[str] = set()
         self.replies: dict[str, Reply] = {}
         self.epochs: dict[str, int] = {}
 
@@ -131,6 +133,8 @@ class World:
                 if mark in self.starting:
                     continue
                 stage = RankStage.EXITED if mark in self.exited else _STAGES[job.stage]
+                if stage is RankStage.REPAIRED and job.job_uid in self.repairing:
+                    stage = RankStage.FENCED
                 ranks.append(
                     RankStatus(
                         role=key.role,

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import grpc
 import pytest
 
 from raddle.agent.engine.reference.config import RankAddress
-from raddle.cli.demo.client import get_text
+from raddle.cli.demo.client import Answers, get_text, send_all
 from raddle.model import keys
 from raddle.store.etcd.store import EtcdStore
 from raddle.traces import TraceRequest
@@ -122,6 +123,24 @@ async def test_a_stopped_rank_is_found_by_its_peers(served: Served) -> None:
     assert "STEP_DEADLINE" in logs_of(served, "decode")
 
 
+async def test_a_stopped_rank_that_no_peer_waits_for_is_found_by_its_agent(served: Served) -> None:
+    """SIGSTOP of the only rank that has work: no step misses it, its agent does."""
+
+    async def stop_rank() -> None:
+        (serving_one,) = served.answers.served_by.values()
+        rank = next(rank for rank in running_ranks(served) if rank.incarnation == serving_one)
+        with stopped(rank.pid):
+            await served.ready_at(2)
+        await is_gone(served, rank.pid)
+        (fault,) = await faults_of(served, rank)
+        assert "did not answer its agent" in fault.message
+
+    served.requests = [max(served.requests, key=lambda request: request.output_tokens)]
+    served.expected = Answers()
+    await send_all(served.address, served.requests, served.expected, 1)
+    await served.same_tokens_while(stop_rank)
+
+
 async def faults_of(served: Served, rank: RankAddress) -> list[Any]:
     """What all incidents say was wrong with a rank."""
     faults = [fault for incident in await served.incidents() for fault in incident.faults]
@@ -144,7 +163,8 @@ async def test_a_zombie_that_wakes_changes_nothing(
         agent = served.cluster.children[f"agent-{node.replace('/', '-')}"].process.pid
         with stopped(agent):
             with stopped(pid):
-                await served.ready_at(2)
+                async with rounds(served):
+                    await served.ready_at(2)
                 writes = stale_writes(served)
                 hold.release()
             # Awake, at its old epoch, among peers of a newer one, until its agent wakes too.
@@ -164,6 +184,25 @@ async def test_a_zombie_that_wakes_changes_nothing(
         assert not any(tokens_of_answers)
 
     await served.same_tokens_while(stop_rank_and_agent)
+
+
+@asynccontextmanager
+async def rounds(served: Served) -> AsyncIterator[None]:
+    """Requests in rounds until the block ends: a rank's peers notice that it hangs if they step."""
+    ends = asyncio.Event()
+
+    async def send() -> None:
+        while not ends.is_set():
+            answers = Answers()
+            await send_all(served.address, served.requests, answers, 8)
+            assert answers.tokens == served.expected.tokens
+
+    sending = asyncio.create_task(send())
+    try:
+        yield
+    finally:
+        ends.set()
+        await sending
 
 
 def stale_writes(served: Served) -> int:

@@ -73,7 +73,7 @@ class NodeTracker:
         return self.nodes[name]
 
     def remember(self, other: NodeTracker) -> None:
-        """What a tracker of the same term knew: open streams, the grace time, who is unknown."""
+        """What a tracker of the same term knew: open streams, the grace time, who is silent."""
         self.grace_until_s = other.grace_until_s
         for name, node in other.nodes.items():
             if node.has_stream:
@@ -83,6 +83,10 @@ class NodeTracker:
                 mine.silent_since_s = node.silent_since_s
                 mine.stormed, mine.spared_until_s = node.stormed, node.spared_until_s
                 self._set(mine, NodeState.UNKNOWN, node.why.reason, node.why.message)
+            elif node.state is NodeState.SUSPECT and not node.has_stream:
+                mine = self.node(name)
+                mine.silent_since_s, mine.answered_s = node.silent_since_s, node.answered_s
+                self._set(mine, NodeState.SUSPECT, node.why.reason, node.why.message)
 
     def store_leader_changed(self, *, now: float) -> None:
         self.grace_until_s = max(self.grace_until_s, now + LEASE_TTL_S)
@@ -99,7 +103,6 @@ class NodeTracker:
     def lease_seen(self, name: str) -> None:
         node = self.node(name)
         node.has_lease = True
-        node.accused = False
         if node.state is not NodeState.READY and (node.has_stream or not node.probing):
             self._set(node, NodeState.READY, Decision.READY, "agent reports under its lease")
 
@@ -164,6 +167,7 @@ class NodeTracker:
             self._set(node, NodeState.READY, Decision.READY, "agent is back")
         elif answered:
             node.answered_s = now
+            node.accused = False
             self._set(
                 node,
                 NodeState.SUSPECT,
@@ -211,9 +215,11 @@ class NodeTracker:
         quiet_s = max(self.grace_until_s, node.spared_until_s)
         names = dict.fromkeys((*(other.name for other in self._silent(now)), *quiet_nodes))
         silent = [self.nodes[name] for name in names if name in self.nodes]
-        return now < quiet_s or self._is_storm(silent) or self._is_storm(self._unknown())
+        unknown = self._unknown()
+        is_storm = self._is_storm(silent, quiet_nodes) or self._is_storm(unknown, quiet_nodes)
+        return now < quiet_s or is_storm
 
-    def _is_storm(self, nodes: Sequence[Node]) -> bool:
+    def _is_storm(self, nodes: Sequence[Node], quiet_nodes: Sequence[str] = ()) -> bool:
         """Are these more than one failure takes? The nodes of one host count once.
 
         Unless nobody else is heard: then it is rather the leader that is cut off.
@@ -221,7 +227,8 @@ class NodeTracker:
         hosts = Counter(node.host for node in nodes if node.host)
         host, carried = max(hosts.items(), key=lambda item: item[1], default=("", 1))
         others_are_heard = any(
-            node.state is NodeState.READY and node.host != host for node in self.nodes.values()
+            node.state is NodeState.READY and node.host != host and node.name not in quiet_nodes
+            for node in self.nodes.values()
         )
         count = len(nodes) - (carried - 1 if others_are_heard else 0)
         return count > self.storm_nodes_max
@@ -314,4 +321,6 @@ class NodeTracker:
             self._changed[node.name] = None
             if state is not NodeState.UNKNOWN:
                 node.stormed, node.spared_until_s = False, 0.0
+            if state is NodeState.READY:
+                node.accused = False
         node.state, node.why = state, Why(reason=reason, message=message)

@@ -417,7 +417,7 @@ def _with_kv(plan: InstancePlan, restored: RestorePlan) -> InstancePlan:
         for r in restored.restores
         if (r.source.role, r.source.instance) == (plan.role, plan.instance)
     ]
-    given_up = sum(r.why.reason == Decision.GIVE_UP for r in mine)
+    given_up = sum(r.why.says(Decision.GIVE_UP) for r in mine)
     return replace(
         plan,
         sequences_restored=len(mine) - given_up,

@@ -78,7 +78,7 @@ class Machine:
         self.named_twice: dict[str, tuple[str, ...]] = {}
         self._is_known = False
         #: Die -> who holds it, and whether that is somebody else.
-        self._holders: dict[str, tuple[str, bool]] = {}
+        self.holders: dict[str, tuple[str, bool]] = {}
 
     # --- what others ask -------------------------------------------------------------------------
 
@@ -91,6 +91,11 @@ class Machine:
         if not self._is_known:
             message = "it is not known yet which Kubernetes node plays which node"
             raise TemporaryError(Reason.NO_LEADER, message)
+
+    @property
+    def carriers(self) -> dict[str, str] | None:
+        """Which Kubernetes node plays each node of the machine; None while that is not known."""
+        return self._carriers if self._is_known else None
 
     def host_of(self, node: str) -> Host | None:
         """The Kubernetes node that plays a node of the machine."""
@@ -138,11 +143,8 @@ class Machine:
 
     # --- the procedure ---------------------------------------------------------------------------
 
-    async def bring(self) -> bool:
-        """Bring both sides together; True if jobs are to be looked at for it.
-
-        That is when another node plays some node than before, or another Pod holds some die.
-        """
+    async def bring(self) -> None:
+        """Bring both sides together."""
         self._link.nodes.require_whole()
         self._link.maintenances.require_whole()
         found = [host_of(item, self._tolerated) for item in await self._cluster.find("Node")]
@@ -151,16 +153,14 @@ class Machine:
         now = await self._shares_now()
         wanted = self._wanted(now)
         carriers = {node: host for host, nodes in wanted.items() for node in nodes}
-        holders = self._holders_now()
-        is_news = not self._is_known or (carriers, holders) != (self._carriers, self._holders)
-        self._carriers, self._holders = carriers, holders
+        self._carriers = carriers
+        self.holders = self._holders_now()
         if wanted != now:
             await self._write_shares(now, wanted)
         self._is_known = True
         await self._tell_lost(now)
         await self._order()
         await self._show()
-        return is_news
 
     def _holders_now(self) -> dict[str, tuple[str, bool]]:
         found = {

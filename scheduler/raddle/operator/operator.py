@@ -130,11 +130,16 @@ class _Term:
         return exists
 
     async def _bring_machine(self) -> None:
-        named_twice = self.machine.named_twice
-        if await self.machine.bring():
-            self._mark_all(_JOB)
-        if self.machine.named_twice != named_twice:
-            self._mark_all(_SUPERNODE)
+        machine = self.machine
+        carriers, holders, named_twice = machine.carriers, machine.holders, machine.named_twice
+        try:
+            await machine.bring()
+        finally:
+            # What is new is told though the rest failed: at the next attempt it is not new.
+            if (machine.carriers, machine.holders) != (carriers, holders):
+                self._mark_all(_JOB)
+            if machine.named_twice != named_twice:
+                self._mark_all(_SUPERNODE)
 
     # --- told by the API server ------------------------------------------------------------------
 

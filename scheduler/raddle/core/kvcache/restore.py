@@ -133,7 +133,7 @@ def plan_restores(
         if not late:
             targets.take(choice, tokens)
             fetched.append(sources)
-    backs = sorted(r.predicted for r in restores if r.why.reason != Decision.GIVE_UP)
+    backs = sorted(r.predicted for r in restores if not r.why.says(Decision.GIVE_UP))
     blocks = int(np.bincount(np.concatenate(fetched), minlength=1).max())
     busiest_s = blocks * pool.space.block_tokens * costs.bytes_per_token / costs.host_bytes_per_s
     busiest_s *= costs.correction

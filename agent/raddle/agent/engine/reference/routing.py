@@ -202,7 +202,7 @@ class Routing:
     def given_up(self, routes: Routes, sequence_id: str) -> str:
         """Why the recovery plan gave the sequence up; empty if it did not."""
         for restore in routes.restores:
-            if restore.sequence_id == sequence_id and restore.why.reason == Decision.GIVE_UP:
+            if restore.sequence_id == sequence_id and restore.why.says(Decision.GIVE_UP):
                 return restore.why.message
         return ""
 
