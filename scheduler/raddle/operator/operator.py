@@ -148,9 +148,10 @@ class _Term:
         self._known.add(Item(kind, namespace, name))
         self.work.mark(kind, namespace, name)
 
-    def pod_told(self, body: Mapping[str, Any]) -> None:
+    def pod_told(self, namespace: str, job: str, body: Mapping[str, Any]) -> None:
         """A Pod of a job was made, changed or deleted."""
-        self._jobs.pod_told(body)
+        self._jobs.pod_told(dict(body))
+        self.told(_JOB, namespace, job)
 
     def mark_machine(self) -> None:
         self.work.mark(_MACHINE, "", "")
@@ -240,5 +241,4 @@ def _pod_told(term: _Term, body: Mapping[str, Any]) -> None:
     metadata = body["metadata"]
     job = (metadata.get("labels") or {}).get(f"{GROUP}/job")
     if job:
-        term.pod_told(dict(body))
-        term.told(_JOB, metadata["namespace"], job)
+        term.pod_told(metadata["namespace"], job, body)
