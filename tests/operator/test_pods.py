@@ -66,6 +66,9 @@ def test_a_rank_has_few_rights() -> None:
     assert container["securityContext"]["readOnlyRootFilesystem"]
     secrets = [v["secret"]["secretName"] for v in spec["volumes"] if "secret" in v]
     assert secrets == ["raddle-tls-agent"]
+    away = pod(site=replace(SITE, namespace="raddle"))["spec"]
+    copies = [v["secret"]["secretName"] for v in away["volumes"] if "secret" in v]
+    assert copies == ["raddle.raddle-tls-agent"]
     plain = pod(site=replace(SITE, tls=False))["spec"]
     assert not [v for v in plain["volumes"] if "secret" in v]
 

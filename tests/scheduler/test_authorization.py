@@ -82,6 +82,9 @@ async def test_the_jobs_own_namespace_counts(teams: Teams) -> None:
         stub.ListEvents(scheduler_pb2.ListEventsRequest(subject=foreign)),
         stub.ListIncidents(scheduler_pb2.ListIncidentsRequest(job_uid=foreign)),
         stub.Cordon(scheduler_pb2.CordonRequest(subject="sn0/n00")),
+        stub.ReportPods(scheduler_pb2.ReportPodsRequest(job_uid=foreign)),
+        # Of its own jobs too: a pod's end is the operator's word.
+        stub.ReportPods(scheduler_pb2.ReportPodsRequest(job_uid=own)),
     ]
     for call in calls:
         assert (await refusal(call)).reason is DENIED

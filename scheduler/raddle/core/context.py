@@ -95,6 +95,10 @@ class Context:
     )
     #: What peers say of each job's ranks.
     suspicions: dict[str, Suspicions] = field(default_factory=dict[str, "Suspicions"])
+    #: What Kubernetes says of the pods of each job's ranks, of their newest starts.
+    pod_words: dict[str, dict[RankKey, PodWord]] = field(
+        default_factory=dict[str, dict[RankKey, "PodWord"]]
+    )
     #: The last process that a recovery started in each seat of each job.
     lives: dict[str, dict[RankKey, Life]] = field(default_factory=dict[str, dict[RankKey, "Life"]])
     #: When a job whose processes keep ending may start them again.
@@ -173,6 +177,7 @@ class Context:
         for memory in (
             self.seen_since,
             self.suspicions,
+            self.pod_words,
             self.lives,
             self.restart_due,
             self.drain_blocked,
@@ -213,6 +218,22 @@ class Suspicions:
     reconnects: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     #: Those that are believed lost: code and sentence.
     dead: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+
+
+@dataclass(frozen=True, slots=True)
+class PodWord:
+    """What Kubernetes says of the pod of one start of a rank."""
+
+    rank: RankKey
+    start_count: int
+    #: The rank's container is over, or will never be.
+    has_ended: bool
+    reason: str
+    message: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.reason}: {self.message}"
 
 
 @dataclass(slots=True)

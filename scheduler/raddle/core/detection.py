@@ -41,6 +41,7 @@ class Loss:
     position: str
     code: str
     message: str
+    start_count: int = 0
 
 
 Ranks = list[tuple[Seat, RankStatus | None]]
@@ -55,7 +56,8 @@ def losses_of(context: Context, job: Job, ranks: Ranks) -> list[Loss]:
         if cause is not None:
             kind, code, message = cause
             position = seat.placement.die or seat.placement.node
-            found.append(Loss(job.uid, seat.key, kind, position, code, message))
+            start_count = seat.placement.start_count
+            found.append(Loss(job.uid, seat.key, kind, position, code, message, start_count))
     return found
 
 
@@ -71,10 +73,9 @@ def _cause(
     if _is_waited_for(context, job, status) and _is_out_of_control(context, job, node.name):
         what = f"the agent of {node.name} is silent and the recovery needs it"
         return FaultKind.NODE_LOST, "AGENT_SILENT", what
-    if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
-        what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
-        text = f"rank process ended: {what} {status.message}".strip()
-        return FaultKind.RANK_EXITED, status.stage, text
+    ended = _ended(context, job, seat, status)
+    if ended is not None:
+        return FaultKind.RANK_EXITED, *ended
     suspicions = context.suspicions.get(job.uid)
     if status is not None and suspicions is not None and status.incarnation in suspicions.dead:
         return FaultKind.PEER_REPORTS, *suspicions.dead[status.incarnation]
@@ -84,6 +85,29 @@ def _cause(
         if pools.is_handing_on(context, job, seat, status):
             return None
         return FaultKind.DRAIN, "DRAIN", f"{seat.placement.die or seat.placement.node} is drained"
+    return None
+
+
+def _ended(
+    context: Context, job: Job, seat: Seat, status: RankStatus | None
+) -> tuple[str, str] | None:
+    """Code and sentence if the rank's process ended or never will be; None if nobody says so.
+
+    Its agent knows best, and its pod says why. Where the agent says nothing, the pod's end counts.
+    """
+    word = context.pod_words.get(job.uid, {}).get(seat.key)
+    if word is not None and word.start_count != seat.placement.start_count:
+        word = None
+    if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
+        what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
+        text = f"rank process ended: {what} {status.message}".strip()
+        # What a pod waited for before its rank came up is past.
+        if word is None or (status.incarnation and not word.has_ended):
+            return status.stage, text
+        return word.reason, f"{text}; its pod: {word.sentence}"
+    is_heard = context.nodes.node(seat.placement.node).state is NodeState.READY
+    if word is not None and word.has_ended and (status is None or not is_heard):
+        return word.reason, f"the rank's pod ended: {word.sentence}"
     return None
 
 

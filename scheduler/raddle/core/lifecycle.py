@@ -49,6 +49,7 @@ from raddle.model.job import (
     Placement,
 )
 from raddle.model.kinds import NodeState, RoleKind, SeatState
+from raddle.model.reasons import Decision
 from raddle.model.routes import RouteState
 from raddle.model.types import Why
 
@@ -56,8 +57,6 @@ from raddle.model.types import Why
 RESERVE_AFTER_S = 60.0
 #: Of so many shapes the first waiting job's record keeps up with the numbers in its sentence.
 HEADS_TOLD_MAX = 16
-#: The reason of a job that somebody ended.
-CANCELLED = "CANCELLED"
 _RUNNING = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
 
 
@@ -103,7 +102,7 @@ def _turn(job: Job) -> Why:
         f"waits behind {name} ({job.uid}), which has waited for over {RESERVE_AFTER_S:.0f} s: what"
         " becomes free is kept for it"
     )
-    return Why(reason="WAITS_FOR_TURN", message=message)
+    return Why(reason=Decision.WAITS_FOR_TURN, message=message)
 
 
 def size_of(context: Context, job: Job) -> CommitSize:
@@ -138,7 +137,7 @@ def start(context: Context, job: Job, placed: PlacedJob) -> None:
         job,
         observed_generation=job.generation,
         state=JobState.STARTING,
-        why=Why(reason="PLACED", message=placement.why.message),
+        why=Why(reason=Decision.PLACED, message=placement.why.message),
     )
     put_job(context, job)
     context.state.put(keys.placement(job.uid), placement)
@@ -251,7 +250,7 @@ def _ready(context: Context, job: Job) -> None:
     job = replace(
         job,
         state=JobState.READY,
-        why=Why(reason="READY", message=message),
+        why=Why(reason=Decision.READY, message=message),
         ready_time=job.ready_time or context.now,
     )
     put_job(context, job)
@@ -295,7 +294,7 @@ def _all_ranks_ended(context: Context, job_uid: str) -> bool:
 
 def _ended(context: Context, job: Job, why: Why) -> Job:
     """Cancelled if somebody wished it, failed for any other reason."""
-    state = JobState.CANCELLED if why.reason == CANCELLED else JobState.FAILED
+    state = JobState.CANCELLED if why.says(Decision.CANCELLED) else JobState.FAILED
     job = replace(job, state=state, why=why, end_time=context.now)
     put_job(context, job)
     context.state.delete(keys.routes(job.uid))

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from raddle.model.kinds import NodeState
+from raddle.model.kinds import FaultKind, NodeState
+from raddle.model.reasons import Decision
 from raddle.model.types import Why
 
 LEASE_TTL_S = 4.0
@@ -28,7 +29,7 @@ STORM_GATHER_S = 0.5
 LAPSES_APART_S = 2.0
 # A silent node whose ranks answered, or whose agent renews its lease, is asked again.
 ASK_AGAIN_S = 1.0
-_ASKED_AGAIN = ("RANKS_ANSWER", "LEASE_LIVES")
+_ASKED_AGAIN = (Decision.RANKS_ANSWER, Decision.LEASE_LIVES)
 
 
 @dataclass(slots=True)
@@ -95,31 +96,31 @@ class NodeTracker:
         node = self.node(name)
         node.has_lease = has_lease
         if has_lease:
-            self._set(node, NodeState.READY, "READY", "agent reports under its lease")
+            self._set(node, NodeState.READY, Decision.READY, "agent reports under its lease")
         else:
-            self._fall_silent(node, "LEASE_ABSENT", "no lease at the start of the term", now)
+            self._fall_silent(node, Decision.LEASE_ABSENT, "no lease at the start of the term", now)
 
     def lease_seen(self, name: str) -> None:
         node = self.node(name)
         node.has_lease = True
         if node.state is not NodeState.READY and (node.has_stream or not node.probing):
-            self._set(node, NodeState.READY, "READY", "agent reports under its lease")
+            self._set(node, NodeState.READY, Decision.READY, "agent reports under its lease")
 
     def stream_opened(self, name: str) -> None:
         node = self.node(name)
         node.has_stream = True
         if node.has_lease:
-            self._set(node, NodeState.READY, "READY", "agent streams to the leader")
+            self._set(node, NodeState.READY, Decision.READY, "agent streams to the leader")
 
     def lease_ended(self, name: str, *, now: float) -> None:
         node = self.node(name)
         node.has_lease = False
-        self._fall_silent(node, "LEASE_ENDED", "the agent's lease ended", now)
+        self._fall_silent(node, Decision.LEASE_ENDED, "the agent's lease ended", now)
 
     def stream_broken(self, name: str, *, now: float) -> None:
         node = self.node(name)
         node.has_stream = False
-        self._fall_silent(node, "STREAM_BROKEN", "the agent's stream broke", now)
+        self._fall_silent(node, Decision.STREAM_BROKEN, "the agent's stream broke", now)
 
     def accused(self, name: str) -> None:
         """A peer rank lost its connections to this node's ranks: a second witness."""
@@ -139,13 +140,15 @@ class NodeTracker:
         if node.has_stream or node.state is NodeState.LOST:
             return
         if node.state is NodeState.READY:
-            self._fall_silent(node, "NO_STREAM", "its agent does not stream to this leader", now)
+            self._fall_silent(
+                node, Decision.NO_STREAM, "its agent does not stream to this leader", now
+            )
         node.accused = True
         self._to_probe[name] = None
 
     def declared_lost(self, name: str, message: str) -> None:
         """An operator's word against a silent node needs no probe."""
-        self._set(self.node(name), NodeState.LOST, "DECLARED_LOST", message)
+        self._set(self.node(name), NodeState.LOST, Decision.DECLARED_LOST, message)
 
     def probed(
         self, name: str, *, answered: bool, now: float, quiet_nodes: Sequence[str] = ()
@@ -161,14 +164,14 @@ class NodeTracker:
         if node.state not in (NodeState.SUSPECT, NodeState.UNKNOWN):
             return
         if node.has_lease and node.has_stream:
-            self._set(node, NodeState.READY, "READY", "agent is back")
+            self._set(node, NodeState.READY, Decision.READY, "agent is back")
         elif answered:
             node.answered_s = now
             node.accused = False
             self._set(
                 node,
                 NodeState.SUSPECT,
-                "RANKS_ANSWER",
+                Decision.RANKS_ANSWER,
                 "the agent is silent but its ranks answer: no new work, nothing moves",
             )
         elif node.has_lease and name not in quiet_nodes and not node.accused:
@@ -177,14 +180,14 @@ class NodeTracker:
             self._set(
                 node,
                 NodeState.SUSPECT,
-                "LEASE_LIVES",
+                Decision.LEASE_LIVES,
                 "nobody there answers the leader but the agent renews its lease: no new work,"
                 " nothing moves",
             )
         elif node.why.reason in _ASKED_AGAIN:
             # The host goes after its agent: a silence of its own, which others may share.
             node.silent_since_s = now
-            self._set(node, NodeState.SUSPECT, "RANKS_SILENT", "its agent, then its ranks")
+            self._set(node, NodeState.SUSPECT, Decision.RANKS_SILENT, "its agent, then its ranks")
         elif now < node.silent_since_s + self._gather_s(node) and not node.accused:
             # Judged a moment later; `wake` asks again.
             return
@@ -192,7 +195,7 @@ class NodeTracker:
             self._set(
                 node,
                 NodeState.UNKNOWN,
-                "STORM_BRAKE",
+                Decision.STORM_BRAKE,
                 f"more than {self.storm_nodes_max} nodes fell silent together or the leader just"
                 " changed: nothing moves until a second witness speaks",
             )
@@ -200,7 +203,7 @@ class NodeTracker:
             self._set(
                 node,
                 NodeState.LOST,
-                "NODE_LOST",
+                FaultKind.NODE_LOST,
                 f"{node.why.message or 'silent'}, and none of its ranks answers",
             )
 

@@ -34,6 +34,7 @@ from raddle.model.job import (
     Placement,
 )
 from raddle.model.kinds import NodeState
+from raddle.model.reasons import Decision
 from raddle.model.routes import RouteState
 from raddle.model.types import ExpertMove, RankKey, Why
 
@@ -106,7 +107,7 @@ def _commit(
     message: str,
 ) -> None:
     """Stage the next epoch: the same members fence, load what is new, and go on."""
-    why = Why(reason="REBALANCING", message=message)
+    why = Why(reason=Decision.REBALANCING, message=message)
     job = replace(at_next_epoch(context, job), state=JobState.RECOVERING, why=why)
     placement = replace(placement, epoch=job.epoch)
     put_job(context, job)

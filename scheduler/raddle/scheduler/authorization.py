@@ -30,6 +30,7 @@ VERBS: dict[str, Verb] = {
     "Cordon": "admin",
     "Uncordon": "admin",
     "DeclareNodeLost": "admin",
+    "ReportPods": "admin",
     "CreateMaintenance": "admin",
     "CancelMaintenance": "admin",
     "InjectFault": "admin",

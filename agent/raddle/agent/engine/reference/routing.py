@@ -17,6 +17,7 @@ import structlog
 from raddle.agent.engine.reference.blocks import block_hashes, cache_key
 from raddle.model.errors import Reason, TemporaryError
 from raddle.model.kinds import RoleKind
+from raddle.model.reasons import Decision
 from raddle.model.routes import Routes, RouteState, SequenceReport
 from raddle.model.types import Member
 from raddle.telemetry.channels import make_channel, send_stream
@@ -201,7 +202,7 @@ class Routing:
     def given_up(self, routes: Routes, sequence_id: str) -> str:
         """Why the recovery plan gave the sequence up; empty if it did not."""
         for restore in routes.restores:
-            if restore.sequence_id == sequence_id and restore.why.reason == "GIVE_UP":
+            if restore.sequence_id == sequence_id and restore.why.says(Decision.GIVE_UP):
                 return restore.why.message
         return ""
 
