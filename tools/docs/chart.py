@@ -39,7 +39,9 @@ from there to a served job, an upgrade, an etcd of your own and a real machine.
   kubelet's socket as root. Agents, schedulers and etcd have no token for the Kubernetes API.
 - **Certificates** are made by a hook before an installation and renewed by each upgrade that comes
   within `certificates.renewBeforeDays` of their end, or by cert-manager. Nothing is restarted for
-  that: new connections show the new ones.
+  that: new connections show the new ones. Each identity may do what it needs and no more;
+  namespaces of jobs get copies of `<release>-tls-rank` and `<release>-tls-frontdoor` alone, which
+  open neither etcd nor jobs and machine at the schedulers.
 - **Upgrades** go one pod at a time: a scheduler gives the lead back when it is told to end, ranks
   run on in pods of their own while their agent is replaced, and nothing moves while etcd restarts.
 - **Definitions** of the custom resources are templates, so that upgrades upgrade them; an

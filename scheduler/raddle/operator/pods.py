@@ -51,7 +51,7 @@ class Site:
 
     @property
     def rank_secret(self) -> str:
-        return f"{self.release}-tls-agent"
+        return f"{self.release}-tls-rank"
 
     @property
     def front_door_secret(self) -> str:

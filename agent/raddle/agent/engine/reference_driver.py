@@ -37,7 +37,7 @@ from raddle.model.names import rank_folder, ranks_folder
 from raddle.model.stats import RankStats
 from raddle.model.types import Fence, RankKey
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles
+from raddle.telemetry.tls import RANK_NAME, TlsFiles
 from raddle.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from raddle.wire.codec import from_message, to_message
 from raddle.wire.status import error_from
@@ -202,7 +202,7 @@ class ReferenceDriver:
             address.engine_address,
             identity=f"agent/{self._node}",
             tls=self._tls,
-            server_name=AGENT_NAME,
+            server_name=RANK_NAME,
         )
         rank = ReferenceRank(address, key, found.life, channel)
         slot = (address.job_uid, key, address.start_count)
