@@ -123,7 +123,10 @@ async def test_routes_are_a_namespaces_own(teams: Teams) -> None:
     assert (await refusal(router.AckRoutes(ack))).reason is DENIED
     for request in (
         router_pb2.WatchRoutesRequest(job_uid=foreign),
+        router_pb2.WatchRoutesRequest(job_uid=foreign, namespace="team-a", name="one"),
         router_pb2.WatchRoutesRequest(namespace="team-b", name="two"),
+        router_pb2.WatchRoutesRequest(name="two"),
+        router_pb2.WatchRoutesRequest(job_uid="j-unknown"),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.WatchRoutes(request).read()

@@ -12,7 +12,7 @@ import structlog
 from raddle.core.events import FrontDoorLost, SequencesReported
 from raddle.model import keys
 from raddle.model.routes import Routes, SequenceReport
-from raddle.scheduler.interceptor import caller_of, refuse_foreign_front_door
+from raddle.scheduler.interceptor import refuse_foreign_front_door
 from raddle.scheduler.replica import Replica
 from raddle.scheduler.watches import Watches
 from raddle.v1 import router_pb2, router_pb2_grpc
@@ -31,32 +31,22 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._replica = replica
         self._watches = watches
 
-    def _matches(self, request: Any, routes: Routes, identity: str) -> bool:
-        if not self._replica.policy.allows(identity, routes.namespace, "route"):
-            return False
-        if request.job_uid:
-            return bool(routes.job_uid == request.job_uid)
-        return bool(
-            routes.namespace == (request.namespace or "default") and routes.name == request.name
-        )
-
     async def WatchRoutes(
-        self, request: Any, context: Context
+        self,
+        request: Any,
+        context: Context,  # noqa: ARG002 - the interceptor asked the policy about this job
     ) -> AsyncIterator[router_pb2.WatchRoutesResponse]:
-        identity = caller_of(context)
         stream = self._watches.follow(keys.ROUTES, _IDLE_S)
         await anext(stream)
         newest: dict[str, int] = {}
         for key, routes in list(self._replica.mirror.under(keys.ROUTES)):
-            if self._matches(request, routes, identity):
+            if _matches(request, routes):
                 newest[key] = self._replica.mirror.mod_revision(key)
                 yield _response(routes)
         async for seen in stream:
             # A term that ended must not feed a front door any more.
             self._replica.require_leader()
-            if seen is None or seen.value is None:
-                continue
-            if not self._matches(request, seen.value, identity):
+            if seen is None or seen.value is None or not _matches(request, seen.value):
                 continue
             if seen.revision > newest.get(seen.key, 0):
                 yield _response(seen.value)
@@ -96,6 +86,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
             if name:
                 leader.tell(FrontDoorLost(name))
         return router_pb2.ReportSequencesResponse()
+
+
+def _matches(request: Any, routes: Routes) -> bool:
+    if request.job_uid:
+        return bool(routes.job_uid == request.job_uid)
+    return bool(
+        routes.namespace == (request.namespace or "default") and routes.name == request.name
+    )
 
 
 def _response(routes: Routes) -> router_pb2.WatchRoutesResponse:
