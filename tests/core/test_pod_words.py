@@ -10,6 +10,7 @@ from raddle.model.incident import Incident
 from raddle.model.job import Job, JobState
 from raddle.model.kinds import SeatState
 from raddle.model.types import RankKey
+from tests.core.test_restarts import end_all
 from tests.core.world import World, spec, submit
 
 KILLED = ("OOMKilled", "the container used more memory than its limit")
@@ -168,3 +169,18 @@ def test_the_end_of_a_pod_counts_while_its_agent_is_silent(world: World) -> None
     report(world, uid, word(0, 1))
     (incident,) = incidents(world)
     assert "the rank's pod ended: OOMKilled" in incident.why.message
+
+
+def test_a_budget_that_is_spent_names_why_pods_ended(world: World) -> None:
+    """The last end is judged before its pod is told; those before it were told."""
+    uid = submit(world)
+    for _ in range(20_000):
+        ranks = world.store[keys.placement(uid)].instances[0].ranks
+        starts = {seat.rank: seat.start_count for seat in ranks}
+        end_all(world, uid)
+        if job_of(world, uid).state is not JobState.RECOVERING:
+            break
+        report(world, uid, *(word(rank, start) for rank, start in starts.items()))
+    job = job_of(world, uid)
+    assert job.why.reason == "RESTART_BUDGET"
+    assert "a pod of it: OOMKilled: the container used more" in job.why.message

@@ -35,7 +35,7 @@ def waiting(reason: str, message: str = "") -> Object:
 @pytest.mark.parametrize(
     ("given", "reason", "has_ended", "said"),
     [
-        (pod(ended(137, "OOMKilled")), "OOMKilled", True, "memory than its limit"),
+        (pod(ended(137, "OOMKilled")), "OOMKilled", True, "the node ran out (exit code 137)"),
         (pod(ended(139, message="bad\n  address")), "Error", True, "bad address (exit code 139)"),
         (pod(waiting("ErrImagePull", "x: not found")), "ErrImagePull", False, "x: not found"),
         (pod(waiting("ImagePullBackOff")), "ImagePullBackOff", False, "it waits"),
@@ -90,6 +90,7 @@ def test_what_goes_wrong_with_a_rank_is_told(
         pod(ended(0, "Completed")),
         pod(ended(143), deleted=True),
         pod(ended(137), deleted=True),
+        pod(ended(137, "ContainerStatusUnknown", "not located"), deleted=True),
         pod(waiting("ImagePullBackOff"), deleted=True),
     ],
 )

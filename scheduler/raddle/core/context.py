@@ -243,6 +243,8 @@ class Life:
     started_s: float
     starts: int
     ended_s: float | None = None
+    #: Kubernetes' last word on why a process of the seat ended.
+    said: str = ""
 
     def is_shorter_than(self, seconds: float) -> bool:
         return self.ended_s is not None and self.ended_s - self.started_s < seconds

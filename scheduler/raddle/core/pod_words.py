@@ -32,6 +32,10 @@ def take(context: Context, job: Job, words: Sequence[PodWord], identity: str) ->
             kept[word.rank] = word
         elif word.has_ended:
             _explain(context, job.uid, word)
+        life = context.lives.get(job.uid, {}).get(word.rank)
+        if life is not None and word.has_ended:
+            # Its next end is judged before anybody says why.
+            life.said = word.sentence
     if kept == old:
         return
     context.pod_words[job.uid] = kept

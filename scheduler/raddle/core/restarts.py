@@ -27,7 +27,9 @@ def started(context: Context, job: Job, key: RankKey) -> None:
     lives = context.lives.setdefault(job.uid, {})
     last = lives.get(key)
     short = last is not None and last.ended_s is not None and last.is_shorter_than(SETTLED_S)
-    lives[key] = Life(context.now, starts=last.starts + 1 if last is not None and short else 1)
+    lives[key] = Life(context.now, starts=1)
+    if last is not None and short:
+        lives[key] = Life(context.now, starts=last.starts + 1, said=last.said)
 
 
 def due_s(context: Context, losses: list[Loss]) -> float:
@@ -55,6 +57,13 @@ def _life(context: Context, loss: Loss) -> Life | None:
     return life
 
 
+def _story(life: Life, loss: Loss) -> str:
+    """What its agent says of the end, and what was said of a pod of the seat before."""
+    if not life.said or life.said in loss.message:
+        return loss.message
+    return f"{loss.message}; a pod of it: {life.said}"
+
+
 def exhausted(context: Context, losses: list[Loss]) -> Why | None:
     """Why the job fails now; None while its budget lasts."""
     for loss in losses:
@@ -63,7 +72,8 @@ def exhausted(context: Context, losses: list[Loss]) -> Why | None:
             rank = f"{loss.key.role}/{loss.key.instance}/{loss.key.rank}"
             message = (
                 f"rank {rank} on {loss.position} ended within {SETTLED_S:.0f} s of each of its last"
-                f" {life.starts} starts ({loss.message}): read its log, then submit the job again"
+                f" {life.starts} starts ({_story(life, loss)}): read its log, then submit the job"
+                " again"
             )
             return Why(reason=Decision.RESTART_BUDGET, message=message)
     return None
@@ -71,9 +81,10 @@ def exhausted(context: Context, losses: list[Loss]) -> Why | None:
 
 def waits(context: Context, losses: list[Loss], until_s: float) -> Why:
     """What a job whose processes keep ending waits for."""
-    life = next(x for x in (_life(context, loss) for loss in losses) if x is not None)
+    lived = ((loss, _life(context, loss)) for loss in losses)
+    loss, life = next((loss, life) for loss, life in lived if life is not None)
     message = (
-        f"{losses[0].message}; started {life.starts} times in a row, again in"
+        f"{_story(life, loss)}; started {life.starts} times in a row, again in"
         f" {max(0.0, until_s - context.now):.1f} s"
     )
     return Why(reason=Decision.RESTART_BACKOFF, message=message)

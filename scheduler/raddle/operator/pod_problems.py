@@ -15,6 +15,7 @@ RANK_CONTAINER = "rank"
 _BEGINS = (None, "ContainerCreating", "PodInitializing")
 #: Exit codes by SIGKILL and SIGTERM: so containers of a deleted Pod end.
 _ASKED_TO_END = (137, 143)
+_OF_DELETED = (PodReason.ERROR, PodReason.CONTAINER_STATUS_UNKNOWN)
 _TOLD_CHARACTERS_MAX = 400
 
 
@@ -50,7 +51,7 @@ def pod_report(pod: Mapping[str, Any], job_uid: str) -> scheduler_pb2.PodReport 
     problem, has_ended = pod_problem(pod), has_failed or code is not None
     if problem is None or (_is_deleted(pod) and not has_ended):
         return None
-    if _is_deleted(pod) and problem.reason is PodReason.ERROR and code in _ASKED_TO_END:
+    if _is_deleted(pod) and problem.reason in _OF_DELETED and code in _ASKED_TO_END:
         return None
     report.has_ended, report.reason = has_ended, str(problem.reason)
     report.message = " ".join(problem.message.split())[:_TOLD_CHARACTERS_MAX]
@@ -97,7 +98,8 @@ def _container_problem(pod: Mapping[str, Any], container: Mapping[str, Any]) -> 
         return None
     word, said = ended.get("reason") or str(PodReason.ERROR), (ended.get("message") or "").strip()
     reason, said = named(word, said, PodReason.POD_FAILED)
-    return Problem(name, reason, f"{said or reason.meaning} (exit code {ended['exitCode']})")
+    said = said or reason.meaning.rstrip(".")
+    return Problem(name, reason, f"{said} (exit code {ended['exitCode']})")
 
 
 def _own_problem(pod: Mapping[str, Any]) -> Problem | None:
