@@ -331,6 +331,16 @@ def test_any_map_is_split_within_one_percent_of_the_linear_program(
     assert carried_with(weights[0], table[0], loads[0], layout) <= best * 1.01 + 1e-9
 
 
+def test_steps_that_grow_for_ever_stay_numbers() -> None:
+    """A split that gets better at each step, by ever stronger ones: no overflow."""
+    table, loads = np.array([[1, 0, 2, 2, 1, 2, 1, 2]]), np.array([[0.25, 1.0, 1 / 9]])
+    layout = replace(make_layout(4, 2), speeds=np.array([0.5, 1.0, 1.0, 1.0]))
+    with np.errstate(over="raise"):
+        weights = dispatch_weights(table, loads, layout)
+    best = best_split(table[0], loads[0], layout)
+    assert carried_with(weights[0], table[0], loads[0], layout) <= best * 1.01
+
+
 def test_a_chain_of_copies_does_not_swing() -> None:
     """Two loads of 10 that three dies share: 6.67 each, though strong steps swing around it."""
     table, loads = np.array([[-1, 0, 0, 1, 1, 2, 2, -1]]), np.array([[0.0, 10.0, 10.0]])

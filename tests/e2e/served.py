@@ -70,6 +70,15 @@ class Served:
         request = scheduler_pb2.ListIncidentsRequest()
         return list((await self.cluster.stub.ListIncidents(request, timeout=10.0)).incidents)
 
+    async def lost_ranks(self) -> list[Any]:
+        """What incidents say of ranks that were lost.
+
+        An epoch in which ranks connect anew, after a step that a busy machine made too long, loses
+        nobody.
+        """
+        faults = [fault for incident in await self.incidents() for fault in incident.faults]
+        return [fault for fault in faults if fault.rank.role]
+
     async def tokens_flow(self) -> None:
         """Wait until ten more tokens came, or all of them."""
         before, whole = self.answers.count, self.expected.count

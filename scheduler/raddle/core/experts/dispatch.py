@@ -18,6 +18,8 @@ from raddle.core.experts.layout import FloatArray, IntArray, Layout, numbers
 _STEPS = 120
 _EXPONENT = 2.0
 _WEAKER, _STRONGER = 0.7, 1.05
+# The pull of an idle die to this power is still a number.
+_EXPONENT_MAX = 200.0
 # A die that is idle pulls no more than one with this share of the slowest die's time.
 _IDLE = 0.05
 _LEAST = 1e-12
@@ -50,6 +52,7 @@ def dispatch_weights(
         if (least <= goal).all():
             break
         exponent *= np.where(slowest < last, _STRONGER, _WEAKER)
+        exponent = np.minimum(exponent, _EXPONENT_MAX)
         last = slowest
         scale = np.repeat(np.maximum(slowest, _LEAST), layout.dies)
         pull = np.maximum(time / scale, _IDLE) ** -np.repeat(exponent, layout.dies)
