@@ -129,7 +129,10 @@ class ApiServer:
         authority.key_pair("service-accounts")
         authority.issue("apiserver", "kube-apiserver", names=("localhost", "127.0.0.1"))
         authority.issue("admin", "admin", "system:masters")
-        self.kubeconfig = authority.kubeconfig("admin", f"https://127.0.0.1:{self._port}")
+        authority.issue("controller-manager", "system:kube-controller-manager")
+        url = f"https://127.0.0.1:{self._port}"
+        self.kubeconfig = authority.kubeconfig("admin", url)
+        authority.kubeconfig("controller-manager", url)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -141,17 +144,25 @@ class ApiServer:
         )
         for name, command in (("etcd", etcd), ("api", api)):
             if name not in self._processes:
-                with (self._folder / f"{name}.log").open("a") as log:
-                    self._processes[name] = subprocess.Popen(
-                        ["setpriv", "--pdeathsig", "KILL", *command],
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                    )
+                self._spawn(name, command)
         wait_until(self._ready, f"the API server is ready ({self._folder}/api.log)")
 
+    def start_controller(self, name: str, *flags: str) -> None:
+        """Run one controller of the controller manager, under the controller's own account."""
+        command = servers.controller_manager(built("kubernetes"), self._pki)
+        self._spawn(name, [*command, f"--controllers={name}", "--secure-port=0", *flags])
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        with (self._folder / f"{name}.log").open("a") as log:
+            self._processes[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
     def kill(self, name: str = "api") -> None:
-        """Kill the API server (`api`) or its store (`etcd`); what was stored stays."""
+        """Kill the API server (`api`), its store (`etcd`) or a controller; what is stored stays."""
         process = self._processes.pop(name)
         process.kill()
         process.wait()
