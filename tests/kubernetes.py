@@ -172,6 +172,15 @@ class ApiServer:
         self.kubectl("create", "namespace", name)
         self.kubectl("create", "serviceaccount", "default", "--namespace", name)
 
+    def account_kubeconfig(self, namespace: str, account: str) -> Path:
+        """The configuration of a client with the rights of a ServiceAccount."""
+        token = self.kubectl("create", "token", account, "-n", namespace, "--duration=24h")
+        config = json.loads(self.kubeconfig.read_text())
+        config["users"][0]["user"] = {"token": token.strip()}
+        path = self._pki / f"{namespace}.{account}.kubeconfig"
+        path.write_text(json.dumps(config))
+        return path
+
     def forget(self) -> None:
         """Compact all history and start the server anew: watches from before now get a 410."""
         etcdctl = [
