@@ -49,6 +49,11 @@ def demand(lacks: list[str]) -> None:
     pytest.skip(" ".join(lacks))
 
 
+def demand_api_server() -> None:
+    """This machine can run an API server alone."""
+    demand(missing_servers("etcd", "kubernetes"))
+
+
 @pytest.fixture(scope="session")
 def machine_for_cluster() -> None:
     """This machine can run a cluster."""
@@ -215,7 +220,7 @@ class ApiServer:
 @pytest.fixture(scope="session")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """An API server alone, shared by all tests of a session; needs no root."""
-    demand(missing_servers("etcd", "kubernetes"))
+    demand_api_server()
     server = ApiServer(tmp_path_factory.mktemp("api-server"))
     try:
         server.start()
