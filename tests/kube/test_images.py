@@ -91,12 +91,11 @@ def test_one_archive_holds_all_images_for_sites_without_a_registry(cluster: Clus
     ).stdout
     (archive,), (listing,) = folder.glob("*.tar"), folder.glob("*.txt")
     assert said == f"{listing.read_text()}{archive}: {archive.stat().st_size / 1e6:.0f} MB\n"
-    found = re.findall(
-        r"^(\S+) (sha256:[0-9a-f]{64}) ([1-9]\d*) MB$", listing.read_text(), re.MULTILINE
-    )
+    line = re.compile(r"^(\S+) (sha256:[0-9a-f]{64}) [1-9]\d* MB$", re.MULTILINE)
+    found = set(line.findall(listing.read_text()))
     names = {f"localhost/{name}:{tag}" for name in TARGETS.values()}
-    assert {name for name, _, _ in found} == names
-    assert _imported(cluster, archive) >= {(name, digest) for name, digest, _ in found}
+    assert {name for name, _ in found} == names
+    assert _imported(cluster, archive) >= found
 
 
 def _imported(cluster: Cluster, archive: Path) -> set[tuple[str, str]]:
