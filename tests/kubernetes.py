@@ -13,6 +13,7 @@ import re
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,10 @@ def cluster(archives: list[Path]) -> Iterator[Cluster]:
     shared.down()
 
 
-@pytest.fixture
-def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace of the test's own, deleted after it."""
-    readable = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())
-    name = f"{readable[:40].strip('-')}-{uuid.uuid4().hex[:6]}"
+@contextmanager
+def made_namespace(cluster: Cluster, wish: str) -> Iterator[str]:
+    """A namespace with a name like this one for the time of a block."""
+    name = f"{wish[:40].strip('-')}-{uuid.uuid4().hex[:6]}"
     cluster.kubectl("create", "namespace", name)
     wait_until(
         lambda: bool(cluster.get("serviceaccounts", "--namespace", name)["items"]),
@@ -87,6 +87,14 @@ def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]
     )
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own, deleted after it."""
+    test = request.node.name.removeprefix("test_").lower()
+    with made_namespace(cluster, re.sub("[^a-z0-9]+", "-", test)) as name:
+        yield name
 
 
 class Entrance(CuttingProxy):
