@@ -7,7 +7,10 @@
 # Requirements are pinned with hashes, and all have wheels for amd64 and arm64 (Kunpeng).
 # `make images` builds all three without an image registry.
 
-FROM python:3.11-slim-bookworm AS builder
+# A registry's own digest pins it for good: --build-arg BASE=python:3.11.14-slim-bookworm@sha256:...
+ARG BASE=python:3.11.14-slim-bookworm
+
+FROM ${BASE} AS builder
 # A pip of its own: this never touches the packages of the base image.
 RUN python3 -m venv /opt/builder
 ENV PATH=/opt/builder/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -44,14 +47,14 @@ ENV PATH=/usr/local/bin
 USER 65532:65532
 CMD ["etcd"]
 
-FROM python:3.11-slim-bookworm AS agent
+FROM ${BASE} AS agent
 LABEL org.opencontainers.image.title=raddle-agent org.opencontainers.image.licenses=Apache-2.0
 COPY --from=agent-packages /opt/raddle /opt/raddle
 ENV PATH=/opt/raddle/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 65532:65532
 CMD ["raddle-agent", "--help"]
 
-FROM python:3.11-slim-bookworm AS raddle
+FROM ${BASE} AS raddle
 LABEL org.opencontainers.image.title=raddle org.opencontainers.image.licenses=Apache-2.0
 COPY --from=raddle-packages /opt/raddle /opt/raddle
 ENV PATH=/opt/raddle/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1

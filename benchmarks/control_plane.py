@@ -41,7 +41,7 @@ class Router:
         #: When each epoch's routes went live here.
         self.live: dict[int, float] = {}
         self._uid = uid
-        self._channel = make_channel(cluster.addresses[0], identity="client/bench")
+        self._channel = make_channel(cluster.addresses[0], identity="frontdoor")
         self._moved = asyncio.Event()
         stub: Any = router_pb2_grpc.RouterStub(self._channel)
         self._tasks = [
@@ -50,7 +50,7 @@ class Router:
         ]
 
     async def _follow(self, stub: Any) -> None:
-        request = router_pb2.WatchRoutesRequest(front_door_id="bench", job_uid=self._uid)
+        request = router_pb2.WatchRoutesRequest(front_door_id="frontdoor/bench", job_uid=self._uid)
         wanted = router_pb2.RouteState.Value(f"ROUTE_STATE_{RouteState.LIVE}")
         async for message in stub.WatchRoutes(request):
             if message.routes.state == wanted:
@@ -73,7 +73,7 @@ class Router:
             for number in range(SEQUENCES)
         ]
         yield router_pb2.ReportSequencesRequest(
-            front_door_id="bench", job_uid=self._uid, snapshot=True, updated=reports
+            front_door_id="frontdoor/bench", job_uid=self._uid, snapshot=True, updated=reports
         )
         # The stream's end would say that the front door has left.
         await asyncio.Event().wait()

@@ -56,6 +56,18 @@ def test_modules_and_tests_say_what_they_are() -> None:
                 assert ast.get_docstring(node), f"{path}: {node.name} has no sentence"
 
 
+def test_reasons_are_members_of_their_lists() -> None:
+    """No reason is spelt where it is given: the reference would not know it."""
+    for path in tracked(".py"):
+        if path.relative_to(ROOT).parts[0] not in ("common", "scheduler", "agent"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_why = isinstance(node, ast.Call) and ast.unparse(node.func) == "Why"
+            for given in node.keywords if isinstance(node, ast.Call) and is_why else ():
+                spelt = given.arg == "reason" and isinstance(given.value, ast.Constant)
+                assert not spelt, f"{path}:{given.lineno} spells a reason"
+
+
 def test_the_repository_speaks_of_the_project_alone() -> None:
     """No machine paths, no unfinished marks, no addresses in lock files."""
     forbidden = re.compile(r"(?<![\w.])/(?:work|root|home)/\w|\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b")

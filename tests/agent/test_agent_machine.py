@@ -20,6 +20,7 @@ from raddle.agent.core.events import (
     Instruction,
     PeerSuspected,
     RankExited,
+    RankSilent,
     RankStarted,
     StartFailed,
     StartRank,
@@ -113,6 +114,10 @@ def suspicion(peer: int, epoch: int = 1) -> PeerSuspicion:
 
 def suspected(peer: int, epoch: int = 1, *, start: int = 1) -> PeerSuspected:
     return PeerSuspected(JOB, key(), start, suspicion(peer, epoch))
+
+
+def silent(start: int = 1) -> RankSilent:
+    return RankSilent(JOB, key(), start, "no answer")
 
 
 def status(
@@ -388,8 +393,9 @@ def test_progress_within_a_command_is_told(agent: Agent) -> None:
         driven(3, SERVES, start=2, experts=9),
         failed(start=2, final=True),
         suspected(9, start=2),
+        silent(start=2),
     ],
-    ids=["epoch", "passed", "same", "process", "failure", "suspicion"],
+    ids=["epoch", "passed", "same", "process", "failure", "suspicion", "silence"],
 )
 def test_stale_words_are_ignored(agent: Agent, stale: Event) -> None:
     """Words of an older epoch, a stage passed or another process change nothing."""
@@ -474,6 +480,16 @@ def test_acks_are_a_jobs_own_in_the_order_of_its_ranks(agent: Agent) -> None:
     assert out == [acks(status(1), status(2), status(10)), acks(status(0), uid="job-b")]
 
 
+def test_a_silent_rank_is_given_up_where_nobody_drives_it(agent: Agent) -> None:
+    """A process that does not answer is told as failed once; while it is driven, that decides."""
+    agent(assigned(job()), started())
+    agent(assigned(job(stage=LIVE)))
+    assert agent(silent()) == []
+    agent(driven(1, SERVES))
+    assert agent(silent()) == [acks(status(stage=FAILED, message="no answer"))]
+    assert agent(silent()) == []
+
+
 # --- suspicions --------------------------------------------------------------------------------
 
 
@@ -528,6 +544,7 @@ _EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(RankExited, *_WHERE, st.integers(-9, 1), _WORDS),
     st.builds(Driven, *_WHERE, _SMALL, _STAGES, st.booleans(), st.integers(0, 9)),
     st.builds(DriveFailed, *_WHERE, _WORDS, st.booleans()),
+    st.builds(RankSilent, *_WHERE, _WORDS),
     st.builds(PeerSuspected, *_WHERE, st.builds(suspicion, st.integers(0, 99), _SMALL)),
 )
 

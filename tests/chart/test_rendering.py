@@ -376,6 +376,12 @@ def test_rights_go_no_further_than_the_served_namespaces() -> None:
         NAMESPACE,
     }
     assert ("team-a", "secrets", "create") in served
+    two = render(MATRIX["two namespaces, one replica"])
+    own_role = one(two, "Role", "raddle-operator")
+    copied = [rule for rule in own_role["rules"] if rule["resources"] == ["secrets"]]
+    assert [(rule["resourceNames"], rule["verbs"]) for rule in copied] == [
+        (["raddle-tls-rank", "raddle-tls-frontdoor"], ["get"])
+    ]
     assert (NAMESPACE, "secrets", "create") not in served
     own = _rights(render({}), "raddle-operator")
     assert not [right for right in own if right[1] == "secrets"]

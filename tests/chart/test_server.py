@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.chart.rendering import MATRIX, NAMESPACE, render, rights
+from tests.chart.rendering import CHART, MATRIX, NAMESPACE, RELEASE, render, rights, run
 from tests.kubernetes import ApiServer
+from tests.support import ROOT
 
 #: Objects of other projects, whose definitions this server does not have.
 OTHERS = ("cert-manager.io/v1", "monitoring.coreos.com/v1")
@@ -48,7 +50,7 @@ OPERATOR: Rights = EVERYWHERE | {
     ("deployments.apps", ""): verbs("create delete get patch"),
     ("events", ""): verbs("create"),
 }
-SECRETS = ("ca", "scheduler", "agent", "operator", "admin", "frontdoor", "etcd")
+SECRETS = ("ca", "scheduler", "agent", "operator", "admin", "rank", "frontdoor", "etcd")
 CERTIFICATES: Rights = {
     ("secrets", ""): verbs("create"),
     **{("secrets", f"raddle-tls-{name}"): verbs("get patch") for name in SECRETS},
@@ -82,6 +84,33 @@ def test_every_object_is_accepted(server: ApiServer, name: str) -> None:
     documents = [d for d in render(MATRIX[name]) if d["apiVersion"] not in OTHERS]
     said = applied(server, documents, "--dry-run=server", "--validate=strict")
     assert said.count("serverside-applied") == len(documents)
+
+
+def upgraded(server: ApiServer) -> subprocess.CompletedProcess[str]:
+    """What an upgrade of the release would render, after a look at the server."""
+    how = ("--is-upgrade", "--dry-run=server", "--kubeconfig", str(server.kubeconfig))
+    return run("template", RELEASE, str(CHART), "--namespace", NAMESPACE, *how)
+
+
+def test_an_upgrade_waits_until_no_rank_would_refuse_it(server: ApiServer) -> None:
+    """Ranks from before the identities `rank` and `frontdoor` refuse them: their jobs go first."""
+    make = ("create", "secret", "generic", "--namespace", NAMESPACE, "--from-literal=tls.crt=x")
+    job = (ROOT / "examples" / "kubernetes" / "job.yaml").read_text()
+    assert upgraded(server).returncode == 0
+    server.kubectl("apply", "--namespace", "team-a", "-f", "-", stdin=job)
+    assert upgraded(server).returncode == 0
+    server.kubectl(*make, "raddle-tls-agent")
+    refused = upgraded(server)
+    assert refused.returncode != 0
+    assert "InferenceJob team-a/small runs" in refused.stderr
+    patch = ("patch", "inferencejob", "small", "--namespace", "team-a", "--type=merge", "-p")
+    server.kubectl(*patch, '{"spec": {"suspend": true}}')
+    assert upgraded(server).returncode == 0
+    server.kubectl(*patch, '{"spec": {"suspend": false}}')
+    server.kubectl(*make, "raddle-tls-rank")
+    assert upgraded(server).returncode == 0
+    server.kubectl("delete", "secret", "--namespace", NAMESPACE, "--all")
+    server.kubectl("delete", "inferencejob", "small", "--namespace", "team-a")
 
 
 def rights_of(server: ApiServer, account: str, namespace: str) -> Rights:

@@ -16,17 +16,18 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from kubernetes.client.exceptions import ApiException
 from typer.testing import CliRunner
 
-from raddle.cli.certificates.authority import Authority, Pair, wanted
+from raddle.cli.certificates.authority import Authority, Pair, Wanted, wanted
 from raddle.cli.certificates.keep import AUTHORITY, Done, Folder, Lifetimes, bring_up_to_date
 from raddle.cli.certificates.secrets import IDENTITIES, Secrets, wanted_secrets
 from raddle.cli.main import app
 from raddle.model.errors import PermanentError, Reason, TemporaryError
-from raddle.telemetry.tls import AGENT_NAME, SCHEDULER_NAME, tls_files
+from raddle.telemetry.tls import AGENT_NAME, RANK_NAME, SCHEDULER_NAME, tls_files
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 DAY = dt.timedelta(days=1)
 WANTS = [wanted("scheduler"), wanted("agent/sn0/n00"), wanted("client/admin")]
 WANTS.append(wanted("etcd", ("etcd.example", "10.0.0.7")))
+WANTS += [wanted("rank"), wanted("frontdoor")]
 
 
 def run(folder: Path, now: dt.datetime = NOW, wants: Any = None) -> dict[str, Done]:
@@ -39,9 +40,10 @@ def certificate(folder: Path, name: str) -> x509.Certificate:
 
 
 def test_each_identity_has_its_name_and_its_purpose(tmp_path: Path) -> None:
-    """Servers carry their kind's name, a client none; the common name is the identity."""
+    """Servers carry their kind's name, agents the ranks' too, clients none."""
     run(tmp_path)
-    names = {"scheduler": {SCHEDULER_NAME}, "agent-sn0-n00": {AGENT_NAME}, "client-admin": set()}
+    names = {"scheduler": {SCHEDULER_NAME}, "client-admin": set(), "frontdoor": set()}
+    names |= {"agent-sn0-n00": {AGENT_NAME, RANK_NAME}, "rank": {RANK_NAME}}
     names["etcd"] = {"etcd.example", "10.0.0.7", "localhost", "127.0.0.1"}
     for name, servers in names.items():
         found = certificate(tmp_path, name)
@@ -108,14 +110,31 @@ def test_what_is_unfit_is_renewed_with_the_reason(tmp_path: Path) -> None:
     foreign = Authority.create(NOW).issue(wanted("agent/sn0/n00"), NOW, NOW + 365 * DAY)
     (tmp_path / "agent-sn0-n00.crt").write_bytes(foreign.certificate)
     (tmp_path / "agent-sn0-n00.key").write_bytes(foreign.key)
-    done = run(tmp_path, wants=[*WANTS[:3], wanted("etcd", ("elsewhere",))])
+    done = run(tmp_path, wants=[*WANTS[:3], wanted("etcd", ("elsewhere",)), *WANTS[4:]])
     assert {name: one.why for name, one in done.items() if one.action == "renewed"} == {
         "scheduler": "it is no certificate with its key in PEM",
         "client-admin": "its key is another one's",
         "agent-sn0-n00": "another authority signed it",
-        "etcd": "its host names changed",
+        "etcd": "its names changed",
     }
     assert {one.action for one in run(tmp_path, wants=WANTS[:3]).values()} == {"kept"}
+
+
+def test_an_upgrade_renews_what_an_older_release_made(tmp_path: Path) -> None:
+    """An agent's certificate that lacks the ranks' name is renewed, under the same authority."""
+    run(tmp_path, wants=[WANTS[0], Wanted("agent/sn0/n00", (AGENT_NAME,))])
+    before = (tmp_path / "ca.crt").read_bytes()
+    done = run(tmp_path)
+    assert (done["agent-sn0-n00"].action, done["agent-sn0-n00"].why) == (
+        "renewed",
+        "its names changed",
+    )
+    assert [done[name].action for name in ("scheduler", "rank", "frontdoor")] == [
+        "kept",
+        "made",
+        "made",
+    ]
+    assert (tmp_path / "ca.crt").read_bytes() == before
 
 
 def test_no_certificate_outlives_its_authority(tmp_path: Path) -> None:
@@ -141,14 +160,15 @@ def test_an_authority_that_cannot_sign_is_refused(tmp_path: Path) -> None:
 def test_the_command_writes_a_folder_that_the_daemons_take(tmp_path: Path) -> None:
     """`raddle certificates create` makes all identities and shows what it did as data."""
     folder = tmp_path / "pki"
-    nodes = ["--agent", "sn0/n00", "--agent", "sn0/n01", "--client", "team-a"]
+    nodes = ["--agent", "sn0/n00", "--agent", "sn0/n01"]
+    nodes += ["--client", "team-a", "--front-door", "team-a"]
     command = ["certificates", "create", "--out", str(folder), *nodes, "--output", "json"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     made = [one["name"] for one in json.loads(result.stdout)["certificates"]]
     assert made == [
-        *("ca", "scheduler", "operator", "client-admin", "client-frontdoor"),
-        *("agent-sn0-n00", "agent-sn0-n01", "client-team-a"),
+        *("ca", "scheduler", "operator", "client-admin", "rank", "frontdoor"),
+        *("agent-sn0-n00", "agent-sn0-n01", "client-team-a", "frontdoor-team-a"),
     ]
     assert all((folder / f"{name}.key").exists() for name in made)
 
@@ -216,6 +236,9 @@ def test_secrets_are_what_pods_mount() -> None:
         assert secret["data"]["ca.crt"] == authority
     agent = base64.b64decode(api.secrets["raddle-tls-agent"]["data"]["tls.crt"])
     assert x509.load_pem_x509_certificate(agent).subject.rfc4514_string() == "CN=agent/*"
+    for who in ("rank", "frontdoor"):
+        own = base64.b64decode(api.secrets[f"raddle-tls-{who}"]["data"]["tls.crt"])
+        assert x509.load_pem_x509_certificate(own).subject.rfc4514_string() == f"CN={who}"
     before = json.dumps(api.secrets)
     assert set(keep_secrets(api).values()) == {"kept"}
     assert json.dumps(api.secrets) == before

@@ -313,3 +313,43 @@ def test_leases_that_end_together_after_a_cut_are_a_storm() -> None:
     silence(nodes, 8, now=150.5)
     look(nodes, now=150.5 + STORM_GATHER_S)
     assert states(nodes) == {NodeState.UNKNOWN}
+
+
+def test_an_accusation_does_not_outlive_what_it_was_about() -> None:
+    """A peer's word against a node that came back is void: later its lease counts again."""
+    nodes = tracker(8)
+    cut_off(nodes, 1, now=100.0)
+    nodes.accused("n0")
+    nodes.stream_opened("n0")
+    assert nodes.node("n0").state is NodeState.READY
+    cut_off(nodes, 1, now=200.0)
+    look(nodes, now=210.0)
+    assert nodes.node("n0").why.reason == "LEASE_LIVES"
+
+
+def test_a_host_whose_leases_run_out_is_not_heard() -> None:
+    """Two hosts are cut off, one's leases end first: the other's, about to end, prove nothing."""
+    nodes = tracker(6)
+    for number in range(6):
+        nodes.node(f"n{number}").host = f"host-{number // 3}"
+    nodes.storm_nodes_max = 4
+    for name in ("n0", "n1", "n2"):
+        nodes.lease_ended(name, now=100.0)
+    nodes.take_probes()
+    quiet = ["n3", "n4", "n5"]
+    for name in ("n0", "n1", "n2"):
+        nodes.probed(name, answered=False, now=101.0, quiet_nodes=quiet)
+    assert states(nodes) == {NodeState.UNKNOWN}
+
+
+def test_a_silence_is_remembered_when_all_else_is_built_anew() -> None:
+    """A node that renews its lease and answers nobody stays suspect, and is asked again."""
+    before = tracker(3)
+    cut_off(before, 1, now=100.0)
+    look(before, now=110.0)
+    assert before.node("n0").why.reason == "LEASE_LIVES"
+    after = tracker(3)
+    after.remember(before)
+    node = after.node("n0")
+    assert (node.state, node.why.reason) == (NodeState.SUSPECT, "LEASE_LIVES")
+    assert after.wake(now=110.0) == 110.0 + ASK_AGAIN_S

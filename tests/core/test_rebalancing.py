@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raddle.core.events import StatsReported
+from raddle.core.events import AgentStreamBroken, StatsReported
 from raddle.core.expert_loads import HALF_LIFE_S, LOOK_EVERY_S, ExpertLoads
 from raddle.core.experts.balance import balancedness
 from raddle.core.experts.layout import FloatArray
@@ -86,6 +86,21 @@ def test_a_shift_of_loads_starts_an_epoch_with_a_better_map(world: World) -> Non
     world.settle()
     job = world.store[keys.job(uid)]
     assert (job.epoch, job.live_epoch, job.state) == (2, 2, JobState.READY)
+
+
+def test_no_agent_is_left_behind_for_a_better_map(world: World) -> None:
+    """A job keeps its map while one of its agents is silent: a new epoch needs them all."""
+    uid = submit(world)
+    report(world, uid, skewed(shape_of(world, uid)))
+    world.now += LOOK_EVERY_S + 1
+    silent = world.store[keys.placement(uid)].instances[0].ranks[-1].node
+    world.handle(AgentStreamBroken(silent))
+    world.observe(keys.health(silent), None)
+    report(world, uid, skewed(shape_of(world, uid)))
+    assert world.store[keys.job(uid)].epoch == 1
+    world.node_up(silent)
+    report(world, uid, skewed(shape_of(world, uid)))
+    assert world.store[keys.job(uid)].epoch == 2
 
 
 def test_the_same_loads_come_to_rest(world: World) -> None:

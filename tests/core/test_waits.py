@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from raddle.core.detection import CONTROL_LOST_S, UNKNOWN_LOST_S
 from raddle.core.events import AgentStreamBroken, NodeProbed, Woken
 from raddle.model import keys
@@ -138,3 +140,64 @@ def test_a_host_is_known_from_registrations_old_and_new() -> None:
         assert world.machine.context.nodes.node(node).host == host
     world.new_leader()
     assert world.machine.context.nodes.node(node).host == "worker-2"
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["its ranks answer", "behind the brake"])
+def test_an_agent_that_falls_silent_after_its_first_word_is_not_waited_for_for_ever(
+    world: World, *, answers: bool
+) -> None:
+    """All ranks are fenced, one agent goes silent in the repair: the job goes on without it."""
+    if not answers:
+        world.machine.context.nodes.storm_nodes_max = 0
+    uid = submit(world)
+    ranks = world.store[keys.placement(uid)].instances[0].ranks
+    silent = ranks[0].node
+    world.repairing.add(uid)
+    world.fault(next(seat.die for seat in ranks if seat.node != silent), present=True)
+    world.settle()
+    assert job_of(world, uid).state is JobState.RECOVERING
+    began = world.now
+    world.handle(AgentStreamBroken(silent))
+    world.observe(keys.health(silent), None)
+    world.handle(NodeProbed(silent, answered=answers))
+    if not answers:
+        world.dead.add(silent)
+        world.now += 0.6
+        world.handle(Woken())
+    patience_s = CONTROL_LOST_S if answers else UNKNOWN_LOST_S
+    world.now = began + patience_s - 1.0
+    world.handle(Woken())
+    assert job_of(world, uid).epoch == 2
+    world.dead.add(silent)
+    world.repairing.clear()
+    world.now = began + patience_s + 1.0
+    world.settle()
+    job, incident = job_of(world, uid), world.store[keys.incident("i-000001")]
+    assert (job.state, job.live_epoch) == (JobState.READY, 3)
+    assert "AGENT_SILENT" in {fault.code for fault in incident.faults}
+
+
+def test_the_silences_of_an_agent_that_comes_and_goes_add_up(world: World) -> None:
+    """An agent that crashes again and again before it has said a word is left behind."""
+    uid = submit(world)
+    ranks = world.store[keys.placement(uid)].instances[0].ranks
+    flapping = ranks[0].node
+    world.fault(next(seat.die for seat in ranks if seat.node != flapping), present=True)
+    world.now += 0.1
+    world.handle(Woken())
+    for life in range(3):
+        assert job_of(world, uid).epoch == 2
+        world.handle(AgentStreamBroken(flapping))
+        world.observe(keys.health(flapping), None)
+        assert state_of(world, flapping) is NodeState.SUSPECT
+        world.now += 2.0
+        world.handle(Woken())
+        world.observe(keys.health(flapping), AgentHealth(node=flapping, boot_id=f"life-{life}"))
+        assert state_of(world, flapping) is NodeState.READY
+        world.now += 10.0
+        world.handle(Woken())
+    world.handle(AgentStreamBroken(flapping))
+    world.observe(keys.health(flapping), None)
+    world.now += 0.1
+    world.handle(Woken())
+    assert job_of(world, uid).epoch == 3

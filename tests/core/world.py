@@ -55,6 +55,12 @@ class World:
         #: Processes that ended, and those that are still coming up, by what names a process.
         self.exited: set[Process] = set()
         self.starting: set[Process] = set()
+        #: Processes that never came up, as their agents say at last.
+        self.gave_up: set[Process] = set()
+        #: Nodes whose ranks answer the leader though their agents are silent.
+        self.answering: set[str] = set()
+        #: Jobs whose ranks are fenced and come no further.
+        self.repairing: set[str] = set()
         self.replies: dict[str, Reply] = {}
         self.epochs: dict[str, int] = {}
 
@@ -73,7 +79,8 @@ class World:
                 elif isinstance(instruction, Reply):
                     self.replies[instruction.request_id] = instruction
                 elif isinstance(instruction, ProbeNode):
-                    alive = instruction.node not in self.dead
+                    dead = self.dead - self.answering
+                    alive = instruction.node not in dead
                     pending.append(NodeProbed(instruction.node, alive))
 
     def _commit(self, commit: Commit) -> None:
@@ -112,9 +119,22 @@ class World:
             for rank in job.ranks:
                 key = rank.rank
                 mark = (job.job_uid, key.role, key.instance, key.rank, rank.start_count)
+                if mark in self.gave_up:
+                    failed = RankStatus(
+                        role=key.role,
+                        instance=key.instance,
+                        rank=key.rank,
+                        die=rank.die,
+                        stage=RankStage.FAILED,
+                        start_count=rank.start_count,
+                    )
+                    ranks.append(failed)
+                    continue
                 if mark in self.starting:
                     continue
                 stage = RankStage.EXITED if mark in self.exited else _STAGES[job.stage]
+                if stage is RankStage.REPAIRED and job.job_uid in self.repairing:
+                    stage = RankStage.FENCED
                 ranks.append(
                     RankStatus(
                         role=key.role,

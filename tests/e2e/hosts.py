@@ -264,14 +264,13 @@ class Deployer:
                         yield folder, seat.node
 
     def _start(self, node: str, folder: Path) -> Pod:
-        """A rank's host has its own address, and its agent's certificates at another path."""
+        """A rank's host has its own address, and the ranks' certificate at another path."""
         address = self._cluster.network.address()
-        name = f"agent-{node.replace('/', '-')}"
         environment = {
             "RADDLE_RANK_HOST": address,
             "RADDLE_TLS_CA": f"{self._certificates}/ca.crt",
-            "RADDLE_TLS_CERTIFICATE": f"{self._certificates}/{name}.crt",
-            "RADDLE_TLS_KEY": f"{self._certificates}/{name}.key",
+            "RADDLE_TLS_CERTIFICATE": f"{self._certificates}/rank.crt",
+            "RADDLE_TLS_KEY": f"{self._certificates}/rank.key",
         }
         places = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
         program = [sys.executable, "-m", "raddle.agent.engine.reference.rank", str(folder)]

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ import grpc
 import pytest
 
 from raddle.agent.engine.reference.config import RankAddress
-from raddle.cli.demo.client import get_text
+from raddle.cli.demo.client import Answers, get_text, send_all
 from raddle.model import keys
 from raddle.store.etcd.store import EtcdStore
 from raddle.traces import TraceRequest
 from raddle.v1 import (
     health_pb2,
     incident_pb2,
+    job_pb2,
     reference_pb2,
     reference_pb2_grpc,
     scheduler_pb2,
@@ -114,12 +116,41 @@ async def test_a_stopped_rank_is_found_by_its_peers(served: Served) -> None:
 
     async def stop_rank() -> None:
         with stopped(rank.pid):
-            await served.ready_at(2)
+            await goes_on_without(served, rank)
         await is_gone(served, rank.pid)
 
     await served.same_tokens_while(stop_rank)
     assert [fault.kind for fault in await faults_of(served, rank)] == ["PEER_REPORTS"]
     assert "STEP_DEADLINE" in logs_of(served, "decode")
+
+
+async def test_a_stopped_rank_that_no_peer_waits_for_is_found_by_its_agent(served: Served) -> None:
+    """SIGSTOP of the only rank that has work: no step misses it, its agent does."""
+
+    async def stop_rank() -> None:
+        (serving_one,) = served.answers.served_by.values()
+        rank = next(rank for rank in running_ranks(served) if rank.incarnation == serving_one)
+        with stopped(rank.pid):
+            await goes_on_without(served, rank)
+        await is_gone(served, rank.pid)
+        (fault,) = await faults_of(served, rank)
+        assert "did not answer its agent" in fault.message
+
+    served.requests = [max(served.requests, key=lambda request: request.output_tokens)]
+    served.expected = Answers()
+    await send_all(served.address, served.requests, served.expected, 1)
+    await served.same_tokens_while(stop_rank)
+
+
+async def goes_on_without(served: Served, rank: RankAddress) -> None:
+    """Wait until the job serves after this rank's loss: other epochs may come before."""
+
+    async def serves() -> bool:
+        job = (await served.job()).job
+        is_live = job.state == job_pb2.JOB_STATE_READY and job.live_epoch == job.epoch
+        return is_live and bool(await faults_of(served, rank))
+
+    await served.cluster.until(serves, f"the job serves without {rank.incarnation}")
 
 
 async def faults_of(served: Served, rank: RankAddress) -> list[Any]:
@@ -142,17 +173,20 @@ async def test_a_zombie_that_wakes_changes_nothing(
         pid = await hold.holder(served)
         node = next(node for node, process in await ranks_of(served, "decode") if process == pid)
         agent = served.cluster.children[f"agent-{node.replace('/', '-')}"].process.pid
+        zombie, log = next((a, f / "rank.log") for f, a in rank_folders(served) if a.pid == pid)
         with stopped(agent):
             with stopped(pid):
-                await served.ready_at(2)
-                writes = stale_writes(served)
+                epoch = (await served.job()).job.epoch
+                async with rounds(served):
+                    await goes_on_without(served, zombie)
+                writes = stale_writes(served, epoch)
                 hold.release()
             # Awake, at its old epoch, among peers of a newer one, until its agent wakes too.
-            zombie, log = next((a, f / "rank.log") for f, a in rank_folders(served) if a.pid == pid)
-            late = asyncio.create_task(answers_of(zombie, fresh, epoch=1))
+            late = asyncio.create_task(answers_of(zombie, fresh, epoch))
 
             async def refused() -> bool:
-                return "REFUSED" in log.read_text() and stale_writes(served) > writes
+                is_written = stale_writes(served, epoch) > writes
+                return is_written and "REFUSED" in log.read_text()
 
             await served.cluster.until(refused, "peers and the pool refuse what it sends")
             await served.tokens_flow()
@@ -166,10 +200,29 @@ async def test_a_zombie_that_wakes_changes_nothing(
     await served.same_tokens_while(stop_rank_and_agent)
 
 
-def stale_writes(served: Served) -> int:
-    """How many writes of the first epoch the pool refused."""
+@asynccontextmanager
+async def rounds(served: Served) -> AsyncIterator[None]:
+    """Requests in rounds until the block ends: a rank's peers notice that it hangs if they step."""
+    ends = asyncio.Event()
+
+    async def send() -> None:
+        while not ends.is_set():
+            answers = Answers()
+            await send_all(served.address, served.requests, answers, 8)
+            assert answers.tokens == served.expected.tokens
+
+    sending = asyncio.create_task(send())
+    try:
+        yield
+    finally:
+        ends.set()
+        await sending
+
+
+def stale_writes(served: Served, epoch: int) -> int:
+    """How many writes of an epoch the pool refused."""
     lines = logs_of(served, "cache").splitlines()
-    return sum('"PutBlocks"' in line and "epoch 1 is not" in line for line in lines)
+    return sum('"PutBlocks"' in line and f"epoch {epoch} is not" in line for line in lines)
 
 
 async def answers_of(rank: RankAddress, request: TraceRequest, epoch: int) -> list[list[int]]:

@@ -14,12 +14,14 @@ import pytest
 
 from raddle.model.errors import Reason
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles
+from raddle.telemetry.tls import RANK_NAME, TlsFiles
 from raddle.v1 import (
     engine_pb2,
     engine_pb2_grpc,
     reference_pb2,
     reference_pb2_grpc,
+    router_pb2,
+    router_pb2_grpc,
     scheduler_pb2,
     scheduler_pb2_grpc,
     types_pb2,
@@ -27,6 +29,8 @@ from raddle.v1 import (
 from raddle.wire.status import error_from
 from tests.certificates import Authority
 from tests.e2e.served import CLOSED, Served, serving
+
+IDENTITIES = ("scheduler", "client/admin", "client/team", "rank", "frontdoor", "agent/*")
 
 
 async def refused(call: Any) -> Reason:
@@ -64,11 +68,17 @@ async def _foreign_identities_are_refused(served: Served, authority: Authority) 
     assert await refused(agent.ReportStats(reports())) is Reason.PERMISSION_DENIED
     cancel = scheduler_pb2.CancelJobRequest(job_uid=served.uid)
     assert await refused(agent.CancelJob(cancel, timeout=5.0)) is Reason.PERMISSION_DENIED
+    await _front_doors_and_ranks_do_only_their_own(served, authority, leader)
     told = refusals(served.cluster.log_of(f"scheduler-{leader}"))
     for expected in (
         {"identity": "client/team", "verb": "admin", "namespace": ""},
         {"identity": "agent/sn0/n00", "verb": "report", "node": "sn0/n01"},
         {"identity": "agent/sn0/n00", "verb": "write", "namespace": "default"},
+        {"identity": "frontdoor", "verb": "write", "namespace": "default"},
+        {"identity": "frontdoor", "verb": "report", "namespace": ""},
+        {"identity": "rank", "verb": "read", "namespace": ""},
+        {"identity": "rank", "verb": "report", "namespace": ""},
+        {"identity": "client/team", "verb": "route", "namespace": "default"},
     ):
         assert any(expected.items() <= line.items() for line in told), (expected, told)
     other = Authority(authority.folder.parent / "other").issue("client/admin")
@@ -85,6 +95,36 @@ async def _foreign_identities_are_refused(served: Served, authority: Authority) 
         )
 
 
+async def _front_doors_and_ranks_do_only_their_own(
+    served: Served, authority: Authority, leader: int
+) -> None:
+    """A front door submits, ends and lists nothing; a rank may not even ask who leads."""
+    drain = scheduler_pb2.CreateMaintenanceRequest(subject="sn0/n05")
+
+    async def reports() -> Any:
+        yield scheduler_pb2.ReportStatsRequest(node="sn0/n01")
+
+    for name in ("frontdoor", "rank"):
+        stub = scheduler_stub(served, authority.files(name), leader)
+        calls = [
+            stub.GetStatus(scheduler_pb2.GetStatusRequest(), timeout=5.0),
+            stub.ListJobs(scheduler_pb2.ListJobsRequest(), timeout=5.0),
+            stub.ListNodes(scheduler_pb2.ListNodesRequest(), timeout=5.0),
+            stub.CancelJob(scheduler_pb2.CancelJobRequest(job_uid=served.uid), timeout=5.0),
+            stub.SubmitJob(scheduler_pb2.SubmitJobRequest(), timeout=5.0),
+            stub.CreateMaintenance(drain, timeout=5.0),
+            stub.ReportStats(reports()),
+        ]
+        for call in calls:
+            assert await refused(call) is Reason.PERMISSION_DENIED
+    for name in ("client-team", "rank"):
+        channel = make_channel(served.cluster.addresses[leader], tls=authority.files(name))
+        watch = router_pb2.WatchRoutesRequest(job_uid=served.uid)
+        routes = router_pb2_grpc.RouterStub(channel).WatchRoutes(watch, timeout=5.0)
+        assert await refused(routes.read()) is Reason.PERMISSION_DENIED
+        await channel.close()
+
+
 def quiesce(job_uid: str, epoch: int) -> engine_pb2.QuiesceRequest:
     return engine_pb2.QuiesceRequest(fence=types_pb2.Fence(job_uid=job_uid, epoch=epoch))
 
@@ -96,40 +136,54 @@ async def _ranks_hear_only_their_own(served: Served, authority: Authority) -> No
     node = "/".join(rank.die.split("/")[:2])
     forged = quiesce(served.uid, 99)
     foreign = "agent-sn0-n01" if node == "sn0/n00" else "agent-sn0-n00"
-    for name in (foreign, "client-team", "scheduler"):
+    for name in (foreign, "client-team", "scheduler", "rank", "frontdoor"):
         channel = make_channel(
-            rank.engine_address, tls=authority.files(name), server_name=AGENT_NAME
+            rank.engine_address, tls=authority.files(name), server_name=RANK_NAME
         )
         engine = engine_pb2_grpc.EngineStub(channel)
         assert await refused(engine.Quiesce(forged, timeout=5.0)) is Reason.PERMISSION_DENIED
         await channel.close()
     own = authority.files(f"agent-{node.replace('/', '-')}")
-    channel = make_channel(rank.engine_address, tls=own, server_name=AGENT_NAME)
+    channel = make_channel(rank.engine_address, tls=own, server_name=RANK_NAME)
     engine = engine_pb2_grpc.EngineStub(channel)
     old = quiesce(served.uid, 0)
     assert await refused(engine.Quiesce(old, timeout=5.0)) is Reason.STALE_EPOCH
     stranger = quiesce("j-other", 9)
     assert await refused(engine.Quiesce(stranger, timeout=5.0)) is Reason.WRONG_JOB
-    tokens = reference_pb2_grpc.ReferenceRankStub(channel)
+    await channel.close()
     fence = types_pb2.Fence(job_uid=served.uid, epoch=1)
     generate = reference_pb2.GenerateRequest(fence=fence, prompt_tokens=[1], max_tokens=1)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await tokens.Generate(generate, timeout=5.0).read()
-    assert error_from(caught.value).reason is Reason.PERMISSION_DENIED
-    await channel.close()
+    has = reference_pb2.HasBlocksRequest(fence=fence)
+    for name in (f"agent-{node.replace('/', '-')}", "client-team", "rank"):
+        files = authority.files(name)
+        channel = make_channel(rank.engine_address, tls=files, server_name=RANK_NAME)
+        tokens = reference_pb2_grpc.ReferenceRankStub(channel)
+        answer = tokens.Generate(generate, timeout=5.0)
+        assert await refused(answer.read()) is Reason.PERMISSION_DENIED
+        await channel.close()
+    for name in ("frontdoor", "client-team"):
+        files = authority.files(name)
+        channel = make_channel(rank.engine_address, tls=files, server_name=RANK_NAME)
+        pool = reference_pb2_grpc.PoolMemberStub(channel)
+        assert await refused(pool.HasBlocks(has, timeout=5.0)) is Reason.PERMISSION_DENIED
+        await channel.close()
     await asyncio.to_thread(_expert_traffic_is_refused, rank.data_address, authority)
     told = refusals(*served.cluster.folder.glob("state/*/ranks/*/*/*/rank.log"))
     owner, quiesced = f"agent/{node}", "/raddle.v1.Engine/Quiesce"
-    for expected in (
+    askers = (owner, "client/team", "rank")
+    lines: list[dict[str, Any]] = [
         {"identity": foreign.replace("-", "/"), "call": quiesced},
         {"identity": "client/team", "call": quiesced},
-        {"identity": "scheduler", "call": quiesced},
+        *({"identity": name, "call": quiesced} for name in ("scheduler", "rank", "frontdoor")),
         {"identity": owner, "call": "Quiesce", "reason": "STALE_EPOCH", "epoch": 0},
         {"identity": owner, "call": "Quiesce", "reason": "WRONG_JOB", "job": "j-other"},
-        {"identity": owner, "call": "/raddle.v1.ReferenceRank/Generate"},
+        *({"identity": name, "call": "/raddle.v1.ReferenceRank/Generate"} for name in askers),
+        {"identity": "frontdoor", "call": "/raddle.v1.PoolMember/HasBlocks"},
         {"identity": "client/team", "call": "expert traffic"},
+        {"identity": "frontdoor", "call": "expert traffic"},
         {"identity": "agent/sn0/n00", "call": "expert traffic", "why": "frame of another job"},
-    ):
+    ]
+    for expected in lines:
         assert any(expected.items() <= line.items() for line in told), (expected, told)
     # Who shows no certificate has no name: where it called from is told.
     unnamed = [line for line in told if line["call"] == "expert traffic" and not line["identity"]]
@@ -151,26 +205,28 @@ def _expert_traffic_is_refused(address: str, authority: Authority) -> None:
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), 5.0) as plain:
         assert not _answers(plain)
-    context = authority.files("client-team").socket_context(server=False)
-    with (
-        contextlib.suppress(OSError),
-        socket.create_connection((host, int(port)), 5.0) as plain,
-        context.wrap_socket(plain) as secured,
-    ):
-        assert not _answers(secured)
-    own = authority.files("agent-sn0-n00").socket_context(server=False)
-    with (
-        socket.create_connection((host, int(port)), 5.0) as plain,
-        own.wrap_socket(plain) as secured,
-    ):
-        assert _answers(secured), "not even a rank's frame is answered"
+    for name in ("client-team", "frontdoor"):
+        context = authority.files(name).socket_context(server=False)
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, int(port)), 5.0) as plain,
+            context.wrap_socket(plain, server_hostname=RANK_NAME) as secured,
+        ):
+            assert not _answers(secured)
+    for name in ("agent-sn0-n00", "rank"):
+        context = authority.files(name).socket_context(server=False)
+        with (
+            socket.create_connection((host, int(port)), 5.0) as plain,
+            context.wrap_socket(plain, server_hostname=RANK_NAME) as secured,
+        ):
+            assert _answers(secured), "not even a rank's frame is answered"
 
 
 @pytest.mark.timeout(180)
 async def test_the_cluster_under_certificates(tmp_path: Path) -> None:
     """Under TLS a killed rank costs no token, and nobody does what is another's."""
     authority = Authority(tmp_path / "certificates")
-    for identity in ("scheduler", "client/admin", "client/team", "client/frontdoor", "agent/*"):
+    for identity in IDENTITIES:
         authority.issue(identity)
     for number in range(4):
         authority.issue(f"agent/sn0/n{number:02d}")
@@ -191,7 +247,7 @@ async def test_the_cluster_under_certificates(tmp_path: Path) -> None:
 async def test_a_standby_forwards_calls_and_names_the_leader_to_streams(tmp_path: Path) -> None:
     """Under TLS a standby answers unary calls for their callers; streams learn who leads."""
     authority = Authority(tmp_path / "certificates")
-    for identity in ("scheduler", "client/admin", "client/team", "client/frontdoor", "agent/*"):
+    for identity in IDENTITIES:
         authority.issue(identity)
     for number in range(4):
         authority.issue(f"agent/sn0/n{number:02d}")

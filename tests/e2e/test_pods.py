@@ -59,7 +59,7 @@ class ServedByPods(Served):
 @contextlib.asynccontextmanager
 async def serving_pods(folder: Path) -> AsyncIterator[ServedByPods]:
     authority = Authority(folder / "certificates")
-    identities = ["scheduler", "client/admin", "client/frontdoor"]
+    identities = ["scheduler", "client/admin", "rank", "frontdoor"]
     for identity in (*identities, *(f"agent/sn0/n{number:02d}" for number in range(4))):
         authority.issue(identity)
     mounted = folder / "mounted"

@@ -20,15 +20,19 @@ POOL = "/raddle.v1.PoolMember/Get"
         ("agent/*", {START, PING, POOL}),
         ("agent/sn0/n02", {POOL}),
         ("agent/sn1/*", {POOL}),
+        ("rank", {POOL}),
+        ("rank/sn0/n01", set()),
         ("scheduler", {PING}),
-        ("client/frontdoor", {TOKENS}),
+        ("frontdoor", {TOKENS}),
+        ("frontdoor/team-a", {TOKENS}),
+        ("frontdoors", set()),
+        ("client/frontdoor", set()),
+        ("client/admin", set()),
         ("*", set()),
         ("", set()),
     ],
 )
-def test_an_agent_of_several_nodes_commands_the_ranks_of_each(
-    identity: str, calls: set[str]
-) -> None:
-    """An agent's name may be a pattern; nobody else's is, and each has its own calls."""
+def test_each_caller_has_its_own_calls(identity: str, calls: set[str]) -> None:
+    """Of its node's ranks an agent, whose name may be a pattern; nobody else's is one."""
     callers = Callers("sn0/n01")
     assert {path for path in (START, PING, TOKENS, POOL) if callers.may(identity, path)} == calls

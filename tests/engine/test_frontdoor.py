@@ -21,7 +21,7 @@ STARTING, LIVE, FENCED, ENDED = (
 
 async def answers(told: list[tuple[str, RouteState]]) -> tuple[int, int]:
     """What /ready and /health say after the front door was told these routes."""
-    routing = Routing("frontdoor/1", [], "default", "small", SHAPE.digest)
+    routing = Routing("frontdoor", [], "default", "small", SHAPE.digest)
     for epoch, (job_uid, state) in enumerate(told, start=1):
         routing._take(Routes(job_uid=job_uid, epoch=epoch, state=state))
     routes = FrontDoor(routing, SHAPE, "small", 1.0).routes()

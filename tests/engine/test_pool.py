@@ -579,7 +579,7 @@ async def test_peers_are_asked_for_what_is_missing_until_all_is_there() -> None:
 
 def test_a_sequence_that_the_plan_gave_up_is_told_why() -> None:
     """The front door ends it with the plan's sentence; others are not touched."""
-    routing = Routing("door", ["h:1"], "default", "job", "digest")
+    routing = Routing("frontdoor", ["h:1"], "default", "job", "digest")
     gone = SequenceRestore(sequence_id="s", why=Why(reason="GIVE_UP", message="too late"))
     routes = Routes(restores=(gone, SequenceRestore(sequence_id="t", why=Why(reason="RESTORE"))))
     assert routing.given_up(routes, "s") == "too late"

@@ -23,6 +23,9 @@ import pytest_asyncio
 from raddle.cli.cluster import LocalCluster
 from raddle.model.errors import Reason
 from raddle.operator.cluster import Cluster
+from raddle.operator.machine_view import CONDITION
+from raddle.operator.names import KINDS, MANAGER
+from raddle.operator.reasons import LISTED, EventReason, camel
 from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.status import error_from
 from tests.chart.rendering import rights
@@ -137,6 +140,23 @@ class Stage:
         found = await self.cluster.find("Event", self.jobs)
         return [event for event in found if event["involvedObject"]["name"] == name]
 
+    async def unlisted_reasons(self) -> list[str]:
+        """Reasons of conditions and Events of ours that `docs/reference/reasons.md` has not."""
+        conditions = {camel(reason) for reason in LISTED.values()}
+        shown = [
+            (condition["reason"], conditions)
+            for kind in (*KINDS, "Node")
+            for item in await self.cluster.find(kind)
+            for condition in (item.get("status") or {}).get("conditions") or ()
+            if kind != "Node" or condition["type"] == CONDITION
+        ]
+        shown += [
+            (event["reason"], {camel(reason) for reason in EventReason})
+            for event in await self.cluster.find("Event", self.jobs)
+            if event["source"].get("component") == MANAGER
+        ]
+        return sorted({reason for reason, listed in shown if reason not in listed})
+
     async def until(self, condition: Callable[[], bool | Awaitable[bool]], what: str) -> None:
         await eventually(condition, what, TIMEOUT_S)
 
@@ -242,6 +262,7 @@ async def stage(
         await raddle.start()
         await found.set_up()
         yield found
+        assert await found.unlisted_reasons() == []
     finally:
         for identity in tuple(found.operators):
             found.kill_operator(identity)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import pytest
 
 from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.operator.cluster import Cluster
-from raddle.operator.hosts import Host, host_of
+from raddle.operator.hosts import Host, WrongDevice, host_of
 from raddle.operator.jobs import Jobs
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, MANAGER
@@ -18,6 +19,9 @@ from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 from tests.operator.resources import SITE, Object, answer, inference_job, role, seat, stored
 from tests.wire.test_rank_tables import make_table_rank
+
+#: Kinds of what stands for ranks.
+KEPT = ("InferenceRole", "Pod", "ConfigMap")
 
 
 class ApiServer:
@@ -57,14 +61,21 @@ class Scheduler:
         self.answer = answer(seat(0), state=state)
         self.answer.job.managed_by = MANAGER
         self.calls: list[str] = []
+        #: Ranks of the Pods that were reported, with the reasons.
+        self.reported: list[tuple[int, str]] = []
         self.away = False
         #: Raised by calls that change the job.
         self.refuses: RaddleError | None = None
 
-    async def call(self, method: str, _request: Any) -> Any:
+    async def call(self, method: str, request: Any) -> Any:
         self.calls.append(method)
         if self.away:
             raise TemporaryError(Reason.NO_LEADER, "away")
+        if method == "ReportPods":
+            if self.refuses is None:
+                self.reported += [(pod.rank.rank, pod.reason) for pod in request.pods]
+                return scheduler_pb2.ReportPodsResponse()
+            raise self.refuses
         if method == "GetJob":
             return self.answer
         if self.refuses is not None:
@@ -75,6 +86,9 @@ class Scheduler:
 class Nodes:
     """One Kubernetes node plays all nodes of the machine."""
 
+    def __init__(self, *wrong: WrongDevice) -> None:
+        self.wrong = list(wrong)
+
     def require_known(self) -> None:
         pass
 
@@ -84,12 +98,15 @@ class Nodes:
     def device_of(self, _die: str) -> None:
         return None
 
+    def wrong_devices(self, _pods: Collection[Object]) -> list[WrongDevice]:
+        return self.wrong
+
     def table_rank(self, rank: job_pb2.RankPlacement, pod_ip: str) -> TableRank:
         return make_table_rank(rank.rank, pod_ip=pod_ip)
 
 
-def jobs_of(api: ApiServer, scheduler: Scheduler) -> Jobs:
-    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes())
+def jobs_of(api: ApiServer, scheduler: Scheduler, nodes: Nodes | None = None) -> Jobs:
+    link, machine = cast("SchedulerLink", scheduler), cast("Machine", nodes or Nodes())
     return Jobs(cast("Cluster", api), link, machine, SITE, ranks_in_pods=True)
 
 
@@ -193,3 +210,62 @@ async def test_a_rank_that_hangs_ends_with_its_pod() -> None:
     await jobs.bring("default", "demo")
     assert scheduler.calls[-1] == "DeleteJob"
     assert resource["metadata"]["finalizers"] == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermanentError(Reason.MANAGED_BY_OTHER, "somebody else has it"),
+        TemporaryError(Reason.NO_LEADER, "not just now"),
+    ],
+)
+async def test_a_refused_change_deletes_nothing(error: RaddleError) -> None:
+    """A role goes with its Pods only once the scheduler lets the job go that has it."""
+    api, scheduler, resource = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    before = [(*key, item["metadata"]["uid"]) for key, item in api.items.items() if key[0] in KEPT]
+    assert {kind for kind, _, _ in before} == set(KEPT)
+    resource["spec"]["roles"] = [role("other", ranks=1)]
+    scheduler.refuses = error
+    with pytest.raises(type(error), match=error.message):
+        await jobs.bring("default", "demo")
+    kept = {(*key, item["metadata"]["uid"]) for key, item in api.items.items() if key[0] in KEPT}
+    assert set(before) <= kept
+    scheduler.refuses = None
+    scheduler.answer.job.state = job_pb2.JOB_STATE_STOPPING
+    await jobs.bring("default", "demo")
+    assert [item["spec"]["role"] for item in await api.find("InferenceRole")] == ["other"]
+    assert await api.find("Pod") == []
+
+
+async def test_the_scheduler_hears_why_a_pod_ended_though_the_pod_has_gone() -> None:
+    """What the watch told last is kept until the scheduler has heard it, and told once."""
+    api, scheduler, _ = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    pod = api.items.pop(("Pod", "demo-decode-0-0-1"))
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    pod["status"] = {"containerStatuses": [{"name": "rank", "state": killed}]}
+    jobs.pod_told(pod)
+    scheduler.refuses = TemporaryError(Reason.NO_LEADER, "away")
+    with pytest.raises(TemporaryError):
+        await jobs.bring("default", "demo")
+    scheduler.refuses = None
+    await jobs.bring("default", "demo")
+    await jobs.bring("default", "demo")
+    assert scheduler.reported == [(0, "OOMKilled")]
+
+
+async def test_pods_that_wait_are_told_as_long_as_they_are_there() -> None:
+    """A new leader knows nothing of them."""
+    api, scheduler, _ = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    assert scheduler.reported == []
+    waits = {"waiting": {"reason": "ErrImagePull", "message": "demo:1: not found"}}
+    pod = api.items["Pod", "demo-decode-0-0-1"]
+    pod["status"] = {"containerStatuses": [{"name": "rank", "state": waits}]}
+    for _ in range(2):
+        await jobs.bring("default", "demo")
+    assert scheduler.reported == [(0, "ErrImagePull")] * 2

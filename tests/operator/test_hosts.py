@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from raddle.operator.hosts import devices_of, foreign_holders, host_of, selected
+from raddle.operator.hosts import (
+    WrongDevice,
+    devices_of,
+    foreign_holders,
+    host_of,
+    selected,
+    wrong_devices,
+)
 from raddle.operator.machine_view import die_maps, node_condition, stamped
 from raddle.v1 import health_pb2, scheduler_pb2
 
@@ -129,3 +136,42 @@ def test_dies_are_in_a_config_map_of_their_supernode() -> None:
     dies = json.loads(found["sn0"]["sn0.n07"])
     assert dies["state"] == "READY"
     assert [die["die"] for die in dies["dies"]] == ["sn0/n07/npu0/die0", "sn0/n07/npu0/die1"]
+
+
+def four_dies() -> scheduler_pb2.WatchNodesResponse:
+    told = scheduler_pb2.WatchNodesResponse()
+    for number in range(4):
+        die = told.dies.add(die=f"sn0/n07/npu{number // 2}/die{number % 2}")
+        die.part.logic_id = number
+    return told
+
+
+def rank_pod(device: str = "") -> dict[str, Any]:
+    """Its rank is placed on device 3."""
+    annotations = {"raddle.dev/die": "sn0/n07/npu1/die1"}
+    if device:
+        annotations["huawei.com/AscendReal"] = device
+    return {"metadata": {"name": "rank", "namespace": "a", "annotations": annotations}}
+
+
+def test_a_rank_with_another_device_is_found() -> None:
+    """By kubelet's word, or by the device plugin's; both devices are named."""
+    wrong = WrongDevice("a/rank", "sn0/n07/npu1/die1", ("sn0/n07/npu0/die0",), is_taken=False)
+    assert wrong_devices(four_dies().dies, [rank_pod("Ascend910-0")]) == [wrong]
+    told = four_dies()
+    told.dies[0].holder = "a/rank"
+    assert wrong_devices(told.dies, [rank_pod("Ascend910-3")]) == [wrong]
+    told.dies[3].holder = "b/other"
+    told.dies[3].holds.add(kind="CORDON", reason="HELD_BY_OTHER")
+    (found,) = wrong_devices(told.dies, [rank_pod()])
+    assert found.is_taken
+
+
+def test_a_rank_with_its_own_device_is_not() -> None:
+    """Neither is one of which nobody says what it has, or one among several devices of its own."""
+    told = four_dies()
+    assert wrong_devices(told.dies, [rank_pod(), rank_pod("Ascend910-3"), rank_pod("?")]) == []
+    told.dies[2].holder = told.dies[3].holder = "a/rank"
+    assert wrong_devices(told.dies, [rank_pod("Ascend910-0")]) == []
+    without_die = {"metadata": {"name": "rank", "namespace": "a"}}
+    assert wrong_devices(told.dies, [without_die]) == []

@@ -11,6 +11,7 @@ import pytest
 from tools.kubernetes.cluster import CommandError
 
 from raddle.model.errors import PermanentError
+from raddle.operator.hosts import WrongDevice
 from raddle.operator.jobs import Jobs
 from raddle.operator.machine import Machine
 from raddle.operator.scheduler_link import SchedulerLink
@@ -252,6 +253,42 @@ async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage
     await deleted(stage, "served")
 
 
+async def test_a_pod_that_fails_before_its_rank_is_up_is_replaced_at_once(stage: Stage) -> None:
+    """Its agent would wait for the rank for a minute more; incident and story say why it ended."""
+    await stage.apply_job("refused", role("decode", ranks=4, slotsPerRank=10))
+    selector = "raddle.dev/job=refused,raddle.dev/rank=1"
+    found: list[dict[str, Any]] = []
+
+    async def has_pod() -> bool:
+        found[:] = await stage.cluster.find("Pod", stage.jobs, selector)
+        return len(found) == 1
+
+    await stage.until(has_pod, "the rank's Pod")
+    message = "Allocate failed due to no healthy devices present"
+    status = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": message}
+    name = found[0]["metadata"]["name"]
+    patch = ("patch", "pod", "-n", stage.jobs, name, "--subresource=status", "--type=merge")
+    await stage.kubectl(*patch, "-p", json.dumps({"status": status}))
+
+    async def is_replaced() -> bool:
+        pods = await stage.cluster.find("Pod", stage.jobs, selector)
+        running = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
+        return [pod["metadata"]["name"] for pod in running] not in ([], [name])
+
+    await stage.until(is_replaced, "another start has a Pod")
+    job = await stage.job("refused")
+    assert job is not None
+    listed = scheduler_pb2.ListIncidentsRequest(job_uid=job.job.uid)
+    said = f"the rank's pod ended: UnexpectedAdmissionError: {message}"
+    told = (await stage.call("ListIncidents", listed)).incidents
+    (incident,) = (incident for incident in told if said in incident.why.message)
+    explain = scheduler_pb2.ExplainRequest(subject=f"incident/{incident.id}")
+    assert any(said in line for line in (await stage.call("Explain", explain)).story)
+    story = await stage.call("Explain", scheduler_pb2.ExplainRequest(subject=f"job/{job.job.uid}"))
+    assert any("the pod of decode/0/1: Unexpected" in line for line in story.story)
+    await deleted(stage, "refused")
+
+
 async def test_a_service_of_somebody_else_is_not_taken(stage: Stage) -> None:
     """The job says which object stands in its way."""
     await stage.kubectl("create", "service", "-n", stage.jobs, "clusterip", "mine", "--tcp=80")
@@ -290,10 +327,10 @@ async def test_a_bad_template_is_told(stage: Stage) -> None:
     await deleted(stage, "template")
 
 
-def jobs_beside(stage: Stage, scheduler: Scheduler, **site: Any) -> Jobs:
+def jobs_beside(stage: Stage, scheduler: Scheduler, *wrong: WrongDevice, **site: Any) -> Jobs:
     """They bring jobs of namespaces that no operator serves, for a scheduler that is played."""
-    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes())
-    chosen = replace(SITE, namespace=stage.space, **site)
+    link, machine = cast("SchedulerLink", scheduler), cast("Machine", Nodes(*wrong))
+    chosen = replace(SITE, **{"namespace": stage.space, **site})
     return Jobs(stage.cluster, link, machine, chosen, ranks_in_pods=True)
 
 
@@ -338,26 +375,70 @@ async def test_ready_means_that_the_service_leads_to_the_job(stage: Stage) -> No
     assert await ready() == ("True", "Ready")
 
 
+async def test_a_wrong_device_of_a_rank_is_told_loudly(stage: Stage) -> None:
+    """As the reason of a condition and as a warning, with both devices."""
+    space, resource = stage.space, await unserved_job(stage, "device", stage.space)
+    wrong = WrongDevice(
+        f"{space}/rank", "sn0/n00/npu0/die0", ("sn0/n00/npu1/die1",), is_taken=False
+    )
+    await jobs_beside(stage, scheduler_of(resource), wrong, tls=False).bring(space, "device")
+    placed = await stage.condition("device", "Placed", space=space)
+    assert (placed["status"], placed["reason"]) == ("True", "DeviceDiffers")
+    events = await stage.cluster.find("Event", space)
+    (told,) = (event for event in events if "DeviceDiffers" in event["message"])
+    assert (told["type"], told["involvedObject"]["name"]) == ("Warning", "device")
+    for die in (wrong.placed, *wrong.given):
+        assert die in placed["message"]
+        assert die in told["message"]
+
+
+async def make_certificates(stage: Stage, space: str, text: str) -> None:
+    for name in (SITE.rank_secret, SITE.front_door_secret):
+        create = ("create", "secret", "generic", name, "-n", space)
+        await stage.kubectl(*create, f"--from-literal=tls.crt={text}")
+
+
 async def test_a_secret_of_somebody_else_is_not_taken(stage: Stage) -> None:
     """The job says what stands in its way; copies of the certificates are found by their labels."""
     space = f"{stage.space}-apart"
     await asyncio.to_thread(stage.api.make_namespace, space)
-    create = ("create", "secret", "generic")
-    for name in (SITE.rank_secret, SITE.front_door_secret):
-        await stage.kubectl(*create, name, "-n", stage.space, "--from-literal=tls.crt=ours")
-    await stage.kubectl(*create, SITE.rank_secret, "-n", space, "--from-literal=tls.crt=theirs")
-    before = await stage.resource(SITE.rank_secret, "Secret", space)
+    await make_certificates(stage, stage.space, "ours")
+    taken = f"{stage.space}.{SITE.rank_secret}"
+    create = ("create", "secret", "generic", taken, "-n", space)
+    await stage.kubectl(*create, "--from-literal=tls.crt=theirs")
+    before = await stage.resource(taken, "Secret", space)
     resource = await unserved_job(stage, "secret", space)
     jobs = jobs_beside(stage, scheduler_of(resource, "STARTING"))
-    with pytest.raises(PermanentError, match=f"Secret {space}/{SITE.rank_secret}"):
+    with pytest.raises(PermanentError, match=f"Secret {space}/{taken}"):
         await jobs.bring(space, "secret")
-    assert await stage.resource(SITE.rank_secret, "Secret", space) == before
+    assert await stage.resource(taken, "Secret", space) == before
     ready = await stage.condition("secret", "Ready", space=space)
     assert (ready["status"], ready["reason"]) == ("False", "AlreadyExists")
-    await stage.kubectl("delete", "secret", "-n", space, SITE.rank_secret)
+    await stage.kubectl("delete", "secret", "-n", space, taken)
     await jobs.bring(space, "secret")
-    labels = "app.kubernetes.io/managed-by=raddle-operator,app.kubernetes.io/instance=raddle"
+    labels = f"app.kubernetes.io/instance=raddle,raddle.dev/release-namespace={stage.space}"
     copies = await stage.cluster.find("Secret", space, labels)
-    names = {item["metadata"]["name"] for item in copies}
-    assert names == {SITE.rank_secret, SITE.front_door_secret}
+    assert {item["metadata"]["name"] for item in copies} == {
+        f"{stage.space}.{name}" for name in (SITE.rank_secret, SITE.front_door_secret)
+    }
     assert copies[0]["data"] != before["data"]
+
+
+async def test_releases_of_one_name_have_copies_of_their_own(stage: Stage) -> None:
+    """In a namespace of jobs that one had before the other: neither touches the other's copies."""
+    other, space = f"{stage.space}-other", f"{stage.space}-team"
+    for name in (other, space):
+        await asyncio.to_thread(stage.api.make_namespace, name)
+    await make_certificates(stage, other, "of the other")
+    resource = await unserved_job(stage, "shared", space)
+    for release in (stage.space, other):
+        scheduler = scheduler_of(resource, "STARTING")
+        await jobs_beside(stage, scheduler, namespace=release).bring(space, "shared")
+    copies = {
+        release: (await stage.resource(f"{release}.{SITE.rank_secret}", "Secret", space))["data"]
+        for release in (stage.space, other)
+    }
+    for release, data in copies.items():
+        source = await stage.resource(SITE.rank_secret, "Secret", release)
+        assert data == source["data"]
+    assert copies[stage.space] != copies[other]

@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import pytest
 
-from raddle.model.errors import TemporaryError
+from raddle.model.errors import Reason, TemporaryError
 from raddle.operator.cluster import Cluster
 from raddle.operator.machine import Machine
 from raddle.operator.machine_resources import MachineResources, applied
 from raddle.operator.machine_view import CONDITION
 from raddle.operator.names import FINALIZER
+from raddle.operator.reasons import OperatorReason
 from raddle.operator.scheduler_link import IDENTITY, Picture, SchedulerLink
 from raddle.v1 import incident_pb2, scheduler_pb2
 
@@ -162,6 +163,24 @@ async def test_a_kubernetes_node_that_is_no_part_any_more_is_not_gone() -> None:
     ]
 
 
+async def test_who_plays_a_node_is_known_though_the_scheduler_refuses_what_follows() -> None:
+    """A call fails after the shares changed: jobs hear of the change all the same."""
+
+    class Leaderless(Scheduler):
+        async def call(self, method: str, request: Any) -> Any:
+            raise TemporaryError(Reason.NO_LEADER, f"no leader for {method} of {request}")
+
+    scheduler = Leaderless(n00="READY", n01="UNKNOWN")
+    scheduler.all_told()
+    shares = share_map(**{"worker-1": "sn0/n00", "worker-2": "sn0/n01"})
+    found = machine(ApiServer(kubernetes_node("worker-1", pool="x"), shares), scheduler)
+    assert found.carriers is None
+    with pytest.raises(TemporaryError):
+        await found.bring()
+    assert found.carriers is not None
+    assert found.carriers["sn0/n00"] == "worker-1"
+
+
 async def test_what_tools_read_is_written_again_when_it_went() -> None:
     """What counts is what the API server has, not what was once written there."""
     scheduler = Scheduler(n00="READY", n01="READY")
@@ -217,9 +236,9 @@ async def test_of_kubernetes_nodes_with_one_label_one_plays_the_node() -> None:
     assert api.items["ConfigMap", "raddle-nodes"]["data"] == shares
     assert found.named_twice == {"sn0/n01": ("worker-0", "worker-2")}
     condition = applied("sn0", found.named_twice)
-    assert (condition.status, condition.reason) == ("True", "NodeLabelledTwice")
+    assert (condition.status, condition.reason) == ("True", OperatorReason.NODE_LABELLED_TWICE)
     assert "worker-0, worker-2 are all labelled as sn0/n01" in condition.message
-    assert applied("sn1", found.named_twice).reason == "Applied"
+    assert applied("sn1", found.named_twice).reason is OperatorReason.APPLIED
 
 
 async def test_a_drain_that_was_never_written_down_ends_with_its_resource() -> None:
@@ -239,3 +258,23 @@ async def test_a_drain_that_was_never_written_down_ends_with_its_resource() -> N
     ended = [request.id for method, request in scheduler.calls if method == "CancelMaintenance"]
     assert ended == ["m-4"]
     assert gone["metadata"]["finalizers"] == []
+
+
+async def test_another_holder_of_a_die_is_news_for_jobs() -> None:
+    """A rank's Pod may have got another device than it is meant to use; on a real machine alone."""
+    scheduler = Scheduler(n00="READY")
+    api = ApiServer(kubernetes_node("worker-1", **{"raddle.dev/node": "sn0.n00", "pool": "x"}))
+    scheduler.all_told()
+    annotations = {"raddle.dev/die": "sn0/n00/npu0/die1"}
+    pod = {"metadata": {"name": "rank", "namespace": "a", "annotations": annotations}}
+    real, played = machine(api, scheduler, simulated=False), machine(api, scheduler)
+    await real.bring()
+    assert real.holders == {}
+    told = scheduler.nodes.values["sn0/n00"]
+    told.dies.add(die="sn0/n00/npu0/die1")
+    told.dies[0].holder = "a/rank"
+    await real.bring()
+    assert real.holders == {"sn0/n00/npu0/die0": ("a/rank", False)}
+    (wrong,) = real.wrong_devices([pod])
+    assert (wrong.placed, wrong.given) == ("sn0/n00/npu0/die1", ("sn0/n00/npu0/die0",))
+    assert played.wrong_devices([pod]) == []

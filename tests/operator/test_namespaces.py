@@ -54,7 +54,7 @@ async def apply_served(stage: Stage, space: str, name: str = "served", **more: A
 async def copied(stage: Stage, space: str) -> bool:
     """Has this namespace the certificates as they are now in the release's?"""
     for name in CERTIFICATES:
-        copy = await stage.resource(name, "Secret", space)
+        copy = await stage.resource(f"{stage.space}.{name}", "Secret", space)
         source = await stage.resource(name, "Secret", stage.space)
         if [copy.get("data"), copy.get("type")] != [source["data"], source["type"]]:
             return False
@@ -79,7 +79,7 @@ async def test_jobs_of_two_namespaces_have_certificates_each(
         door = await stage.resource("served-frontdoor", "Deployment", space)
         specs = [pod["spec"] for pod in pods] + [door["spec"]["template"]["spec"]]
         mounted = {v["secret"]["secretName"] for s in specs for v in s["volumes"] if "secret" in v}
-        assert mounted == set(CERTIFICATES)
+        assert mounted == {f"{stage.space}.{name}" for name in CERTIFICATES}
         assert await copied(stage, space)
 
 

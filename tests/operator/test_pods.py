@@ -57,7 +57,7 @@ def test_agent_and_rank_share_the_ranks_own_folder() -> None:
 
 
 def test_a_rank_has_few_rights() -> None:
-    """No root, no token, no capability, no writable root; the agent's certificate."""
+    """No root, no token, no capability, no writable root; a certificate that is ranks' alone."""
     spec = pod()["spec"]
     container = spec["containers"][0]
     assert spec["securityContext"]["runAsNonRoot"]
@@ -65,7 +65,10 @@ def test_a_rank_has_few_rights() -> None:
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert container["securityContext"]["readOnlyRootFilesystem"]
     secrets = [v["secret"]["secretName"] for v in spec["volumes"] if "secret" in v]
-    assert secrets == ["raddle-tls-agent"]
+    assert secrets == ["raddle-tls-rank"]
+    away = pod(site=replace(SITE, namespace="raddle"))["spec"]
+    copies = [v["secret"]["secretName"] for v in away["volumes"] if "secret" in v]
+    assert copies == ["raddle.raddle-tls-rank"]
     plain = pod(site=replace(SITE, tls=False))["spec"]
     assert not [v for v in plain["volumes"] if "secret" in v]
 
@@ -147,6 +150,9 @@ def test_a_front_door_serves_the_job_behind_its_service() -> None:
     assert service["spec"]["selector"].items() <= labels.items()
     assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
     assert model["data"] == {"config.json": "{}"}
+    volumes = deployment["spec"]["template"]["spec"]["volumes"]
+    secrets = [v["secret"]["secretName"] for v in volumes if "secret" in v]
+    assert secrets == ["raddle-tls-frontdoor"]
     command = deployment["spec"]["template"]["spec"]["containers"][0]["command"]
     assert command[command.index("--job") + 1] == "default/demo"
     made = {(item["kind"], item["metadata"]["name"]) for item in (model, deployment, service)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from raddle.model.errors import PermanentError, Reason
 from raddle.model.incident import Event, Incident, IncidentFault, JobPlan
 from raddle.model.job import Job, JobSpec
 from raddle.model.kinds import FaultKind
-from raddle.scheduler.authorization import Policy, Rule, load_policy
+from raddle.scheduler.authorization import DEFAULT, VERBS, Policy, Rule, load_policy
 from raddle.scheduler.leader import Leader
 from raddle.scheduler.view import View
 from raddle.v1 import job_pb2, router_pb2, router_pb2_grpc, scheduler_pb2
@@ -23,10 +24,12 @@ from raddle.wire.status import error_from
 from tests.scheduler.conftest import Served, job_spec, refusal
 
 TEAM = "client/a"
+DOOR = "frontdoor/a"
 POLICY = Policy(
     [
-        Rule(["client/admin"], ["read", "write", "admin", "report"]),
-        Rule([TEAM], ["read", "write", "report"], ["team-a"]),
+        Rule(["client/admin"], ["read", "write", "admin", "report", "route"]),
+        Rule([TEAM], ["read", "write"], ["team-a"]),
+        Rule([DOOR], ["route"], ["team-a"]),
     ]
 )
 DENIED = Reason.PERMISSION_DENIED
@@ -82,6 +85,9 @@ async def test_the_jobs_own_namespace_counts(teams: Teams) -> None:
         stub.ListEvents(scheduler_pb2.ListEventsRequest(subject=foreign)),
         stub.ListIncidents(scheduler_pb2.ListIncidentsRequest(job_uid=foreign)),
         stub.Cordon(scheduler_pb2.CordonRequest(subject="sn0/n00")),
+        stub.ReportPods(scheduler_pb2.ReportPodsRequest(job_uid=foreign)),
+        # Of its own jobs too: a pod's end is the operator's word.
+        stub.ReportPods(scheduler_pb2.ReportPodsRequest(job_uid=own)),
     ]
     for call in calls:
         assert (await refusal(call)).reason is DENIED
@@ -111,9 +117,9 @@ async def test_lists_and_watches_show_the_callers_part(teams: Teams) -> None:
 
 async def test_routes_are_a_namespaces_own(teams: Teams) -> None:
     """A front door hears only of jobs in its namespaces, and tells only of those."""
-    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(DOOR))
     foreign = teams.foreign.uid
-    ack = router_pb2.AckRoutesRequest(front_door_id="a", job_uid=foreign)
+    ack = router_pb2.AckRoutesRequest(front_door_id=f"{DOOR}/1", job_uid=foreign)
     assert (await refusal(router.AckRoutes(ack))).reason is DENIED
     for request in (
         router_pb2.WatchRoutesRequest(job_uid=foreign),
@@ -122,8 +128,8 @@ async def test_routes_are_a_namespaces_own(teams: Teams) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await router.WatchRoutes(request).read()
         assert error_from(caught.value).reason is DENIED
-    await router.ReportSequences(reports("a/1", teams.own.uid))
-    assert (await refusal(router.ReportSequences(reports("a/1", foreign)))).reason is DENIED
+    await router.ReportSequences(reports(f"{DOOR}/1", teams.own.uid))
+    assert (await refusal(router.ReportSequences(reports(f"{DOOR}/1", foreign)))).reason is DENIED
 
 
 async def test_reports_that_find_no_room_end_their_stream(
@@ -131,35 +137,70 @@ async def test_reports_that_find_no_room_end_their_stream(
 ) -> None:
     """What a leader cannot take is not dropped in silence: the next stream tells everything."""
     monkeypatch.setattr(Leader, "tell", lambda _leader, _event: False)
-    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
-    error = await refusal(router.ReportSequences(reports("a/1", teams.own.uid)))
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(DOOR))
+    error = await refusal(router.ReportSequences(reports(f"{DOOR}/1", teams.own.uid)))
     assert error.reason is Reason.LIMIT_EXCEEDED
 
 
-@pytest.mark.parametrize("front_door_id", ["a", "a/1", "a/1/2"])
+@pytest.mark.parametrize("front_door_id", [f"{DOOR}/1", f"{DOOR}/2"])
 async def test_a_front_door_reports_under_its_callers_name(
     teams: Teams, front_door_id: str
 ) -> None:
-    """A caller may have several front doors, which carry its name before the first slash."""
-    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
+    """One identity may have several front doors, told apart after the last slash."""
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(DOOR))
     own = teams.own.uid
     await router.AckRoutes(router_pb2.AckRoutesRequest(front_door_id=front_door_id, job_uid=own))
     await router.ReportSequences(reports(front_door_id, own))
 
 
-@pytest.mark.parametrize("front_door_id", ["b", "b/1", "a-b", "client/a", "/a"])
+@pytest.mark.parametrize(
+    "front_door_id", ["frontdoor/1", "frontdoor/b/1", "frontdoor/a", f"{DOOR}-b/1", f"{DOOR}/b/1"]
+)
 async def test_a_front_door_may_not_report_for_another(teams: Teams, front_door_id: str) -> None:
     """Not even for one of its own jobs, whose sequences it would take away; it is logged."""
-    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(DOOR))
     own = teams.own.uid
     ack = router_pb2.AckRoutesRequest(front_door_id=front_door_id, job_uid=own)
     with capture_logs() as logs:
         for call in (router.AckRoutes(ack), router.ReportSequences(reports(front_door_id, own))):
             error = await refusal(call)
             assert error.reason is DENIED
-            assert f"{TEAM} may not report for front door {front_door_id}" in error.message
+            assert f"{DOOR} may not report for front door {front_door_id}" in error.message
     told = [(line["identity"], line["front_door"]) for line in logs if line["event"] == "refused"]
-    assert told == [(TEAM, front_door_id)] * 2
+    assert told == [(DOOR, front_door_id)] * 2
+
+
+ROUTING = {"WatchRoutes", "AckRoutes", "ReportSequences"}
+
+
+@pytest.mark.parametrize(
+    ("identity", "calls"),
+    [("frontdoor", ROUTING), ("frontdoor/a", set()), ("rank", set()), ("", set())],
+)
+def test_front_doors_route_and_ranks_have_no_business_here(identity: str, calls: set[str]) -> None:
+    """By default a front door may follow routes and report its sequences, and nothing else."""
+    services = [scheduler_pb2.DESCRIPTOR, router_pb2.DESCRIPTOR]
+    every = {m.name for d in services for s in d.services_by_name.values() for m in s.methods}
+    assert every >= ROUTING | {"SubmitJob", "ListJobs", "GetJob", "GetStatus", "ReportStats"}
+    may = set()
+    for call in every:
+        for namespace in ("", "default"):
+            with suppress(PermanentError):
+                DEFAULT.authorize(identity, namespace, VERBS.get(call, "read"))
+                may.add(call)
+    assert may == calls
+
+
+async def test_a_client_is_no_front_door(teams: Teams) -> None:
+    """Not even for a job of its own: it would take the sequences away."""
+    router: Any = router_pb2_grpc.RouterStub(teams.served.channel(TEAM))
+    own = teams.own.uid
+    ack = router_pb2.AckRoutesRequest(front_door_id=f"{TEAM}/1", job_uid=own)
+    assert (await refusal(router.AckRoutes(ack))).reason is DENIED
+    assert (await refusal(router.ReportSequences(reports(f"{TEAM}/1", own)))).reason is DENIED
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await router.WatchRoutes(router_pb2.WatchRoutesRequest(job_uid=own)).read()
+    assert error_from(caught.value).reason is DENIED
 
 
 class Records(dict[str, Any]):

@@ -74,3 +74,13 @@ async def test_a_store_that_is_away_says_nothing() -> None:
         await asyncio.sleep(2.95)
         agents.store.cut()
         assert await agents.quiet.found() == ()
+
+
+@pytest.mark.looptime
+async def test_a_record_without_a_lease_is_no_sign_of_life() -> None:
+    """Health that nobody has to renew keeps no node from being lost."""
+    async with running() as agents:
+        put = Put(keys.health(NODES[0]), b"")
+        await agents.store.commit(Transaction(writes=(put,)))
+        await agents.mirror.wait_revision(agents.backend.revision)
+        assert await agents.quiet.found() == (NODES[0],)

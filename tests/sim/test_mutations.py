@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from raddle.core import lifecycle, recover
-from raddle.core.context import Context
+from raddle.core.context import DONE_BY_STAGE, FENCED_OR_LATER, Context, has_done
 from raddle.core.recovery.planner import InstanceDecision, plan_instance
 from raddle.core.recovery.request import InstanceRecovery
 from raddle.model import keys
-from raddle.model.health import RankStage
-from raddle.model.job import Job
+from raddle.model.health import RankStatus
+from raddle.model.job import AssignmentStage, Job
 from raddle.scheduler.leader import Leader
 from raddle.sim.run import Verdict, simulate
 from raddle.sim.schedulers import SchedulersStore
@@ -28,8 +28,7 @@ Patch = pytest.MonkeyPatch
 
 def _publish_when_fenced(patch: Patch) -> None:
     """An epoch goes live when its ranks are fenced, repaired or not."""
-    stages = (RankStage.FENCED, RankStage.REPAIRED, RankStage.LIVE)
-    patch.setattr(lifecycle, "_REPAIRED_OR_LATER", stages)
+    patch.setitem(DONE_BY_STAGE, AssignmentStage.PREPARE, FENCED_OR_LATER)
 
 
 def _no_catching_up(patch: Patch) -> None:
@@ -65,7 +64,12 @@ def _no_loads(patch: Patch) -> None:
 
 def _no_wait_for_new_processes(patch: Patch) -> None:
     """Members are told to each other before all processes have an address."""
-    patch.setattr(lifecycle, "_has_started", lambda _job, _status: True)
+
+    def done(context: Context, job: Job, status: RankStatus | None) -> bool:
+        _, stage = context.state.stages[job.uid]
+        return stage is AssignmentStage.START or has_done(context, job, status)
+
+    patch.setattr(lifecycle, "has_done", done)
 
 
 def _dies_are_not_given_back(patch: Patch) -> None:

@@ -14,11 +14,13 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from raddle.agent.engine.reference.exchange import ExchangeServer
+from raddle.agent.engine.reference.exchange import ExchangeClient, ExchangeServer, PeerLost
+from raddle.model.kinds import RoleKind
+from raddle.model.types import Member, RankKey
 from raddle.telemetry.addresses import split_address
 from raddle.telemetry.channels import OPTIONS, make_channel
 from raddle.telemetry.tls import (
-    AGENT_NAME,
+    RANK_NAME,
     SCHEDULER_NAME,
     TlsFiles,
     identity_of,
@@ -72,7 +74,7 @@ def shown(address: str, ours: TlsFiles) -> bytes:
         # A server of gRPC turns away who does not say that it speaks HTTP/2.
         context = ours.socket_context(server=False)
         context.set_alpn_protocols(["h2"])
-        with context.wrap_socket(plain) as secured:
+        with context.wrap_socket(plain, server_hostname="localhost") as secured:
             certificate = secured.getpeercert(binary_form=True)
     assert certificate is not None
     return certificate
@@ -99,6 +101,64 @@ async def test_a_server_shows_renewed_certificates_without_a_restart(
         assert await asyncio.to_thread(shown, address, ours) not in {first, second}
 
 
+def asked(server: TlsFiles, client: TlsFiles) -> str:
+    """What becomes of a request for weights: the answer, or why the peer counts as lost."""
+    serving = ExchangeServer("j-1", lambda *_: None, lambda *_: b"weights", tls=server)
+    asking = ExchangeClient("j-1", 5.0, tls=client)
+    key = RankKey(role="decode", instance=0, rank=1)
+    peer = Member(rank=key, kind=RoleKind.DECODE, data_address=serving.address)
+    try:
+        return asking.weights(peer, 0, 0).decode()
+    except PeerLost as lost:
+        return lost.reason
+    finally:
+        asking.close()
+        serving.close()
+
+
+async def test_ranks_ask_and_hear_ranks_alone(tmp_path: Path) -> None:
+    """Ranks have their own certificate or their agent's; nobody else is heard or taken for one."""
+    authority = Authority(tmp_path)
+    rank, agent = authority.issue("rank"), authority.issue("agent/sn0/n00")
+    others = [authority.issue(who) for who in ("scheduler", "frontdoor", "client/admin")]
+    for one, other in ((rank, rank), (rank, agent), (agent, rank)):
+        assert await asyncio.to_thread(asked, one, other) == "weights"
+    for other in others:
+        with capture_logs() as logs:
+            assert await asyncio.to_thread(asked, rank, other) == "CONNECTION_BROKEN"
+            await eventually(lambda: "refused" in [line["event"] for line in logs], "a line")
+        (line,) = [line for line in logs if line["event"] == "refused"]
+        assert line["identity"].replace("/", "-") == other.certificate.stem
+        assert line["call"] == "expert traffic"
+    for other in others:
+        assert await asyncio.to_thread(asked, other, rank) == "CONNECTION_BROKEN"
+
+
+@pytest.mark.parametrize("server", ["rank", "agent/sn0/n00"])
+async def test_a_rank_is_known_by_its_name(tmp_path: Path, server: str) -> None:
+    """Who calls a rank takes its agent's certificate for it, and no scheduler's or client's."""
+    authority = Authority(tmp_path)
+    ours = authority.issue("agent/*")
+    async with grpc_server(authority.issue(server)) as address:
+        assert await called(address, ours) is grpc.StatusCode.OK
+    for other in ("scheduler", "frontdoor"):
+        async with grpc_server(authority.issue(other)) as address:
+            assert await called(address, ours) is grpc.StatusCode.UNAVAILABLE
+
+
+async def called(address: str, ours: TlsFiles) -> grpc.StatusCode:
+    """How a call to a rank ends."""
+    channel = make_channel(address, tls=ours, server_name=RANK_NAME)
+    who: Any = channel.unary_unary("/test/Who")
+    try:
+        await who(b"", timeout=10.0)
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    finally:
+        await channel.close()
+    return grpc.StatusCode.OK
+
+
 async def test_a_channel_connects_again_with_renewed_certificates(tmp_path: Path) -> None:
     """A connection that stands goes on; the next one of the same channel shows the new ones."""
     authority = Authority(tmp_path)
@@ -112,7 +172,7 @@ async def test_a_channel_connects_again_with_renewed_certificates(tmp_path: Path
         return False
 
     async with grpc_server(servers) as address:
-        channel = make_channel(address, tls=ours, server_name=AGENT_NAME)
+        channel = make_channel(address, tls=ours, server_name=RANK_NAME)
         who: Any = channel.unary_unary("/test/Who")
         assert await who(b"") == b"client/a"
         await channel.channel_ready()

@@ -32,13 +32,16 @@ from there to a served job, an upgrade, an etcd of your own and a real machine.
   `localhost/...`: import its archive on every node, or push them to a registry and set
   `global.imageRegistry`.
 - **Rights.** All pods meet the restricted Pod Security standard, run as user 65532 on a read-only
-  root and drop all capabilities, but the agents' pods, in two points: they share a folder of the
-  host with the ranks, and an init container, as root with CAP_CHOWN alone, makes it theirs; and
-  with `devices.podResources` a container without capabilities opens kubelet's socket as root.
-  Agents, schedulers and etcd have no token for the Kubernetes API.
+  root and drop all capabilities, but for these: agents and ranks share a folder of the host, so
+  that the namespaces of the release and of its jobs must allow `hostPath` (the privileged
+  standard); an init container of the agents, as root with CAP_CHOWN alone, makes that folder
+  theirs; and with `devices.podResources` a container of theirs without capabilities opens
+  kubelet's socket as root. Agents, schedulers and etcd have no token for the Kubernetes API.
 - **Certificates** are made by a hook before an installation and renewed by each upgrade that comes
   within `certificates.renewBeforeDays` of their end, or by cert-manager. Nothing is restarted for
-  that: new connections show the new ones.
+  that: new connections show the new ones. Each identity may do what it needs and no more;
+  namespaces of jobs get copies of `<release>-tls-rank` and `<release>-tls-frontdoor` alone, which
+  open neither etcd nor jobs and machine at the schedulers.
 - **Upgrades** go one pod at a time: a scheduler gives the lead back when it is told to end, ranks
   run on in pods of their own while their agent is replaced, and nothing moves while etcd restarts.
 - **Definitions** of the custom resources are templates, so that upgrades upgrade them; an

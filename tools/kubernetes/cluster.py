@@ -210,6 +210,12 @@ class Cluster:
         procs = next(path for group in groups for path in group.glob(pattern))
         return sorted(int(pid) for pid in procs.read_text().split())
 
+    def tag_image(self, reference: str, other: str) -> None:
+        """Give an image that the nodes have another name besides."""
+        tag = ["ctr", "--namespace", "k8s.io", "images", "tag", "--force", reference, other]
+        for node in self.nodes:
+            self.box(node).run(*tag)
+
     def connect(self, host: str, port: int, timeout_s: float = 10.0) -> socket.socket:
         """A TCP connection from the cluster's network: to a pod's, Service's or node's address.
 

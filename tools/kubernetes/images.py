@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from tools.kubernetes.machine import built, missing_for_images
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_SCRIPT = Path(__file__).resolve().parent / "base-image.sh"
-BASE_IMAGE = "localhost/python:3.11-slim-bookworm"
 #: Image by target of the Dockerfile.
 TARGETS = {"raddle": "raddle", "agent": "raddle-agent", "etcd": "raddle-etcd"}
 #: So many images, layers among them, and so many archives for clusters stay in the cache.
@@ -113,7 +113,13 @@ def base_image(builder: Builder) -> None:
         say(f"base image: {time.monotonic() - started:.0f} s")
     if not builder.has(pinned):
         builder.run("pull", "--quiet", f"oci-archive:{archive}")
-    builder.run("tag", pinned, BASE_IMAGE)
+    builder.run("tag", pinned, f"localhost/{base_name()}")
+
+
+def base_name() -> str:
+    """The image that the Dockerfile builds on, unless a build argument names another one."""
+    (line,) = re.findall(r"^ARG BASE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    return str(line)
 
 
 def build_images(builder: Builder, tag: str) -> list[Image]:

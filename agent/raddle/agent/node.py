@@ -24,6 +24,7 @@ from raddle.agent.core.events import (
     Instruction,
     PeerSuspected,
     RankExited,
+    RankSilent,
     StartFailed,
     StartRank,
     StopRank,
@@ -186,6 +187,9 @@ class NodeAgent:
             case DriveFailed():
                 about = self._about(event.job_uid) | {"epoch": event.epoch}
                 log.warning("command failed", rank=_name(event.key), why=event.message, **about)
+            case RankSilent():
+                about = self._about(event.job_uid)
+                log.warning("rank is silent", rank=_name(event.key), why=event.message, **about)
             case PeerSuspected(suspicion=lost):
                 log.warning(
                     "rank lost a peer",

@@ -7,45 +7,50 @@ that maps reasons to gRPC codes; nothing else does.
 
 from __future__ import annotations
 
-from enum import StrEnum
+from raddle.model.reasons import Code
 
 
-class Reason(StrEnum):
-    """Machine-read reason of a refusal; the same word travels in gRPC ErrorInfo."""
+class Reason(Code):
+    """Why something was refused; the same word travels in gRPC ErrorInfo, domain `raddle`."""
 
-    INVALID_ARGUMENT = "INVALID_ARGUMENT"
-    UNKNOWN_FIELD = "UNKNOWN_FIELD"
-    INVALID_NAME = "INVALID_NAME"
-    NOT_FOUND = "NOT_FOUND"
-    ALREADY_EXISTS = "ALREADY_EXISTS"
-    IDEMPOTENCY_KEY_REUSED = "IDEMPOTENCY_KEY_REUSED"
-    IMMUTABLE_FIELD = "IMMUTABLE_FIELD"
-    STALE_GENERATION = "STALE_GENERATION"
-    STALE_REVISION = "STALE_REVISION"
-    STALE_EPOCH = "STALE_EPOCH"
-    STALE_INCARNATION = "STALE_INCARNATION"
-    WRONG_JOB = "WRONG_JOB"
-    NOT_ENDED = "NOT_ENDED"
-    DOES_NOT_FIT = "DOES_NOT_FIT"
-    NOT_LEADER = "NOT_LEADER"
-    NO_LEADER = "NO_LEADER"
-    COMPACTED = "COMPACTED"
-    UNAUTHENTICATED = "UNAUTHENTICATED"
-    PERMISSION_DENIED = "PERMISSION_DENIED"
-    MANAGED_BY_OTHER = "MANAGED_BY_OTHER"
-    FAULT_INJECTION_DISABLED = "FAULT_INJECTION_DISABLED"
-    STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
-    STORE_FULL = "STORE_FULL"
-    CORRUPT_RECORD = "CORRUPT_RECORD"
-    NEWER_SCHEMA = "NEWER_SCHEMA"
-    LIMIT_EXCEEDED = "LIMIT_EXCEEDED"
-    ENGINE_UNSUPPORTED = "ENGINE_UNSUPPORTED"
-    ENGINE_FAILED = "ENGINE_FAILED"
-    PEER_LOST = "PEER_LOST"
-    QUIESCED = "QUIESCED"
-    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
-    #: A mistake of the program, told to the one whose request met it.
-    INTERNAL = "INTERNAL"
+    INVALID_ARGUMENT = "INVALID_ARGUMENT", "A value is not allowed; the message names the field."
+    UNKNOWN_FIELD = "UNKNOWN_FIELD", "A file or a resource has a field that does not exist."
+    INVALID_NAME = (
+        "INVALID_NAME",
+        "A name has other characters than names may have, or is too long.",
+    )
+    NOT_FOUND = "NOT_FOUND", "There is nothing of this name."
+    ALREADY_EXISTS = "ALREADY_EXISTS", "Something of this name is there, and is not the same."
+    IDEMPOTENCY_KEY_REUSED = "IDEMPOTENCY_KEY_REUSED", "The key was used for another request."
+    IMMUTABLE_FIELD = "IMMUTABLE_FIELD", "The field cannot change while the job exists."
+    STALE_GENERATION = "STALE_GENERATION", "The job changed since it was read: read it again."
+    STALE_REVISION = "STALE_REVISION", "The record changed since it was read: read it again."
+    STALE_EPOCH = "STALE_EPOCH", "A newer epoch is known."
+    STALE_INCARNATION = "STALE_INCARNATION", "Another process has taken the place."
+    WRONG_JOB = "WRONG_JOB", "The rank belongs to another job."
+    NOT_ENDED = "NOT_ENDED", "The job has not ended: cancel it first."
+    DOES_NOT_FIT = "DOES_NOT_FIT", "The machine is too small for the job, even when it is empty."
+    NOT_LEADER = "NOT_LEADER", "This scheduler does not lead; the details may name who does."
+    NO_LEADER = "NO_LEADER", "No scheduler leads or answers just now."
+    COMPACTED = "COMPACTED", "The history that was asked for is gone: list anew."
+    UNAUTHENTICATED = "UNAUTHENTICATED", "The caller has no identity."
+    PERMISSION_DENIED = "PERMISSION_DENIED", "The policy does not allow it to this caller."
+    MANAGED_BY_OTHER = "MANAGED_BY_OTHER", "Somebody else manages it."
+    FAULT_INJECTION_DISABLED = (
+        "FAULT_INJECTION_DISABLED",
+        "The scheduler does not allow faults to be injected.",
+    )
+    STORE_UNAVAILABLE = "STORE_UNAVAILABLE", "etcd does not answer."
+    STORE_FULL = "STORE_FULL", "etcd has no room left."
+    CORRUPT_RECORD = "CORRUPT_RECORD", "A stored record cannot be read."
+    NEWER_SCHEMA = "NEWER_SCHEMA", "A record was written by a newer version."
+    LIMIT_EXCEEDED = "LIMIT_EXCEEDED", "A bound is reached; the message names it."
+    ENGINE_UNSUPPORTED = "ENGINE_UNSUPPORTED", "The engine does not have what was asked for."
+    ENGINE_FAILED = "ENGINE_FAILED", "A rank did not start or a command to it failed."
+    PEER_LOST = "PEER_LOST", "A connection to another rank broke."
+    QUIESCED = "QUIESCED", "The rank waits for the next epoch."
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED", "No answer came in time."
+    INTERNAL = "INTERNAL", "A mistake of the program, told to the one whose request met it."
 
 
 class RaddleError(Exception):

@@ -47,6 +47,8 @@ class IncidentFault:
     message: str = ""
     job_uid: str = ""
     rank: RankKey = field(default_factory=RankKey)
+    # Which start of the rank was lost.
+    start_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

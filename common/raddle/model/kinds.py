@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from raddle.model.reasons import Code
+
 
 class RoleKind(StrEnum):
     """What the ranks of a role do."""
@@ -32,25 +34,27 @@ class HoldKind(StrEnum):
     SEPARATION = "SEPARATION"
 
 
-class RecoveryKind(StrEnum):
+class RecoveryKind(Code):
     """Ways to recover one instance, in the order of what they disturb."""
 
-    REMAP = "REMAP"
-    DONOR_SLOT = "DONOR_SLOT"
-    HOT_SPARE = "HOT_SPARE"
-    RESTART = "RESTART"
-    # Nobody is lost: the same members start a new epoch, connections are made again.
-    RECONNECT = "RECONNECT"
+    REMAP = "REMAP", "The ranks that are left go on: every expert has a live copy among them."
+    DONOR_SLOT = (
+        "DONOR_SLOT",
+        "The ranks that are left go on, and load experts into spare slots.",
+    )
+    HOT_SPARE = "HOT_SPARE", "Spare dies take the places of lost ranks."
+    RESTART = "RESTART", "New processes take the places of lost ranks, or the job is placed anew."
+    RECONNECT = "RECONNECT", "Nobody is lost: the same members begin an epoch and connect again."
 
 
-class FaultKind(StrEnum):
+class FaultKind(Code):
     """What an incident is made of."""
 
-    RANK_EXITED = "RANK_EXITED"
-    DIE_FAULT = "DIE_FAULT"
-    NODE_LOST = "NODE_LOST"
-    PEER_REPORTS = "PEER_REPORTS"
-    DRAIN = "DRAIN"
+    RANK_EXITED = "RANK_EXITED", "A rank's process ended or never came up."
+    DIE_FAULT = "DIE_FAULT", "A die reports a fault that forbids work."
+    NODE_LOST = "NODE_LOST", "A node's agent is silent, and none of its ranks answers."
+    PEER_REPORTS = "PEER_REPORTS", "Peers lost their connections to a rank."
+    DRAIN = "DRAIN", "The place is drained."
 
 
 class NodeState(StrEnum):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from raddle.model.kinds import RoleKind
+from raddle.model.reasons import Code
 
 #: The longest time that anybody may ask for: ten years. Longer ones are slips of units, and what
 #: is far above cannot be stored.
@@ -46,6 +47,9 @@ class Why:
 
     reason: str = ""
     message: str = ""
+
+    def says(self, reason: Code) -> bool:
+        return self.reason == reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

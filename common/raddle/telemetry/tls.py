@@ -1,10 +1,12 @@
 """Certificates and the identities in them.
 
 Off loopback both sides show a certificate of the same CA. The subject's common name is the
-identity: `scheduler`, `agent/<node>`, `operator`, `client/<name>`. An agent of several nodes is
-`agent/<pattern>` (`agent/sn0/*`, `agent/*`). The alternative name is the
-server's kind (`raddle-scheduler`, `raddle-agent`), whatever host it runs on; ranks show the
-certificate of their agent. On loopback without TLS a caller names itself in metadata.
+identity: `scheduler`, `agent/<node>`, `rank`, `frontdoor`, `operator`, `client/<name>`. An agent of
+several nodes is `agent/<pattern>` (`agent/sn0/*`, `agent/*`), a front door of some namespaces alone
+`frontdoor/<name>`. The alternative name is the server's kind (`raddle-scheduler`, `raddle-rank`),
+whatever host it runs on. Ranks that an agent starts itself show its certificate, so it carries
+`raddle-rank` beside `raddle-agent`, by which etcd knows agents. On loopback without TLS a caller
+names itself in metadata.
 
 Somebody else may renew the files at any time: each new connection shows what they hold then.
 """
@@ -27,6 +29,9 @@ IDENTITY_METADATA = "raddle-identity"
 DEFAULT_IDENTITY = "client/local"
 SCHEDULER_NAME = "raddle-scheduler"
 AGENT_NAME = "raddle-agent"
+RANK_NAME = "raddle-rank"
+RANK = "rank"
+FRONT_DOOR = "frontdoor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +106,9 @@ class TlsFiles:
         return Pems(ca, certificate, key, server, client)
 
     def _context(self, protocol: int) -> ssl.SSLContext:
-        """Both sides show a certificate, hosts have no names."""
+        """Both sides show a certificate; who connects says which name the other's must carry."""
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(self.ca)
         context.load_cert_chain(self.certificate, self.key)
@@ -206,3 +210,13 @@ def identity_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
 def is_agent_of(node: str, identity: str) -> bool:
     """Is it the agent of the node, or one of several nodes whose pattern holds the node?"""
     return identity.startswith("agent/") and fnmatchcase(f"agent/{node}", identity)
+
+
+def is_rank(identity: str) -> bool:
+    """Is it a rank? Those that an agent starts itself show their agent's certificate."""
+    return identity == RANK or identity.startswith("agent/")
+
+
+def is_front_door(identity: str) -> bool:
+    """Is it the front door of all namespaces, or one of some?"""
+    return identity == FRONT_DOOR or identity.startswith(f"{FRONT_DOOR}/")

@@ -82,6 +82,7 @@ class IncidentFault(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     JOB_UID_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    START_COUNT_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """RANK_EXITED, DIE_FAULT, NODE_LOST, PEER_REPORTS, DRAIN."""
     subject: _builtins.str
@@ -89,6 +90,8 @@ class IncidentFault(_message.Message):
     code: _builtins.str
     message: _builtins.str
     job_uid: _builtins.str
+    start_count: _builtins.int
+    """Which start of the rank was lost."""
     @_builtins.property
     def rank(self) -> _types_pb2.RankKey: ...
     def __init__(
@@ -100,10 +103,11 @@ class IncidentFault(_message.Message):
         message: _builtins.str = ...,
         job_uid: _builtins.str = ...,
         rank: _types_pb2.RankKey | None = ...,
+        start_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "job_uid", b"job_uid", "kind", b"kind", "message", b"message", "rank", b"rank", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "job_uid", b"job_uid", "kind", b"kind", "message", b"message", "rank", b"rank", "start_count", b"start_count", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -211,7 +211,7 @@ class ReportSequencesRequest(_message.Message):
     UPDATED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     front_door_id: _builtins.str
-    """Of a caller `client/NAME` it is `NAME`, or `NAME/` and what tells its front doors apart."""
+    """The caller's identity, and after a slash what tells its front doors apart: `frontdoor/7f3a21`."""
     job_uid: _builtins.str
     snapshot: _builtins.bool
     """The first message: forget what this front door said before."""

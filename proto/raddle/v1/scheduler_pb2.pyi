@@ -995,6 +995,86 @@ class DeclareNodeLostResponse(_message.Message):
 Global___DeclareNodeLostResponse: _TypeAlias = DeclareNodeLostResponse  # noqa: Y015
 
 @_typing.final
+class ReportPodsRequest(_message.Message):
+    """Pods of one job that ended or do not come up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_UID_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
+    job_uid: _builtins.str
+    @_builtins.property
+    def pods(self) -> _containers.RepeatedCompositeFieldContainer[Global___PodReport]:
+        """At most 10,000."""
+
+    def __init__(
+        self,
+        *,
+        job_uid: _builtins.str = ...,
+        pods: _abc.Iterable[Global___PodReport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_uid", b"job_uid", "pods", b"pods"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportPodsRequest: _TypeAlias = ReportPodsRequest  # noqa: Y015
+
+@_typing.final
+class PodReport(_message.Message):
+    """The pod of one start of one rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    START_COUNT_FIELD_NUMBER: _builtins.int
+    HAS_ENDED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    start_count: _builtins.int
+    has_ended: _builtins.bool
+    """The rank's container is over, or will never be."""
+    reason: _builtins.str
+    """In Kubernetes' word, such as OOMKilled or ErrImagePull."""
+    message: _builtins.str
+    @_builtins.property
+    def rank(self) -> _types_pb2.RankKey: ...
+    def __init__(
+        self,
+        *,
+        rank: _types_pb2.RankKey | None = ...,
+        start_count: _builtins.int = ...,
+        has_ended: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_ended", b"has_ended", "message", b"message", "rank", b"rank", "reason", b"reason", "start_count", b"start_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PodReport: _TypeAlias = PodReport  # noqa: Y015
+
+@_typing.final
+class ReportPodsResponse(_message.Message):
+    """Empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportPodsResponse: _TypeAlias = ReportPodsResponse  # noqa: Y015
+
+@_typing.final
 class CreateMaintenanceRequest(_message.Message):
     """A drain of a position."""
 

@@ -116,6 +116,11 @@ class SchedulerStub(object):
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostRequest.SerializeToString,
                 response_deserializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostResponse.FromString,
                 _registered_method=True)
+        self.ReportPods = channel.unary_unary(
+                '/raddle.v1.Scheduler/ReportPods',
+                request_serializer=raddle_dot_v1_dot_scheduler__pb2.ReportPodsRequest.SerializeToString,
+                response_deserializer=raddle_dot_v1_dot_scheduler__pb2.ReportPodsResponse.FromString,
+                _registered_method=True)
         self.CreateMaintenance = channel.unary_unary(
                 '/raddle.v1.Scheduler/CreateMaintenance',
                 request_serializer=raddle_dot_v1_dot_scheduler__pb2.CreateMaintenanceRequest.SerializeToString,
@@ -306,6 +311,14 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportPods(self, request, context):
+        """What Kubernetes says of pods of a job's ranks. It names why ranks ended in incidents and stories;
+        where a rank's agent says nothing of it, the rank is lost when its pod has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateMaintenance(self, request, context):
         """Begin a maintenance: cordon and move what runs.
         """
@@ -486,6 +499,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.DeclareNodeLost,
                     request_deserializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostRequest.FromString,
                     response_serializer=raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostResponse.SerializeToString,
+            ),
+            'ReportPods': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportPods,
+                    request_deserializer=raddle_dot_v1_dot_scheduler__pb2.ReportPodsRequest.FromString,
+                    response_serializer=raddle_dot_v1_dot_scheduler__pb2.ReportPodsResponse.SerializeToString,
             ),
             'CreateMaintenance': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateMaintenance,
@@ -992,6 +1010,33 @@ class Scheduler(object):
             '/raddle.v1.Scheduler/DeclareNodeLost',
             raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostRequest.SerializeToString,
             raddle_dot_v1_dot_scheduler__pb2.DeclareNodeLostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportPods(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/raddle.v1.Scheduler/ReportPods',
+            raddle_dot_v1_dot_scheduler__pb2.ReportPodsRequest.SerializeToString,
+            raddle_dot_v1_dot_scheduler__pb2.ReportPodsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,10 @@ class SchedulerStub:
     """An operator's word that a silent node is gone: what ran there moves. Refused for a node whose
     agent reports.
     """
+    ReportPods: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.ReportPodsRequest, _scheduler_pb2.ReportPodsResponse]
+    """What Kubernetes says of pods of a job's ranks. It names why ranks ended in incidents and stories;
+    where a rank's agent says nothing of it, the rank is lost when its pod has ended.
+    """
     CreateMaintenance: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.CreateMaintenanceRequest, _scheduler_pb2.CreateMaintenanceResponse]
     """Begin a maintenance: cordon and move what runs."""
     GetMaintenance: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.GetMaintenanceRequest, _scheduler_pb2.GetMaintenanceResponse]
@@ -138,6 +142,10 @@ class SchedulerAsyncStub(SchedulerStub):
     DeclareNodeLost: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DeclareNodeLostRequest, _scheduler_pb2.DeclareNodeLostResponse]  # type: ignore[assignment]
     """An operator's word that a silent node is gone: what ran there moves. Refused for a node whose
     agent reports.
+    """
+    ReportPods: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.ReportPodsRequest, _scheduler_pb2.ReportPodsResponse]  # type: ignore[assignment]
+    """What Kubernetes says of pods of a job's ranks. It names why ranks ended in incidents and stories;
+    where a rank's agent says nothing of it, the rank is lost when its pod has ended.
     """
     CreateMaintenance: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.CreateMaintenanceRequest, _scheduler_pb2.CreateMaintenanceResponse]  # type: ignore[assignment]
     """Begin a maintenance: cordon and move what runs."""
@@ -301,6 +309,16 @@ class SchedulerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_scheduler_pb2.DeclareNodeLostResponse, _abc.Awaitable[_scheduler_pb2.DeclareNodeLostResponse]]:
         """An operator's word that a silent node is gone: what ran there moves. Refused for a node whose
         agent reports.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportPods(
+        self,
+        request: _scheduler_pb2.ReportPodsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.ReportPodsResponse, _abc.Awaitable[_scheduler_pb2.ReportPodsResponse]]:
+        """What Kubernetes says of pods of a job's ranks. It names why ranks ended in incidents and stories;
+        where a rank's agent says nothing of it, the rank is lost when its pod has ended.
         """
 
     @_abc_1.abstractmethod

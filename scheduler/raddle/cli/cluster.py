@@ -29,7 +29,7 @@ from raddle.processes.start import SERVER_VARIABLE, Command, Process, start
 from raddle.store.embedded import QUOTA_BYTES, EmbeddedEtcd
 from raddle.store.ports import free_port
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import TlsFiles
+from raddle.telemetry.tls import FRONT_DOOR, TlsFiles
 from raddle.v1 import scheduler_pb2, scheduler_pb2_grpc, topology_pb2
 from raddle.wire.codec import to_message
 
@@ -290,7 +290,7 @@ class LocalCluster:
             model,
             "--listen",
             address,
-            *self._tls_flags("client/frontdoor"),
+            *self._tls_flags(FRONT_DOOR),
         )
         return address
 

@@ -31,7 +31,7 @@ EtcdHosts = Annotated[
 
 
 @app.command()
-def create(
+def create(  # noqa: PLR0913, PLR0917 - an option is a parameter
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the PEM files; keep `ca.key` in it safe")],
     agent: Annotated[
@@ -39,6 +39,10 @@ def create(
     ] = None,
     client: Annotated[
         list[str] | None, typer.Option(help="name of a client beside admin; may be repeated")
+    ] = None,
+    front_door: Annotated[
+        list[str] | None,
+        typer.Option(help="name of a front door of some namespaces alone; may be repeated"),
     ] = None,
     etcd_host: EtcdHosts = None,
     days: Days = 365,
@@ -49,9 +53,10 @@ def create(
 
     Example: `raddle certificates create --out pki --agent sn0/n00 --etcd-host 10.0.0.7`
     """
-    identities = ["scheduler", "operator", "client/admin", "client/frontdoor"]
+    identities = ["scheduler", "operator", "client/admin", "rank", "frontdoor"]
     identities += [f"agent/{node}" for node in agent or ["*"]]
     identities += [f"client/{name}" for name in client or []]
+    identities += [f"frontdoor/{name}" for name in front_door or []]
     hosts = tuple(etcd_host or ())
     if hosts:
         identities.append("etcd")

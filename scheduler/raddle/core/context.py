@@ -6,6 +6,7 @@ assignments of a job to its nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +35,34 @@ from raddle.model.job import (
 from raddle.model.kinds import HoldKind, NodeState, RoleKind, SeatState
 from raddle.model.routes import Routes, RouteState
 from raddle.model.types import ExpertMove, Member, RankKey, SequenceRestore, Why
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """What an epoch bears of one agent's silence, however many times it falls silent."""
+
+    patience_s: float
+    #: None while it is heard.
+    since_s: float | None = None
+    #: Silent for so long before.
+    spent_s: float = 0.0
+
+    @property
+    def due_s(self) -> float:
+        """When it will have been silent for too long."""
+        if self.since_s is None:
+            return math.inf
+        return self.since_s + self.patience_s - self.spent_s
+
+    def silent(self, now: float, patience_s: float) -> Wait:
+        """One that was unknown on the way is waited for as an unknown one, whatever it is now."""
+        since_s = now if self.since_s is None else self.since_s
+        return replace(self, since_s=since_s, patience_s=max(self.patience_s, patience_s))
+
+    def heard(self, now: float) -> Wait:
+        if self.since_s is None:
+            return self
+        return replace(self, since_s=None, spent_s=self.spent_s + now - self.since_s)
 
 
 @dataclass(slots=True)
@@ -66,15 +95,19 @@ class Context:
     )
     #: What peers say of each job's ranks.
     suspicions: dict[str, Suspicions] = field(default_factory=dict[str, "Suspicions"])
+    #: What Kubernetes says of the pods of each job's ranks, of their newest starts.
+    pod_words: dict[str, dict[RankKey, PodWord]] = field(
+        default_factory=dict[str, dict[RankKey, "PodWord"]]
+    )
     #: The last process that a recovery started in each seat of each job.
     lives: dict[str, dict[RankKey, Life]] = field(default_factory=dict[str, dict[RankKey, "Life"]])
     #: When a job whose processes keep ending may start them again.
     restart_due: dict[str, float] = field(default_factory=dict[str, float])
     #: Jobs that a drain would take down: nothing moves until something becomes free.
     drain_blocked: dict[str, None] = field(default_factory=dict[str, None])
-    #: Silent agents that each job's epoch waits for: (epoch, node) -> (since when, how long).
-    waits: dict[str, dict[tuple[int, str], tuple[float, float]]] = field(
-        default_factory=dict[str, dict[tuple[int, str], tuple[float, float]]]
+    #: Agents that each job's epoch waits or waited for, by epoch and node.
+    waits: dict[str, dict[tuple[int, str], Wait]] = field(
+        default_factory=dict[str, dict[tuple[int, str], Wait]]
     )
     #: When a job stops waiting for a silent agent.
     control_due: dict[str, float] = field(default_factory=dict[str, float])
@@ -144,6 +177,7 @@ class Context:
         for memory in (
             self.seen_since,
             self.suspicions,
+            self.pod_words,
             self.lives,
             self.restart_due,
             self.drain_blocked,
@@ -184,6 +218,22 @@ class Suspicions:
     reconnects: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     #: Those that are believed lost: code and sentence.
     dead: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+
+
+@dataclass(frozen=True, slots=True)
+class PodWord:
+    """What Kubernetes says of the pod of one start of a rank."""
+
+    rank: RankKey
+    start_count: int
+    #: The rank's container is over, or will never be.
+    has_ended: bool
+    reason: str
+    message: str
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.reason}: {self.message}"
 
 
 @dataclass(slots=True)
@@ -266,6 +316,21 @@ def status_of(context: Context, job: Job, seat: Seat) -> RankStatus | None:
 def is_ahead(job: Job, status: RankStatus) -> bool:
     """Does a rank live at an epoch that this job's record does not know? The store was set back."""
     return status.epoch > job.epoch or status.is_of_another_decision(job.epoch, job.epoch_term)
+
+
+FENCED_OR_LATER = (RankStage.FENCED, RankStage.REPAIRED, RankStage.LIVE)
+#: What ranks acknowledge when they have done what a stage asks of them.
+DONE_BY_STAGE = {
+    AssignmentStage.START: (RankStage.STARTED, *FENCED_OR_LATER),
+    AssignmentStage.PREPARE: (RankStage.REPAIRED, RankStage.LIVE),
+    AssignmentStage.LIVE: (RankStage.LIVE,),
+}
+
+
+def has_done(context: Context, job: Job, status: RankStatus | None) -> bool:
+    """Did a rank acknowledge all that the stage under way asks of it?"""
+    _, stage = context.state.stages.get(job.uid, (0, AssignmentStage.UNSPECIFIED))
+    return stage not in DONE_BY_STAGE or has_reached(job, status, DONE_BY_STAGE[stage])
 
 
 def has_reached(job: Job, status: RankStatus | None, stages: Collection[RankStage]) -> bool:

@@ -6,11 +6,10 @@ values and probes. Level-triggered: a loss is seen again at each look until a pl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from raddle.core import pools
-from raddle.core.context import Context, Seat, is_ahead
+from raddle.core.context import Context, Seat, Wait, has_done, is_ahead
 from raddle.core.instructions import ProbeRank
 from raddle.core.nodes import STORM_WINDOW_S
 from raddle.model.health import RankStage, RankStatus
@@ -42,6 +41,7 @@ class Loss:
     position: str
     code: str
     message: str
+    start_count: int = 0
 
 
 Ranks = list[tuple[Seat, RankStatus | None]]
@@ -56,7 +56,8 @@ def losses_of(context: Context, job: Job, ranks: Ranks) -> list[Loss]:
         if cause is not None:
             kind, code, message = cause
             position = seat.placement.die or seat.placement.node
-            found.append(Loss(job.uid, seat.key, kind, position, code, message))
+            start_count = seat.placement.start_count
+            found.append(Loss(job.uid, seat.key, kind, position, code, message, start_count))
     return found
 
 
@@ -69,13 +70,12 @@ def _cause(
     fault = context.cluster.fault_of(seat.placement.die) if seat.placement.die else None
     if fault is not None:
         return FaultKind.DIE_FAULT, fault, f"{seat.placement.die} reports {fault}"
-    if _is_waited_for(job, status) and _is_out_of_control(context, job, node.name):
+    if _is_waited_for(context, job, status) and _is_out_of_control(context, job, node.name):
         what = f"the agent of {node.name} is silent and the recovery needs it"
         return FaultKind.NODE_LOST, "AGENT_SILENT", what
-    if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
-        what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
-        text = f"rank process ended: {what} {status.message}".strip()
-        return FaultKind.RANK_EXITED, status.stage, text
+    ended = _ended(context, job, seat, status)
+    if ended is not None:
+        return FaultKind.RANK_EXITED, *ended
     suspicions = context.suspicions.get(job.uid)
     if status is not None and suspicions is not None and status.incarnation in suspicions.dead:
         return FaultKind.PEER_REPORTS, *suspicions.dead[status.incarnation]
@@ -88,23 +88,50 @@ def _cause(
     return None
 
 
-def _is_waited_for(job: Job, status: RankStatus | None) -> bool:
-    """Does the epoch under way need a word of this rank that has not come?"""
-    return job.state is not JobState.READY and (status is None or status.epoch < job.epoch)
+def _ended(
+    context: Context, job: Job, seat: Seat, status: RankStatus | None
+) -> tuple[str, str] | None:
+    """Code and sentence if the rank's process ended or never will be; None if nobody says so.
+
+    Its agent knows best, and its pod says why. Where the agent says nothing, the pod's end counts.
+    """
+    word = context.pod_words.get(job.uid, {}).get(seat.key)
+    if word is not None and word.start_count != seat.placement.start_count:
+        word = None
+    if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
+        what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
+        text = f"rank process ended: {what} {status.message}".strip()
+        # What a pod waited for before its rank came up is past.
+        if word is None or (status.incarnation and not word.has_ended):
+            return status.stage, text
+        return word.reason, f"{text}; its pod: {word.sentence}"
+    is_heard = context.nodes.node(seat.placement.node).state is NodeState.READY
+    if word is not None and word.has_ended and (status is None or not is_heard):
+        return word.reason, f"the rank's pod ended: {word.sentence}"
+    return None
+
+
+def _is_waited_for(context: Context, job: Job, status: RankStatus | None) -> bool:
+    """Does the stage under way need a word of this rank that has not come?"""
+    return job.state is not JobState.READY and not has_done(context, job, status)
 
 
 def _look_at_waits(context: Context, job: Job, ranks: Ranks) -> None:
-    """Keep since when this epoch waits for which silent agent, and how long it will.
+    """Keep how long this epoch has waited for which silent agents.
 
-    One that was unknown on the way is waited for as an unknown one, whatever it is now.
+    The silences of one that falls silent again and again add up.
     """
-    old, waits = context.waits.get(job.uid, {}), dict[tuple[int, str], tuple[float, float]]()
+    old, waits = context.waits.get(job.uid, {}), dict[tuple[int, str], Wait]()
     for seat, status in ranks:
-        name = seat.placement.node
-        patience_s = _PATIENCE_S.get(context.nodes.node(name).state)
-        if patience_s is not None and _is_waited_for(job, status):
-            since_s, before_s = old.get((job.epoch, name), (context.now, 0.0))
-            waits[job.epoch, name] = since_s, max(before_s, patience_s)
+        if not _is_waited_for(context, job, status):
+            continue
+        key = (job.epoch, seat.placement.node)
+        known = old.get(key)
+        patience_s = _PATIENCE_S.get(context.nodes.node(seat.placement.node).state)
+        if patience_s is not None:
+            waits[key] = (known or Wait(patience_s)).silent(context.now, patience_s)
+        elif known is not None:
+            waits[key] = known.heard(context.now)
     context.waits[job.uid] = waits
     if not waits:
         del context.waits[job.uid]
@@ -112,14 +139,14 @@ def _look_at_waits(context: Context, job: Job, ranks: Ranks) -> None:
 
 def _is_out_of_control(context: Context, job: Job, node: str) -> bool:
     """Has this epoch waited too long for the node's silent agent?"""
-    since_s, patience_s = context.waits.get(job.uid, {}).get((job.epoch, node), (0.0, math.inf))
-    return context.now >= since_s + patience_s
+    wait = context.waits.get(job.uid, {}).get((job.epoch, node))
+    return wait is not None and context.now >= wait.due_s
 
 
 def control_due(context: Context, job: Job) -> float | None:
     """When a silent agent has been waited for long enough; None if none is waited for."""
     waits = context.waits.get(job.uid, {}).values()
-    return min((since_s + patience_s for since_s, patience_s in waits), default=None)
+    return min((wait.due_s for wait in waits if wait.since_s is not None), default=None)
 
 
 def rank_ahead(context: Context, job: Job, ranks: Ranks) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
-from raddle.core import lifecycle
+from raddle.core import lifecycle, pod_words
 from raddle.core.admission import check_spec
 from raddle.core.context import Context, is_ended, note, put_job, ranks_under, role_of
 from raddle.core.holds import covering, holding_maintenance, lift_drain, lift_hold, put_hold
@@ -24,6 +24,7 @@ from raddle.core.requests import (
     DeclareNodeLost,
     DeleteJob,
     InjectFault,
+    ReportPods,
     ScaleJob,
     SubmitJob,
     Uncordon,
@@ -35,6 +36,7 @@ from raddle.model.health import ActiveFault, Hold, Injections
 from raddle.model.incident import Maintenance, MaintenanceState
 from raddle.model.job import Job, JobSpec, JobState, NameRecord, Placement
 from raddle.model.kinds import HoldKind, NodeState
+from raddle.model.reasons import Decision
 from raddle.model.topology import DIES_MAX, SuperNode
 from raddle.model.types import Why
 
@@ -81,7 +83,7 @@ def submit_job(request: SubmitJob, context: Context, identity: str) -> tuple[Job
         spec=spec,
         generation=1,
         state=JobState.PENDING,
-        why=Why(reason="ACCEPTED", message="accepted, waits to be placed"),
+        why=Why(reason=Decision.ACCEPTED, message="accepted, waits to be placed"),
         created_by=identity,
         managed_by=request.managed_by,
         idempotency_key=request.idempotency_key,
@@ -201,7 +203,7 @@ def scale_job(request: ScaleJob, context: Context, identity: str) -> Job:
     size = f"{new.instances} instances of {new.ranks} ranks"
     note(context, "JOB_SCALED", job.uid, f"{new.name}: {size}", identity=identity)
     if job.state is not JobState.PENDING:
-        why = Why(reason="SCALED", message=f"role {new.name} now has {size}: placed anew")
+        why = Why(reason=Decision.SCALED, message=f"role {new.name} now has {size}: placed anew")
         job = lifecycle.requeue(context, job, why)
     context.queue_dirty = True
     return job
@@ -213,7 +215,7 @@ def cancel_job(request: CancelJob, context: Context, identity: str) -> Job:
     _require_owner(job, request.managed_by)
     if is_ended(job) or job.state is JobState.STOPPING:
         return job
-    why = Why(reason=lifecycle.CANCELLED, message=f"cancelled by {identity}")
+    why = Why(reason=Decision.CANCELLED, message=f"cancelled by {identity}")
     return lifecycle.stop(context, job, why)
 
 
@@ -328,6 +330,14 @@ def declare_node_lost(request: DeclareNodeLost, context: Context, identity: str)
 
 
 @answer.register
+def report_pods(request: ReportPods, context: Context, identity: str) -> None:
+    """Kubernetes' words about pods of a job's ranks; those of a job that has ended are late."""
+    job = context.state.require_job(request.job_uid)
+    if not is_ended(job):
+        pod_words.take(context, job, request.words, identity)
+
+
+@answer.register
 def create_maintenance(request: CreateMaintenance, context: Context, identity: str) -> Maintenance:
     """Begin a drain: no new work, and what runs moves away under a plan.
 
@@ -347,7 +357,7 @@ def create_maintenance(request: CreateMaintenance, context: Context, identity: s
         id=request.maintenance_id,
         subject=request.subject,
         state=MaintenanceState.DRAINING,
-        why=Why(reason="DRAINING", message=request.message or "ranks move away"),
+        why=Why(reason=Decision.DRAINING, message=request.message or "ranks move away"),
         deadline=context.now + request.timeout_s,
         ranks_total=sum(ranks_under(context, request.subject).values()),
         created_by=identity,
@@ -355,7 +365,7 @@ def create_maintenance(request: CreateMaintenance, context: Context, identity: s
     )
     if request.dry_run:
         message = f"{record.ranks_total} ranks would have to move away"
-        return replace(record, id="", why=Why(reason="DRY_RUN", message=message))
+        return replace(record, id="", why=Why(reason=Decision.DRY_RUN, message=message))
     put_hold(context, request.subject, HoldKind.DRAIN, record.why.message, identity)
     context.state.put(keys.maintenance(record.id), record)
     context.drains_dirty = True
@@ -371,7 +381,7 @@ def cancel_maintenance(request: CancelMaintenance, context: Context, identity: s
         raise PermanentError(Reason.NOT_FOUND, f"There is no maintenance {request.maintenance_id}.")
     if record.state in (MaintenanceState.CANCELLED, MaintenanceState.EXPIRED):
         return record
-    why = Why(reason="CANCELLED", message=f"cancelled by {identity}")
+    why = Why(reason=Decision.CANCELLED, message=f"cancelled by {identity}")
     record = replace(record, state=MaintenanceState.CANCELLED, why=why)
     context.state.put(key, record)
     context.seen_since.pop(record.id, None)
@@ -409,4 +419,4 @@ def inject_fault(request: InjectFault, context: Context, identity: str) -> Why:
     verb = "cleared" if request.clear else "set"
     message = f"{request.code} {verb} on {request.subject}"
     note(context, "FAULT_INJECTED", request.subject, message, identity=identity)
-    return Why(reason="FAULT_INJECTED", message=message)
+    return Why(reason=Decision.FAULT_INJECTED, message=message)

@@ -15,10 +15,12 @@ import numpy as np
 from raddle.core import pools, timeline
 from raddle.core.admission import model_shape
 from raddle.core.context import (
+    FENCED_OR_LATER,
     Context,
     active_seats,
     at_next_epoch,
     clear_assignments,
+    has_done,
     has_reached,
     note,
     occupy,
@@ -38,7 +40,6 @@ from raddle.core.placement.gang import PlacedJob, place_job
 from raddle.core.sizes import CommitSize, commit_size
 from raddle.core.state import WRITES_A_COMMIT_MAX
 from raddle.model import keys
-from raddle.model.health import RankStage, RankStatus
 from raddle.model.job import (
     AssignmentStage,
     InstanceExpertMap,
@@ -48,6 +49,7 @@ from raddle.model.job import (
     Placement,
 )
 from raddle.model.kinds import NodeState, RoleKind, SeatState
+from raddle.model.reasons import Decision
 from raddle.model.routes import RouteState
 from raddle.model.types import Why
 
@@ -55,12 +57,7 @@ from raddle.model.types import Why
 RESERVE_AFTER_S = 60.0
 #: Of so many shapes the first waiting job's record keeps up with the numbers in its sentence.
 HEADS_TOLD_MAX = 16
-#: The reason of a job that somebody ended.
-CANCELLED = "CANCELLED"
 _RUNNING = (JobState.STARTING, JobState.READY, JobState.RECOVERING)
-_FENCED_OR_LATER = (RankStage.FENCED, RankStage.REPAIRED, RankStage.LIVE)
-_STARTED_OR_LATER = (RankStage.STARTED, *_FENCED_OR_LATER)
-_REPAIRED_OR_LATER = (RankStage.REPAIRED, RankStage.LIVE)
 
 
 def schedule(context: Context) -> bool:
@@ -105,7 +102,7 @@ def _turn(job: Job) -> Why:
         f"waits behind {name} ({job.uid}), which has waited for over {RESERVE_AFTER_S:.0f} s: what"
         " becomes free is kept for it"
     )
-    return Why(reason="WAITS_FOR_TURN", message=message)
+    return Why(reason=Decision.WAITS_FOR_TURN, message=message)
 
 
 def size_of(context: Context, job: Job) -> CommitSize:
@@ -140,7 +137,7 @@ def start(context: Context, job: Job, placed: PlacedJob) -> None:
         job,
         observed_generation=job.generation,
         state=JobState.STARTING,
-        why=Why(reason="PLACED", message=placement.why.message),
+        why=Why(reason=Decision.PLACED, message=placement.why.message),
     )
     put_job(context, job)
     context.state.put(keys.placement(job.uid), placement)
@@ -202,30 +199,23 @@ def _step(context: Context, job: Job) -> bool:
     placement = context.state.placement(job.uid)
     if job.state not in _RUNNING or placement is None:
         return False
-    statuses = [status_of(context, job, seat) for seat in active_seats(context, job, placement)]
     _, stage = context.state.stages.get(job.uid, (0, AssignmentStage.UNSPECIFIED))
-    if stage is AssignmentStage.START:
-        if all(_has_started(job, status) for status in statuses):
-            _prepare(context, job, placement)
-            return True
-    elif stage is AssignmentStage.PREPARE:
-        if all(has_reached(job, status, _FENCED_OR_LATER) for status in statuses):
-            timeline.fenced(context, job)
-        if all(has_reached(job, status, _REPAIRED_OR_LATER) for status in statuses):
-            _publish(context, job, placement)
-            return True
-    elif (
-        stage is AssignmentStage.LIVE
-        and job.state is not JobState.READY
-        and all(has_reached(job, status, (RankStage.LIVE,)) for status in statuses)
+    if stage is AssignmentStage.LIVE and job.state is JobState.READY:
+        return False
+    statuses = [status_of(context, job, seat) for seat in active_seats(context, job, placement)]
+    if stage is AssignmentStage.PREPARE and all(
+        has_reached(job, status, FENCED_OR_LATER) for status in statuses
     ):
+        timeline.fenced(context, job)
+    if not all(has_done(context, job, status) for status in statuses):
+        return False
+    if stage is AssignmentStage.START:
+        _prepare(context, job, placement)
+    elif stage is AssignmentStage.PREPARE:
+        _publish(context, job, placement)
+    elif stage is AssignmentStage.LIVE:
         _ready(context, job)
-    return False
-
-
-def _has_started(job: Job, status: RankStatus | None) -> bool:
-    """A new process is up, or a running one is fenced at this epoch."""
-    return has_reached(job, status, _STARTED_OR_LATER)
+    return stage in (AssignmentStage.START, AssignmentStage.PREPARE)
 
 
 def _prepare(context: Context, job: Job, placement: Placement) -> None:
@@ -260,7 +250,7 @@ def _ready(context: Context, job: Job) -> None:
     job = replace(
         job,
         state=JobState.READY,
-        why=Why(reason="READY", message=message),
+        why=Why(reason=Decision.READY, message=message),
         ready_time=job.ready_time or context.now,
     )
     put_job(context, job)
@@ -304,7 +294,7 @@ def _all_ranks_ended(context: Context, job_uid: str) -> bool:
 
 def _ended(context: Context, job: Job, why: Why) -> Job:
     """Cancelled if somebody wished it, failed for any other reason."""
-    state = JobState.CANCELLED if why.reason == CANCELLED else JobState.FAILED
+    state = JobState.CANCELLED if why.says(Decision.CANCELLED) else JobState.FAILED
     job = replace(job, state=state, why=why, end_time=context.now)
     put_job(context, job)
     context.state.delete(keys.routes(job.uid))

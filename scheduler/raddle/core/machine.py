@@ -63,6 +63,7 @@ from raddle.model.health import AgentAcks, AgentHealth, AgentRegistration, Fault
 from raddle.model.incident import Maintenance, MaintenanceState
 from raddle.model.job import Job, JobState
 from raddle.model.kinds import NodeState
+from raddle.model.reasons import Decision
 from raddle.model.stats import RankStats
 from raddle.model.types import Why
 
@@ -133,6 +134,7 @@ class Machine:
         self.context.state.take_reports(other.context.state)
         self.context.nodes.remember(other.context.nodes)
         self.context.waits |= other.context.waits
+        self.context.pod_words |= other.context.pod_words
 
     def validate(self) -> None:
         """Assert the invariants that hold between any two events."""
@@ -426,21 +428,23 @@ class Machine:
         total = max(record.ranks_total, here)
         new = replace(record, ranks_total=total, ranks_moved=total - here)
         if here == 0:
-            why = Why(reason="DRAINED", message=f"{total} ranks moved away; nothing runs here")
+            why = Why(
+                reason=Decision.DRAINED, message=f"{total} ranks moved away; nothing runs here"
+            )
             new = replace(new, state=MaintenanceState.DRAINED, why=why)
             context.draining.pop(record.subject, None)
         elif self._drain_left_s(record) <= 0:
-            why = Why(reason="EXPIRED", message=f"{here} of {total} ranks are still here")
+            why = Why(reason=Decision.EXPIRED, message=f"{here} of {total} ranks are still here")
             new = replace(new, state=MaintenanceState.EXPIRED, why=why)
             context.draining.pop(record.subject, None)
         elif blocked:
             message = (
                 f"{blocked} of {total} ranks have nowhere to go: free dies or cancel the drain"
             )
-            new = replace(new, why=Why(reason="NO_ROOM", message=message))
+            new = replace(new, why=Why(reason=Decision.NO_ROOM, message=message))
         elif (copies := pools.copies_to_hand_on(context, record.subject, list(ranks))) is not None:
             message = f"pool members hand their blocks on before they end: {copies} copies are left"
-            new = replace(new, why=Why(reason="HANDING_ON", message=message))
+            new = replace(new, why=Why(reason=Decision.HANDING_ON, message=message))
         if new.state is not MaintenanceState.DRAINING:
             context.seen_since.pop(record.id, None)
         context.state.put(keys.maintenance(record.id), new)

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from raddle.model.kinds import NodeState
+from raddle.model.kinds import FaultKind, NodeState
+from raddle.model.reasons import Decision
 from raddle.model.types import Why
 
 LEASE_TTL_S = 4.0
@@ -28,7 +29,7 @@ STORM_GATHER_S = 0.5
 LAPSES_APART_S = 2.0
 # A silent node whose ranks answered, or whose agent renews its lease, is asked again.
 ASK_AGAIN_S = 1.0
-_ASKED_AGAIN = ("RANKS_ANSWER", "LEASE_LIVES")
+_ASKED_AGAIN = (Decision.RANKS_ANSWER, Decision.LEASE_LIVES)
 
 
 @dataclass(slots=True)
@@ -72,7 +73,7 @@ class NodeTracker:
         return self.nodes[name]
 
     def remember(self, other: NodeTracker) -> None:
-        """What a tracker of the same term knew: open streams, the grace time, who is unknown."""
+        """What a tracker of the same term knew: open streams, the grace time, who is silent."""
         self.grace_until_s = other.grace_until_s
         for name, node in other.nodes.items():
             if node.has_stream:
@@ -82,6 +83,10 @@ class NodeTracker:
                 mine.silent_since_s = node.silent_since_s
                 mine.stormed, mine.spared_until_s = node.stormed, node.spared_until_s
                 self._set(mine, NodeState.UNKNOWN, node.why.reason, node.why.message)
+            elif node.state is NodeState.SUSPECT and not node.has_stream:
+                mine = self.node(name)
+                mine.silent_since_s, mine.answered_s = node.silent_since_s, node.answered_s
+                self._set(mine, NodeState.SUSPECT, node.why.reason, node.why.message)
 
     def store_leader_changed(self, *, now: float) -> None:
         self.grace_until_s = max(self.grace_until_s, now + LEASE_TTL_S)
@@ -91,32 +96,31 @@ class NodeTracker:
         node = self.node(name)
         node.has_lease = has_lease
         if has_lease:
-            self._set(node, NodeState.READY, "READY", "agent reports under its lease")
+            self._set(node, NodeState.READY, Decision.READY, "agent reports under its lease")
         else:
-            self._fall_silent(node, "LEASE_ABSENT", "no lease at the start of the term", now)
+            self._fall_silent(node, Decision.LEASE_ABSENT, "no lease at the start of the term", now)
 
     def lease_seen(self, name: str) -> None:
         node = self.node(name)
         node.has_lease = True
-        node.accused = False
         if node.state is not NodeState.READY and (node.has_stream or not node.probing):
-            self._set(node, NodeState.READY, "READY", "agent reports under its lease")
+            self._set(node, NodeState.READY, Decision.READY, "agent reports under its lease")
 
     def stream_opened(self, name: str) -> None:
         node = self.node(name)
         node.has_stream = True
         if node.has_lease:
-            self._set(node, NodeState.READY, "READY", "agent streams to the leader")
+            self._set(node, NodeState.READY, Decision.READY, "agent streams to the leader")
 
     def lease_ended(self, name: str, *, now: float) -> None:
         node = self.node(name)
         node.has_lease = False
-        self._fall_silent(node, "LEASE_ENDED", "the agent's lease ended", now)
+        self._fall_silent(node, Decision.LEASE_ENDED, "the agent's lease ended", now)
 
     def stream_broken(self, name: str, *, now: float) -> None:
         node = self.node(name)
         node.has_stream = False
-        self._fall_silent(node, "STREAM_BROKEN", "the agent's stream broke", now)
+        self._fall_silent(node, Decision.STREAM_BROKEN, "the agent's stream broke", now)
 
     def accused(self, name: str) -> None:
         """A peer rank lost its connections to this node's ranks: a second witness."""
@@ -136,13 +140,15 @@ class NodeTracker:
         if node.has_stream or node.state is NodeState.LOST:
             return
         if node.state is NodeState.READY:
-            self._fall_silent(node, "NO_STREAM", "its agent does not stream to this leader", now)
+            self._fall_silent(
+                node, Decision.NO_STREAM, "its agent does not stream to this leader", now
+            )
         node.accused = True
         self._to_probe[name] = None
 
     def declared_lost(self, name: str, message: str) -> None:
         """An operator's word against a silent node needs no probe."""
-        self._set(self.node(name), NodeState.LOST, "DECLARED_LOST", message)
+        self._set(self.node(name), NodeState.LOST, Decision.DECLARED_LOST, message)
 
     def probed(
         self, name: str, *, answered: bool, now: float, quiet_nodes: Sequence[str] = ()
@@ -158,13 +164,14 @@ class NodeTracker:
         if node.state not in (NodeState.SUSPECT, NodeState.UNKNOWN):
             return
         if node.has_lease and node.has_stream:
-            self._set(node, NodeState.READY, "READY", "agent is back")
+            self._set(node, NodeState.READY, Decision.READY, "agent is back")
         elif answered:
             node.answered_s = now
+            node.accused = False
             self._set(
                 node,
                 NodeState.SUSPECT,
-                "RANKS_ANSWER",
+                Decision.RANKS_ANSWER,
                 "the agent is silent but its ranks answer: no new work, nothing moves",
             )
         elif node.has_lease and name not in quiet_nodes and not node.accused:
@@ -173,14 +180,14 @@ class NodeTracker:
             self._set(
                 node,
                 NodeState.SUSPECT,
-                "LEASE_LIVES",
+                Decision.LEASE_LIVES,
                 "nobody there answers the leader but the agent renews its lease: no new work,"
                 " nothing moves",
             )
         elif node.why.reason in _ASKED_AGAIN:
             # The host goes after its agent: a silence of its own, which others may share.
             node.silent_since_s = now
-            self._set(node, NodeState.SUSPECT, "RANKS_SILENT", "its agent, then its ranks")
+            self._set(node, NodeState.SUSPECT, Decision.RANKS_SILENT, "its agent, then its ranks")
         elif now < node.silent_since_s + self._gather_s(node) and not node.accused:
             # Judged a moment later; `wake` asks again.
             return
@@ -188,7 +195,7 @@ class NodeTracker:
             self._set(
                 node,
                 NodeState.UNKNOWN,
-                "STORM_BRAKE",
+                Decision.STORM_BRAKE,
                 f"more than {self.storm_nodes_max} nodes fell silent together or the leader just"
                 " changed: nothing moves until a second witness speaks",
             )
@@ -196,7 +203,7 @@ class NodeTracker:
             self._set(
                 node,
                 NodeState.LOST,
-                "NODE_LOST",
+                FaultKind.NODE_LOST,
                 f"{node.why.message or 'silent'}, and none of its ranks answers",
             )
 
@@ -208,9 +215,11 @@ class NodeTracker:
         quiet_s = max(self.grace_until_s, node.spared_until_s)
         names = dict.fromkeys((*(other.name for other in self._silent(now)), *quiet_nodes))
         silent = [self.nodes[name] for name in names if name in self.nodes]
-        return now < quiet_s or self._is_storm(silent) or self._is_storm(self._unknown())
+        unknown = self._unknown()
+        is_storm = self._is_storm(silent, quiet_nodes) or self._is_storm(unknown, quiet_nodes)
+        return now < quiet_s or is_storm
 
-    def _is_storm(self, nodes: Sequence[Node]) -> bool:
+    def _is_storm(self, nodes: Sequence[Node], quiet_nodes: Sequence[str] = ()) -> bool:
         """Are these more than one failure takes? The nodes of one host count once.
 
         Unless nobody else is heard: then it is rather the leader that is cut off.
@@ -218,7 +227,8 @@ class NodeTracker:
         hosts = Counter(node.host for node in nodes if node.host)
         host, carried = max(hosts.items(), key=lambda item: item[1], default=("", 1))
         others_are_heard = any(
-            node.state is NodeState.READY and node.host != host for node in self.nodes.values()
+            node.state is NodeState.READY and node.host != host and node.name not in quiet_nodes
+            for node in self.nodes.values()
         )
         count = len(nodes) - (carried - 1 if others_are_heard else 0)
         return count > self.storm_nodes_max
@@ -311,4 +321,6 @@ class NodeTracker:
             self._changed[node.name] = None
             if state is not NodeState.UNKNOWN:
                 node.stormed, node.spared_until_s = False, 0.0
+            if state is NodeState.READY:
+                node.accused = False
         node.state, node.why = state, Why(reason=reason, message=message)

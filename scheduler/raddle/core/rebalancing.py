@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from raddle.core.context import (
     Context,
+    active_seats,
     at_next_epoch,
     note,
     put_assignments,
@@ -32,6 +33,8 @@ from raddle.model.job import (
     JobState,
     Placement,
 )
+from raddle.model.kinds import NodeState
+from raddle.model.reasons import Decision
 from raddle.model.routes import RouteState
 from raddle.model.types import ExpertMove, RankKey, Why
 
@@ -41,6 +44,11 @@ def look_at(context: Context, job_uid: str) -> bool:
     job = context.state.job(job_uid)
     placement = context.state.placement(job_uid)
     if job is None or placement is None or job.state is not JobState.READY:
+        return False
+    # The new epoch needs a word of every agent, and would leave a silent one's ranks behind.
+    seats = active_seats(context, job, placement)
+    nodes = {seat.placement.node for seat in seats}
+    if any(context.nodes.node(name).state is not NodeState.READY for name in nodes):
         return False
     if not context.expert_loads.take_due(job_uid, job.epoch, context.now):
         return False
@@ -99,7 +107,7 @@ def _commit(
     message: str,
 ) -> None:
     """Stage the next epoch: the same members fence, load what is new, and go on."""
-    why = Why(reason="REBALANCING", message=message)
+    why = Why(reason=Decision.REBALANCING, message=message)
     job = replace(at_next_epoch(context, job), state=JobState.RECOVERING, why=why)
     placement = replace(placement, epoch=job.epoch)
     put_job(context, job)

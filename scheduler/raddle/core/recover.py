@@ -47,6 +47,7 @@ from raddle.model.job import (
     RoleSpec,
 )
 from raddle.model.kinds import FaultKind, RecoveryKind, RoleKind
+from raddle.model.reasons import Decision
 from raddle.model.routes import RouteState
 from raddle.model.types import ExpertMove, RankKey, Why
 
@@ -89,7 +90,7 @@ def recover(context: Context, losses: list[Loss], first_seen_s: float) -> None:
         context.state.make_room(lifecycle.size_of(context, job))
         plan = _recover_job(context, job, lost, incident.id)
         incident = replace(incident, plans=(*incident.plans, plan)[-PLANS_AN_INCIDENT_MAX:])
-        incident = replace(incident, why=_summary(incident))
+        incident = replace(incident, why=summary(incident))
         # The journal and the epochs that it tells of are one commit, for as many as fit in one.
         context.state.put(keys.incident(incident.id), incident)
         context.state.stimulus(incident.id)
@@ -191,6 +192,7 @@ def _incident(
             message=loss.message,
             job_uid=loss.job_uid,
             rank=loss.key,
+            start_count=loss.start_count,
         )
         for loss in losses
     )
@@ -245,7 +247,8 @@ def _subject(positions: list[str], losses: list[Loss]) -> tuple[str, str]:
     return kinds[min(depth, 4)], "/".join(common[:depth])
 
 
-def _summary(incident: Incident) -> Why:
+def summary(incident: Incident) -> Why:
+    """Why an incident is: what was lost first, and what is done about all that was lost."""
     parts = [
         f"{plan.role}/{plan.instance}: {plan.option}" if plan.role else str(plan.option)
         for job_plan in incident.plans
@@ -359,14 +362,14 @@ def _instance_plan(
 
 
 def _reconnect_plan(losses: list[Loss]) -> InstancePlan:
-    why = Why(reason="RECONNECT", message=losses[0].message)
+    why = Why(reason=RecoveryKind.RECONNECT, message=losses[0].message)
     return InstancePlan(role="", instance=0, option=RecoveryKind.RECONNECT, why=why)
 
 
 def _start_over(context: Context, draft: Draft, lost: list[Loss]) -> JobPlan:
     """Nothing feasible in place: the whole job waits for a new placement."""
     why = Why(
-        reason="RESTART",
+        reason=RecoveryKind.RESTART,
         message=f"{lost[0].message}; {draft.plans[-1].why.message}: the job is placed anew",
     )
     before = context.state.placement(draft.job.uid)
@@ -384,7 +387,7 @@ def _commit(context: Context, draft: Draft, losses: list[Loss], incident_id: str
     restored = sequences.plan_lost_sequences(context, job, placement, lost, incident_id)
     restores = restored.restores
     draft.plans = [_with_kv(plan, restored) for plan in draft.plans]
-    put_job(context, replace(job, why=Why(reason="RECOVERING", message=losses[0].message)))
+    put_job(context, replace(job, why=Why(reason=Decision.RECOVERING, message=losses[0].message)))
     state.put(keys.placement(job.uid), placement)
     maps = tuple(draft.maps[key] for key in sorted(draft.maps))
     put_expert_maps(context, JobExpertMaps(job_uid=job.uid, epoch=job.epoch, instances=maps))
@@ -414,7 +417,7 @@ def _with_kv(plan: InstancePlan, restored: RestorePlan) -> InstancePlan:
         for r in restored.restores
         if (r.source.role, r.source.instance) == (plan.role, plan.instance)
     ]
-    given_up = sum(r.why.reason == "GIVE_UP" for r in mine)
+    given_up = sum(r.why.says(Decision.GIVE_UP) for r in mine)
     return replace(
         plan,
         sequences_restored=len(mine) - given_up,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raddle.core.context import PodWord
 from raddle.model.health import FaultLevel
 from raddle.model.job import JobSpec
 from raddle.model.topology import SuperNode
@@ -83,6 +84,12 @@ class DeclareNodeLost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReportPods:
+    job_uid: str
+    words: tuple[PodWord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreateMaintenance:
     # Made by the shell.
     maintenance_id: str
@@ -115,6 +122,7 @@ Request = (
     | Cordon
     | Uncordon
     | DeclareNodeLost
+    | ReportPods
     | CreateMaintenance
     | CancelMaintenance
     | InjectFault

@@ -11,6 +11,7 @@ from raddle.core.context import Context, Life
 from raddle.core.detection import Loss
 from raddle.model.job import Job
 from raddle.model.kinds import FaultKind
+from raddle.model.reasons import Decision
 from raddle.model.types import RankKey, Why
 
 # A process that ended earlier than this after its start had a short life.
@@ -64,7 +65,7 @@ def exhausted(context: Context, losses: list[Loss]) -> Why | None:
                 f"rank {rank} on {loss.position} ended within {SETTLED_S:.0f} s of each of its last"
                 f" {life.starts} starts ({loss.message}): read its log, then submit the job again"
             )
-            return Why(reason="RESTART_BUDGET", message=message)
+            return Why(reason=Decision.RESTART_BUDGET, message=message)
     return None
 
 
@@ -75,4 +76,4 @@ def waits(context: Context, losses: list[Loss], until_s: float) -> Why:
         f"{losses[0].message}; started {life.starts} times in a row, again in"
         f" {max(0.0, until_s - context.now):.1f} s"
     )
-    return Why(reason="RESTART_BACKOFF", message=message)
+    return Why(reason=Decision.RESTART_BACKOFF, message=message)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raddle.model.reasons import Code
 from raddle.operator.names import MANAGER
+from raddle.operator.reasons import EventReason, camel
 
 TRUE, FALSE, UNKNOWN = "True", "False", "Unknown"
 _MESSAGE_CHARACTERS_MAX = 1000
@@ -19,13 +21,8 @@ class Condition:
 
     type: str
     status: str
-    reason: str
+    reason: Code
     message: str
-
-
-def camel(code: str) -> str:
-    """A reason code as Kubernetes writes it: `WAITS_FOR_TURN` -> `WaitsForTurn`."""
-    return "".join(word.capitalize() for word in code.split("_")) or "Unknown"
 
 
 def merged(
@@ -43,7 +40,7 @@ def merged(
                 "status": condition.status,
                 "observedGeneration": generation,
                 "lastTransitionTime": before["lastTransitionTime"] if same else now,
-                "reason": condition.reason,
+                "reason": camel(condition.reason),
                 "message": condition.message[:_MESSAGE_CHARACTERS_MAX],
             }
         )
@@ -64,7 +61,13 @@ def turned(
 
 
 def event(
-    about: Mapping[str, Any], *, reason: str, message: str, warning: bool, now: str, once: str
+    about: Mapping[str, Any],
+    *,
+    reason: EventReason,
+    message: str,
+    warning: bool,
+    now: str,
+    once: str,
 ) -> dict[str, Any]:
     """An Event about a resource; the same `once` gives the same name, so that it is told once."""
     metadata = about["metadata"]
@@ -81,7 +84,7 @@ def event(
             "namespace": metadata.get("namespace", ""),
             "uid": metadata["uid"],
         },
-        "reason": reason,
+        "reason": camel(reason),
         "message": message[:_MESSAGE_CHARACTERS_MAX],
         "type": "Warning" if warning else "Normal",
         "source": {"component": MANAGER},

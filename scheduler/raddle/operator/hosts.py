@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from raddle.model.names import device_number
+from raddle.model.topology import node_of
 from raddle.operator.machine_view import CONDITION
-from raddle.operator.names import ASCEND_ANNOTATION, GROUP, NODE_LABEL, from_key
+from raddle.operator.names import ASCEND_ANNOTATION, DIE_ANNOTATION, GROUP, NODE_LABEL, from_key
+from raddle.operator.reasons import OperatorReason
 from raddle.v1 import scheduler_pb2
 
 #: Taints that Kubernetes sets itself: they tell of health or of a cordon, and are no order.
@@ -95,6 +97,53 @@ def devices_of(pod: Mapping[str, Any]) -> tuple[int, ...]:
         return ()
     numbers = {device_number(part.strip()) for part in text.split(",")}
     return tuple(sorted(number for number in numbers if number is not None))
+
+
+def die_of(pod: Mapping[str, Any]) -> str:
+    """The die on which the rank of a Pod is placed; empty for one without a die."""
+    return str((pod["metadata"].get("annotations") or {}).get(DIE_ANNOTATION, ""))
+
+
+@dataclass(frozen=True, slots=True)
+class WrongDevice:
+    """A rank's Pod was given other devices than the die on which its rank is placed."""
+
+    #: `namespace/name`.
+    pod: str
+    placed: str
+    given: tuple[str, ...]
+    #: A Pod of somebody else was given the rank's die.
+    is_taken: bool
+
+
+def wrong_devices(
+    dies: Iterable[scheduler_pb2.DieStatus], pods: Iterable[Mapping[str, Any]]
+) -> list[WrongDevice]:
+    """Ranks' Pods, among these, that have other devices of their node than Raddle means.
+
+    Kubelet's word goes before the device plugin's. Pods of which neither speaks are left out.
+    """
+    known = {die.die: die for die in dies}
+    numbers = {
+        (node_of(die.die), die.part.logic_id): die.die
+        for die in known.values()
+        if die.HasField("part")
+    }
+    found = []
+    for pod in pods:
+        metadata = pod["metadata"]
+        name = f"{metadata['namespace']}/{metadata['name']}"
+        placed = die_of(pod)
+        given = [die.die for die in known.values() if die.holder == name] or [
+            numbers[node_of(placed), number]
+            for number in devices_of(pod)
+            if (node_of(placed), number) in numbers
+        ]
+        if placed in known and given and placed not in given:
+            holds = {hold.reason for hold in known[placed].holds}
+            is_taken = OperatorReason.HELD_BY_OTHER in holds
+            found.append(WrongDevice(name, placed, tuple(sorted(given)), is_taken))
+    return found
 
 
 def foreign_holders(

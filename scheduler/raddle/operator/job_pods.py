@@ -12,13 +12,15 @@ from typing import Any
 from raddle.model.errors import PermanentError, Reason, TemporaryError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
-from raddle.operator.conditions import camel
 from raddle.operator.machine import Machine
 from raddle.operator.names import GROUP
+from raddle.operator.pod_problems import Problem, pod_problem, pod_report
+from raddle.operator.reasons import OperatorReason
 from raddle.v1 import scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 
-_OURS = ("app.kubernetes.io/managed-by", "app.kubernetes.io/instance")
+_RELEASE_NAMESPACE = f"{GROUP}/release-namespace"
+_OURS = ("app.kubernetes.io/managed-by", "app.kubernetes.io/instance", _RELEASE_NAMESPACE)
 _HASH = f"{GROUP}/hash"
 Object = dict[str, Any]
 Answer = scheduler_pb2.GetJobResponse
@@ -28,14 +30,18 @@ Answer = scheduler_pb2.GetJobResponse
 class Outcome:
     """What of a job's objects does not come up; a failure is to be raised once that is told."""
 
-    problems: list[job_status.Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     #: Why clients cannot reach the job, if it has a front door of ours.
-    front_door: job_status.Problem | None = None
+    front_door: Problem | None = None
+    #: Ranks' Pods that were given other devices than they are meant to use.
+    devices: list[Problem] = field(default_factory=list)
+    #: Ranks' Pods that ended or do not come up, as the scheduler is told.
+    reports: list[scheduler_pb2.PodReport] = field(default_factory=list)
     failure: PermanentError | None = None
 
-    def failed(self, error: PermanentError) -> job_status.Problem:
+    def failed(self, error: PermanentError) -> Problem:
         """Note that a part cannot be made."""
-        problem = job_status.Problem("not done", camel(error.reason), error.message)
+        problem = Problem("not done", error.reason, error.message)
         self.problems.insert(0, problem)
         self.failure = error
         return problem
@@ -65,7 +71,7 @@ class JobPods:
             return Outcome()
         self._machine.require_known()
         outcome = Outcome()
-        # A change that was refused may have taken a role out of the resource that still has seats.
+        # Somebody may have deleted the InferenceRole of a role that the resource names no more.
         seats = [seat for seat in pods.seats(answer) if seat.role in roles]
         try:
             await self._secrets(resource["metadata"]["namespace"])
@@ -79,10 +85,14 @@ class JobPods:
                     await self._ensure(item, resource)
             except PermanentError as error:
                 outcome.front_door = outcome.failed(error)
+        ranks = [pod for pod in present if _is_rank(pod)]
+        outcome.devices = job_status.device_problems(self._machine.wrong_devices(ranks))
+        reports = (pod_report(pod, answer.job.uid) for pod in ranks)
+        outcome.reports = [report for report in reports if report is not None]
         wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
         for pod in present:
-            is_wanted = pod["metadata"]["name"] in wanted or _component(pod) != "rank"
-            problem = job_status.pod_problem(pod) if is_wanted else None
+            is_wanted = pod["metadata"]["name"] in wanted or not _is_rank(pod)
+            problem = pod_problem(pod) if is_wanted else None
             if problem is not None:
                 outcome.problems.append(problem)
         return outcome
@@ -94,10 +104,10 @@ class JobPods:
         answer: Answer,
         present: list[Object],
         seats: list[pods.Seat],
-        problems: list[job_status.Problem],
+        problems: list[Problem],
     ) -> None:
         """Rank tables before the Pods that read them; those of instances that went go with them."""
-        ranks = [pod for pod in present if _component(pod) == "rank"]
+        ranks = [pod for pod in present if _is_rank(pod)]
         await self._rank_tables(roles, answer, ranks, seats)
         instances = {(seat.role, str(seat.instance)) for seat in seats}
         await self._delete_tables(pod for pod in ranks if _instance(pod) not in instances)
@@ -110,13 +120,13 @@ class JobPods:
         answer: Answer,
         present: list[Object],
         seats: list[pods.Seat],
-    ) -> list[job_status.Problem]:
+    ) -> list[Problem]:
         name = answer.job.spec.name
         wanted = {pods.pod_name(name, seat) for seat in seats}
         there = {pod["metadata"]["name"] for pod in present}
         was_up = pods.started(answer)
         templates = {role["name"]: role.get("template") or {} for role in resource["spec"]["roles"]}
-        problems: list[job_status.Problem] = []
+        problems: list[Problem] = []
         making = []
         for seat in seats:
             pod = pods.pod_name(name, seat)
@@ -126,7 +136,7 @@ class JobPods:
             host = self._machine.host_of(seat.rank.node)
             if host is None:
                 message = f"no Kubernetes node plays {seat.rank.node}"
-                problems.append(job_status.Problem(f"Pod {pod}", "NoKubernetesNode", message))
+                problems.append(Problem(f"Pod {pod}", OperatorReason.NO_KUBERNETES_NODE, message))
                 continue
             item = pods.rank_pod(
                 self._site,
@@ -134,7 +144,8 @@ class JobPods:
                 seat,
                 host=host.name,
                 role_resource=roles[seat.role],
-                template=templates[seat.role],
+                # A role that the resource names no more has lost its template with its name.
+                template=templates.get(seat.role, {}),
                 device=self._machine.device_of(seat.rank.die),
             )
             making.append(self._make(item, problems))
@@ -148,13 +159,13 @@ class JobPods:
         )
         return problems
 
-    async def _make(self, item: Object, problems: list[job_status.Problem]) -> None:
+    async def _make(self, item: Object, problems: list[Problem]) -> None:
         """Create a Pod; what the API server refuses is told in the job's status."""
         try:
             await self._cluster.create(item)
         except PermanentError as error:
             name = f"Pod {item['metadata']['name']}"
-            problems.append(job_status.Problem(name, camel(error.reason), error.message))
+            problems.append(Problem(name, error.reason, error.message))
 
     async def _rank_tables(
         self,
@@ -203,14 +214,15 @@ class JobPods:
         """Copies of the certificates that ranks and front doors show, where they run."""
         if not self._site.tls or namespace == self._site.namespace:
             return
-        for name in (self._site.rank_secret, self._site.front_door_secret):
-            source = await self._cluster.get("Secret", self._site.namespace, name)
+        marks = pods.labels(self._site, "certificates") | {_RELEASE_NAMESPACE: self._site.namespace}
+        for secret in (self._site.rank_secret, self._site.front_door_secret):
+            source = await self._cluster.get("Secret", self._site.namespace, secret)
             if source is None:
                 raise TemporaryError(
-                    Reason.NOT_FOUND, f"Secret {self._site.namespace}/{name} is not there yet"
+                    Reason.NOT_FOUND, f"Secret {self._site.namespace}/{secret} is not there yet"
                 )
+            name = self._site.secret_in(namespace, secret)
             known = await self._cluster.get("Secret", namespace, name)
-            marks = pods.labels(self._site, "certificates")
             if known is not None and not _carries(known, marks):
                 raise PermanentError(
                     Reason.ALREADY_EXISTS,
@@ -230,7 +242,7 @@ class JobPods:
 
     async def withdraw(self, resource: Object, present: list[Object]) -> None:
         """Nothing of the job runs: Pods, rank tables and front door go."""
-        ranks = [pod for pod in present if _component(pod) == "rank"]
+        ranks = [pod for pod in present if _is_rank(pod)]
         await self._delete_tables(ranks)
         for pod in ranks:
             if not pod["metadata"].get("deletionTimestamp"):
@@ -245,7 +257,7 @@ class JobPods:
 def _carries(item: Mapping[str, Any], marks: Mapping[str, str]) -> bool:
     """Does a label say that this operator made it, and for this release?"""
     said = item["metadata"].get("labels") or {}
-    return all(said.get(name) == marks[name] for name in _OURS)
+    return all(said.get(name) == marks.get(name) for name in _OURS)
 
 
 def refuse_foreign(known: Object | None, resource: Mapping[str, Any]) -> None:
@@ -271,7 +283,7 @@ def is_owned(item: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
     return any(reference["uid"] == owner["metadata"]["uid"] for reference in references)
 
 
-def _front_door_problem(present: Iterable[Object]) -> job_status.Problem | None:
+def _front_door_problem(present: Iterable[Object]) -> Problem | None:
     return job_status.front_door_problem(
         pod
         for pod in present
@@ -291,6 +303,10 @@ def _table(pod: Mapping[str, Any]) -> tuple[str, str]:
     return metadata["namespace"], pods.table_name(
         metadata["labels"][f"{GROUP}/job"], *_instance(pod)
     )
+
+
+def _is_rank(pod: Mapping[str, Any]) -> bool:
+    return _component(pod) == "rank"
 
 
 def _component(pod: Mapping[str, Any]) -> str:

@@ -8,14 +8,18 @@ spelling, messages its sentences.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from raddle.model.errors import RaddleError, TemporaryError
 from raddle.model.kinds import RoleKind, SeatState
-from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition, camel
+from raddle.model.reasons import Code, Decision
+from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition
+from raddle.operator.hosts import WrongDevice
+from raddle.operator.pod_problems import Problem, pod_problem
+from raddle.operator.reasons import OperatorReason, named
 from raddle.v1 import health_pb2, incident_pb2, job_pb2, scheduler_pb2
 
 _CLOSED = incident_pb2.INCIDENT_PHASE_CLOSED
@@ -25,31 +29,22 @@ _PLACED = (job_pb2.JOB_STATE_STARTING, job_pb2.JOB_STATE_READY, job_pb2.JOB_STAT
 _TYPES = ("Queued", "Placed", "Ready", "Degraded", "Recovering")
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What keeps a job's objects from coming up: a Pod mostly, and what the API server says."""
-
-    subject: str
-    reason: str
-    message: str
-
-
 def refused(error: RaddleError) -> list[Condition]:
     """The scheduler did not take the job, or could not be asked."""
     status = UNKNOWN if isinstance(error, TemporaryError) else FALSE
     said = [(name, status) for name in _TYPES]
-    return [Condition(name, value, camel(error.reason), error.message) for name, value in said]
+    return [Condition(name, value, error.reason, error.message) for name, value in said]
 
 
 def suspended() -> list[Condition]:
     """The job is not submitted, because its resource says so."""
     message = "spec.suspend is true: the job has no dies; set it to false to submit it again"
-    return [Condition(name, FALSE, "Suspended", message) for name in _TYPES]
+    return [Condition(name, FALSE, OperatorReason.SUSPENDED, message) for name in _TYPES]
 
 
 def ending(message: str) -> list[Condition]:
     """An older job of this name has to end first."""
-    return [Condition(name, FALSE, "Replaced", message) for name in _TYPES]
+    return [Condition(name, FALSE, OperatorReason.REPLACED, message) for name in _TYPES]
 
 
 def conditions(
@@ -57,15 +52,17 @@ def conditions(
     incident: incident_pb2.Incident | None,
     problems: Sequence[Problem],
     front_door: Problem | None = None,
+    devices: Sequence[Problem] = (),
 ) -> list[Condition]:
     """All conditions of a job that the scheduler has.
 
     Args:
         problems: what keeps Pods of the job from coming up.
         front_door: why its Service leads nowhere, if it has one and that does not.
+        devices: Pods that were given other devices than the placement says.
     """
     job = answer.job
-    reason, message = camel(job.why.reason), job.why.message or "no more is known"
+    reason, message = named(job.why.reason, job.why.message or "no more is known")
     placed = job.state in _PLACED
     ready = job.state == job_pb2.JOB_STATE_READY
     recovering = job.state == job_pb2.JOB_STATE_RECOVERING
@@ -76,7 +73,7 @@ def conditions(
         against = [front_door] if front_door is not None else []
     return [
         _condition("Queued", job.state == job_pb2.JOB_STATE_PENDING, reason, message),
-        _condition("Placed", placed, "Placed" if placed else reason, why_placed or message),
+        _placed(placed, reason, why_placed or message, devices),
         _ready(ready, reason, message, against),
         _degraded(answer.placement, placed, reason, message),
         _condition("Recovering", recovering, *_recovery(recovering, incident, reason, message)),
@@ -94,20 +91,34 @@ def unchanged(found: Iterable[Condition], error: RaddleError) -> list[Condition]
     ]
 
 
-def _condition(name: str, holds: bool, reason: str, message: str) -> Condition:
+def _condition(name: str, holds: bool, reason: Code, message: str) -> Condition:
     return Condition(name, TRUE if holds else FALSE, reason, message)
 
 
-def _ready(ready: bool, reason: str, message: str, problems: Sequence[Problem]) -> Condition:
+def _placed(placed: bool, reason: Code, message: str, devices: Sequence[Problem]) -> Condition:
+    """A job stays placed though kubelet means other devices; who looks has to know it."""
+    if not placed:
+        return _condition("Placed", False, reason, message)
+    if not devices:
+        return _condition("Placed", True, Decision.PLACED, message)
+    return _condition("Placed", True, *_first_of(devices))
+
+
+def _first_of(problems: Sequence[Problem]) -> tuple[Code, str]:
+    """The first problem, and how many more there are."""
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return first.reason, f"{first.subject}: {first.message}{more}"
+
+
+def _ready(ready: bool, reason: Code, message: str, problems: Sequence[Problem]) -> Condition:
     """A Pod that cannot come up says more than that the job waits for it."""
     if not problems:
         return _condition("Ready", ready, reason, message)
-    first = problems[0]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _condition("Ready", False, first.reason, f"{first.subject}: {first.message}{more}")
+    return _condition("Ready", False, *_first_of(problems))
 
 
-def _degraded(placement: job_pb2.Placement, placed: bool, reason: str, message: str) -> Condition:
+def _degraded(placement: job_pb2.Placement, placed: bool, reason: Code, message: str) -> Condition:
     if not placed:
         return _condition("Degraded", False, reason, message)
     lost = [
@@ -117,21 +128,22 @@ def _degraded(placement: job_pb2.Placement, placed: bool, reason: str, message: 
         if rank.state in (SeatState.LOST, SeatState.DRAINED)
     ]
     if not lost:
-        return _condition("Degraded", False, "AllRanksActive", "every rank of the job is active")
+        return _condition(
+            "Degraded", False, OperatorReason.ALL_RANKS_ACTIVE, "every rank of the job is active"
+        )
     total = sum(len(part.ranks) for part in placement.instances)
-    named = ", ".join(lost[:_NAMED_RANKS_MAX]) + (", ..." if len(lost) > _NAMED_RANKS_MAX else "")
-    return _condition(
-        "Degraded", True, "RanksLost", f"{len(lost)} of {total} ranks are not there: {named}"
-    )
+    shown = ", ".join(lost[:_NAMED_RANKS_MAX]) + (", ..." if len(lost) > _NAMED_RANKS_MAX else "")
+    message = f"{len(lost)} of {total} ranks are not there: {shown}"
+    return _condition("Degraded", True, OperatorReason.RANKS_LOST, message)
 
 
 def _recovery(
-    recovering: bool, incident: incident_pb2.Incident | None, reason: str, message: str
-) -> tuple[str, str]:
+    recovering: bool, incident: incident_pb2.Incident | None, reason: Code, message: str
+) -> tuple[Code, str]:
     if not recovering or incident is None:
         return reason, message
     said = f"incident {incident.id} on {incident.subject}: {incident.why.message}"
-    return camel(incident.why.reason or reason), said
+    return named(incident.why.reason or str(reason), said)
 
 
 def status(
@@ -198,7 +210,7 @@ def role_status(answer: scheduler_pb2.GetJobResponse, role: str, kind: str) -> t
 def role_conditions(replicas: int, ready: int, job: Iterable[Condition]) -> list[Condition]:
     """A role is ready when all its replicas serve."""
     if replicas and ready == replicas:
-        return [Condition("Ready", TRUE, "Ready", f"all {replicas} replicas serve")]
+        return [Condition("Ready", TRUE, Decision.READY, f"all {replicas} replicas serve")]
     of_job = next(c for c in job if c.type == "Ready")
     message = f"{ready} of {replicas} replicas serve; the job: {of_job.message}"
     return [Condition("Ready", FALSE, of_job.reason, message)]
@@ -229,6 +241,24 @@ def is_ended(job: job_pb2.Job) -> bool:
     return job.state in _ENDED
 
 
+def device_problems(wrong: Iterable[WrongDevice]) -> list[Problem]:
+    """What is to be done about devices that kubelet gave otherwise; the worst first."""
+    found = []
+    for pod in sorted(wrong, key=lambda pod: (not pod.is_taken, pod.pod)):
+        message = f"kubelet gave it {', '.join(pod.given)}, and its rank is placed on {pod.placed}"
+        if pod.is_taken:
+            reason = OperatorReason.DEVICE_TAKEN
+            todo = f"which a Pod of somebody else was given: delete that Pod, or drain {pod.placed}"
+        else:
+            reason = OperatorReason.DEVICE_DIFFERS
+            todo = (
+                "which kubelet may give to another Pod: keep Pods of others that ask for devices"
+                " off this node, or leave devices.resourceName empty"
+            )
+        found.append(Problem(f"Pod {pod.pod}", reason, f"{message}, {todo}"))
+    return found
+
+
 def front_door_problem(pods: Iterable[Mapping[str, Any]]) -> Problem | None:
     """Why the job's Service leads nowhere; None if one of the front door's Pods is ready."""
     pods = list(pods)
@@ -236,30 +266,9 @@ def front_door_problem(pods: Iterable[Mapping[str, Any]]) -> Problem | None:
         return None
     message = "no Pod of it is ready, and the job's Service leads nowhere"
     found = (problem for pod in pods if (problem := pod_problem(pod)) is not None)
-    return next(found, Problem("front door", "FrontDoorNotReady", message))
+    return next(found, Problem("front door", OperatorReason.FRONT_DOOR_NOT_READY, message))
 
 
 def _is_pod_ready(pod: Mapping[str, Any]) -> bool:
     conditions = (pod.get("status") or {}).get("conditions") or ()
     return any(c["type"] == "Ready" and c["status"] == TRUE for c in conditions)
-
-
-def pod_problem(pod: Mapping[str, Any]) -> Problem | None:
-    """Why a Pod does not come up; None for one that runs, ended well or only begins."""
-    name, status_ = f"Pod {pod['metadata']['name']}", pod.get("status") or {}
-    for container in status_.get("containerStatuses") or ():
-        state = container.get("state") or {}
-        waiting, ended = state.get("waiting") or {}, state.get("terminated") or {}
-        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            return Problem(name, waiting["reason"], waiting.get("message") or "it waits")
-        if ended.get("exitCode"):
-            text = ended.get("message") or f"ended with exit code {ended['exitCode']}"
-            return Problem(name, ended.get("reason") or "Error", text.strip())
-    if status_.get("phase") == "Failed":
-        return Problem(
-            name, status_.get("reason") or "Failed", status_.get("message") or "it failed"
-        )
-    for condition in status_.get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return Problem(name, condition.get("reason") or "Unschedulable", condition["message"])
-    return None

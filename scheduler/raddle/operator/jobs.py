@@ -7,7 +7,7 @@ was away.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from raddle.operator.conditions import Condition
 from raddle.operator.job_pods import JobPods, is_owned, refuse_foreign
 from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, GROUP, MANAGER, role_name
+from raddle.operator.pod_problems import pod_report
 from raddle.operator.scheduler_link import SchedulerLink
 from raddle.operator.spec import (
     Change,
@@ -34,6 +35,8 @@ from raddle.operator.spec import (
 from raddle.operator.telling import Teller
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
 
+#: Jobs of which Pods that ended are kept.
+_ENDED_PODS_MAX = 1_000
 _JOB_REPLICAS = f"{GROUP}/job-replicas"
 log = structlog.get_logger()
 Object = dict[str, Any]
@@ -69,6 +72,21 @@ class Jobs:
         self._site = site
         self._pods = JobPods(cluster, machine, site, ranks_in_pods=ranks_in_pods)
         self._teller = Teller(cluster)
+        #: Ranks' Pods that ended, by the namespace and the name of their job and by their own name,
+        #: until the scheduler has heard of them.
+        self._ended_pods: dict[tuple[str, str], dict[str, Object]] = {}
+
+    def pod_told(self, pod: Object) -> None:
+        """Keep a Pod that ended: it may be gone when its job is looked after."""
+        metadata = pod["metadata"]
+        labels = metadata.get("labels") or {}
+        report = pod_report(pod, labels.get(f"{GROUP}/job-uid", ""))
+        if report is None or not report.has_ended:
+            return
+        of_job = (metadata["namespace"], labels[f"{GROUP}/job"])
+        self._ended_pods.setdefault(of_job, {})[metadata["name"]] = pod
+        if len(self._ended_pods) > _ENDED_PODS_MAX:
+            del self._ended_pods[next(iter(self._ended_pods))]
 
     async def bring(self, namespace: str, name: str) -> bool:
         """Bring one resource to where it belongs; False if there is none."""
@@ -94,6 +112,13 @@ class Jobs:
                 await self._teller.say(resource, None, job_status.refused(error), None, [])
             raise
         present = await self._present(resource)
+        former = await self._former_roles(resource, roles)
+        if brought.refusal is None:
+            for role in former.values():
+                await self._cluster.delete(role)
+        else:
+            # The job goes on as it was, and so do Pods of roles that its resource names no more.
+            roles |= former
         said_of = list(roles.values())
         if brought.answer is None:
             await self._pods.withdraw(resource, present)
@@ -102,12 +127,13 @@ class Jobs:
         incident = self._incident(brought.answer.job.uid)
         outcome = await self._pods.run(resource, roles, brought.answer, present)
         conditions = job_status.conditions(
-            brought.answer, incident, outcome.problems, outcome.front_door
+            brought.answer, incident, outcome.problems, outcome.front_door, outcome.devices
         )
         if brought.refusal is not None:
             conditions = job_status.unchanged(conditions, brought.refusal)
             await self._teller.tell_refusal(resource, brought.refusal, said_of)
         await self._teller.say(resource, brought.answer, conditions, incident, said_of)
+        await self._report(brought.answer.job, outcome.reports)
         if failure := outcome.failure or brought.refusal:
             raise failure
         return True
@@ -284,6 +310,21 @@ class Jobs:
         told = self._link.incidents.values
         return job_status.newest({name: m.incident for name, m in told.items()}, job_uid)
 
+    async def _report(self, job: job_pb2.Job, present: Collection[scheduler_pb2.PodReport]) -> None:
+        """Tell the scheduler why ranks' Pods ended or do not come up."""
+        of_job = (job.spec.namespace, job.spec.name)
+        ended = self._ended_pods.pop(of_job, {})
+        gone = (pod_report(pod, job.uid) for pod in ended.values())
+        reports = [*(report for report in gone if report is not None), *present]
+        if not reports:
+            return
+        request = scheduler_pb2.ReportPodsRequest(job_uid=job.uid, pods=reports)
+        try:
+            await self._link.call("ReportPods", request)
+        except RaddleError:
+            self._ended_pods[of_job] = ended | self._ended_pods.get(of_job, {})
+            raise
+
     # --- roles -----------------------------------------------------------------------------------
 
     async def _roles(self, resource: Object) -> dict[str, Object]:
@@ -304,11 +345,18 @@ class Jobs:
                 }
                 known = await self._cluster.patch(known, change) or known
             found[role["name"]] = known
-        names = {role["metadata"]["name"] for role in found.values()}
-        for other in await self._cluster.find("InferenceRole", namespace, f"{GROUP}/job={job}"):
-            if other["metadata"]["name"] not in names and is_owned(other, resource):
-                await self._cluster.delete(other)
         return found
+
+    async def _former_roles(
+        self, resource: Object, roles: Mapping[str, Object]
+    ) -> dict[str, Object]:
+        """InferenceRoles, by role, that the job had and that its resource names no more."""
+        namespace, job = resource["metadata"]["namespace"], resource["metadata"]["name"]
+        return {
+            role["spec"]["role"]: role
+            for role in await self._cluster.find("InferenceRole", namespace, f"{GROUP}/job={job}")
+            if role["spec"]["role"] not in roles and is_owned(role, resource)
+        }
 
 
 def _has_job(resource: Mapping[str, Any]) -> bool:

@@ -18,14 +18,21 @@ from raddle.model.kinds import HoldKind, NodeState
 from raddle.model.topology import node_of
 from raddle.operator import machine_view
 from raddle.operator.cluster import Cluster
-from raddle.operator.hosts import Host, foreign_holders, host_of, selected
+from raddle.operator.hosts import (
+    Host,
+    WrongDevice,
+    die_of,
+    foreign_holders,
+    host_of,
+    selected,
+    wrong_devices,
+)
+from raddle.operator.reasons import OperatorReason
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.shares import Shares, labelled, shares
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 
-HELD_BY_OTHER = "HELD_BY_OTHER"
-HOST_CORDONED = "HOST_CORDONED"
 _DRAIN_TIMEOUT_S = 86_400
 _OPEN = (
     incident_pb2.MAINTENANCE_STATE_DRAINING,
@@ -70,6 +77,8 @@ class Machine:
         #: Node of the machine -> Kubernetes nodes whose labels name it, if they are several.
         self.named_twice: dict[str, tuple[str, ...]] = {}
         self._is_known = False
+        #: Die -> who holds it, and whether that is somebody else.
+        self.holders: dict[str, tuple[str, bool]] = {}
 
     # --- what others ask -------------------------------------------------------------------------
 
@@ -82,6 +91,11 @@ class Machine:
         if not self._is_known:
             message = "it is not known yet which Kubernetes node plays which node"
             raise TemporaryError(Reason.NO_LEADER, message)
+
+    @property
+    def carriers(self) -> dict[str, str] | None:
+        """Which Kubernetes node plays each node of the machine; None while that is not known."""
+        return self._carriers if self._is_known else None
 
     def host_of(self, node: str) -> Host | None:
         """The Kubernetes node that plays a node of the machine."""
@@ -96,6 +110,14 @@ class Machine:
         """Number of a die on its node, as its agent found it; None for simulated devices."""
         part = self._die(die)
         return part.part.logic_id if part is not None and not self._simulated else None
+
+    def wrong_devices(self, pods: Collection[Object]) -> list[WrongDevice]:
+        """Those of a job's ranks whose Pods have other devices than the ranks are placed on."""
+        if self._simulated:
+            return []
+        told = [self._link.nodes.values.get(node_of(die_of(pod))) for pod in pods]
+        nodes = {message.node.node: message for message in told if message is not None}
+        return wrong_devices([d for message in nodes.values() for d in message.dies], pods)
 
     def table_rank(self, rank: job_pb2.RankPlacement, pod_ip: str) -> TableRank | None:
         """What a rank table says of a rank; None for one without a die or a host."""
@@ -121,8 +143,8 @@ class Machine:
 
     # --- the procedure ---------------------------------------------------------------------------
 
-    async def bring(self) -> bool:
-        """Bring both sides together; True if another node plays some node than before."""
+    async def bring(self) -> None:
+        """Bring both sides together."""
         self._link.nodes.require_whole()
         self._link.maintenances.require_whole()
         found = [host_of(item, self._tolerated) for item in await self._cluster.find("Node")]
@@ -131,15 +153,22 @@ class Machine:
         now = await self._shares_now()
         wanted = self._wanted(now)
         carriers = {node: host for host, nodes in wanted.items() for node in nodes}
-        moved = carriers != self._carriers or not self._is_known
         self._carriers = carriers
+        self.holders = self._holders_now()
         if wanted != now:
             await self._write_shares(now, wanted)
         self._is_known = True
         await self._tell_lost(now)
         await self._order()
         await self._show()
-        return moved
+
+    def _holders_now(self) -> dict[str, tuple[str, bool]]:
+        found = {
+            die.die: (die.holder, any(h.reason == OperatorReason.HELD_BY_OTHER for h in die.holds))
+            for message in self._link.nodes.values.values()
+            for die in message.dies
+        }
+        return {die: held for die, held in found.items() if held != ("", False)}
 
     def _is_managed(self, host: Host) -> bool:
         if self._simulated:
@@ -277,15 +306,16 @@ class Machine:
             for message in self._link.nodes.values.values()
             for die in message.dies
             for hold in die.holds
-            if hold.kind == HoldKind.CORDON and hold.reason in (HELD_BY_OTHER, HOST_CORDONED)
+            if hold.kind == HoldKind.CORDON
+            and hold.reason in (OperatorReason.HELD_BY_OTHER, OperatorReason.HOST_CORDONED)
         }
 
     def _wanted_cordons(self) -> dict[str, tuple[str, str]]:
-        found = {}
+        found: dict[str, tuple[str, str]] = {}
         for node in self._link.nodes.values:
             host = self.host_of(node)
             if host is not None and host.cordon:
-                found[node] = (HOST_CORDONED, host.cordon)
+                found[node] = (OperatorReason.HOST_CORDONED, host.cordon)
         return found
 
     async def _wanted_die_holds(self) -> dict[str, tuple[str, str]]:
@@ -296,7 +326,7 @@ class Machine:
         for pod in await self._cluster.find("Pod"):
             by_host.setdefault((pod.get("spec") or {}).get("nodeName", ""), []).append(pod)
         return {
-            die: (HELD_BY_OTHER, f"Pod {pod} holds it")
+            die: (OperatorReason.HELD_BY_OTHER, f"Pod {pod} holds it")
             for node, host in self._carriers.items()
             if (told := self._link.nodes.values.get(node)) is not None
             for die, pod in foreign_holders(told.dies, by_host.get(host, [])).items()

@@ -9,8 +9,9 @@ from raddle.machines import machine_message
 from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryError
 from raddle.model.kinds import NodeState
 from raddle.operator.cluster import Cluster
-from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition, camel
+from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition
 from raddle.operator.names import FINALIZER
+from raddle.operator.reasons import OperatorReason, named
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.telling import write_status
 from raddle.v1 import incident_pb2, scheduler_pb2, topology_pb2
@@ -45,13 +46,13 @@ def maintenance_request(resource: Mapping[str, Any]) -> scheduler_pb2.CreateMain
 def drained(record: incident_pb2.Maintenance) -> Condition:
     """The condition of a drain."""
     done = record.state == incident_pb2.MAINTENANCE_STATE_DRAINED
-    message = record.why.message or "no more is known"
-    return Condition("Drained", TRUE if done else FALSE, camel(record.why.reason), message)
+    reason, message = named(record.why.reason, record.why.message or "no more is known")
+    return Condition("Drained", TRUE if done else FALSE, reason, message)
 
 
 def refused(name: str, error: RaddleError) -> Condition:
     status = UNKNOWN if isinstance(error, TemporaryError) else FALSE
-    return Condition(name, status, camel(error.reason), error.message)
+    return Condition(name, status, error.reason, error.message)
 
 
 def applied(name: str, named_twice: Mapping[str, Sequence[str]]) -> Condition:
@@ -63,8 +64,10 @@ def applied(name: str, named_twice: Mapping[str, Sequence[str]]) -> Condition:
         if node.startswith(f"{name}/")
     ]
     if not wrong:
-        return Condition("Applied", TRUE, "Applied", message)
-    return Condition("Applied", TRUE, "NodeLabelledTwice", "; ".join([message, *wrong]))
+        return Condition("Applied", TRUE, OperatorReason.APPLIED, message)
+    return Condition(
+        "Applied", TRUE, OperatorReason.NODE_LABELLED_TWICE, "; ".join([message, *wrong])
+    )
 
 
 def supernode_numbers(name: str, nodes: Sequence[scheduler_pb2.NodeStatus]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from raddle.model.kinds import NodeState
 from raddle.operator.names import to_key
+from raddle.operator.reasons import OperatorReason, camel
 from raddle.v1 import health_pb2, scheduler_pb2
 
 CONDITION = "RaddleDiesHealthy"
@@ -30,19 +31,25 @@ def node_condition(nodes: Sequence[Told]) -> dict[str, str]:
     faulty = [f"{die.die} {_level(die)}" for die in dies if die.health]
     held = [f"{die.die} {die.why.reason}" for die in dies if die.hold and not die.health]
     if faulty:
-        return _condition("False", "DiesFaulty", f"{len(faulty)} of {len(dies)} dies", faulty)
+        return _condition(
+            "False", OperatorReason.DIES_FAULTY, f"{len(faulty)} of {len(dies)} dies", faulty
+        )
     if silent:
-        return _condition("Unknown", "AgentSilent", "no agent reports for", silent)
+        return _condition("Unknown", OperatorReason.AGENT_SILENT, "no agent reports for", silent)
     if held:
-        return _condition("True", "DiesHeld", f"{len(held)} of {len(dies)} dies are held", held)
-    return _condition("True", "AllDiesHealthy", f"all {len(dies)} dies are well", [])
+        return _condition(
+            "True", OperatorReason.DIES_HELD, f"{len(held)} of {len(dies)} dies are held", held
+        )
+    return _condition("True", OperatorReason.ALL_DIES_HEALTHY, f"all {len(dies)} dies are well", [])
 
 
-def _condition(status: str, reason: str, message: str, named: list[str]) -> dict[str, str]:
+def _condition(
+    status: str, reason: OperatorReason, message: str, named: list[str]
+) -> dict[str, str]:
     shown = ", ".join(named[:_NAMED_DIES_MAX])
     more = ", ..." if len(named) > _NAMED_DIES_MAX else ""
     text = f"{message}: {shown}{more}" if shown else message
-    return {"type": CONDITION, "status": status, "reason": reason, "message": text}
+    return {"type": CONDITION, "status": status, "reason": camel(reason), "message": text}
 
 
 def stamped(condition: Mapping[str, str], before: Mapping[str, str] | None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ FINALIZER = f"{GROUP}/scheduler"
 NODE_LABEL = f"{GROUP}/node"
 #: Where Ascend's device plugin names the dies of a Pod.
 ASCEND_ANNOTATION = "huawei.com/AscendReal"
+#: On a rank's Pod: the die on which the rank is placed.
+DIE_ANNOTATION = f"{GROUP}/die"
 NAME_CHARACTERS_MAX = 63
 _HASH_CHARACTERS = 8
 

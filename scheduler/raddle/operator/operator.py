@@ -130,11 +130,16 @@ class _Term:
         return exists
 
     async def _bring_machine(self) -> None:
-        named_twice = self.machine.named_twice
-        if await self.machine.bring():
-            self._mark_all(_JOB)
-        if self.machine.named_twice != named_twice:
-            self._mark_all(_SUPERNODE)
+        machine = self.machine
+        carriers, holders, named_twice = machine.carriers, machine.holders, machine.named_twice
+        try:
+            await machine.bring()
+        finally:
+            # What is new is told though the rest failed: at the next attempt it is not new.
+            if (machine.carriers, machine.holders) != (carriers, holders):
+                self._mark_all(_JOB)
+            if machine.named_twice != named_twice:
+                self._mark_all(_SUPERNODE)
 
     # --- told by the API server ------------------------------------------------------------------
 
@@ -142,6 +147,11 @@ class _Term:
         """A resource of ours was made, changed or deleted."""
         self._known.add(Item(kind, namespace, name))
         self.work.mark(kind, namespace, name)
+
+    def pod_told(self, namespace: str, job: str, body: Mapping[str, Any]) -> None:
+        """A Pod of a job was made, changed or deleted."""
+        self._jobs.pod_told(dict(body))
+        self.told(_JOB, namespace, job)
 
     def mark_machine(self) -> None:
         self.work.mark(_MACHINE, "", "")
@@ -231,4 +241,4 @@ def _pod_told(term: _Term, body: Mapping[str, Any]) -> None:
     metadata = body["metadata"]
     job = (metadata.get("labels") or {}).get(f"{GROUP}/job")
     if job:
-        term.told(_JOB, metadata["namespace"], job)
+        term.pod_told(metadata["namespace"], job, body)

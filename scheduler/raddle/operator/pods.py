@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raddle.model.kinds import RoleKind, SeatState
-from raddle.operator.names import API_VERSION, GROUP, role_name, short_name
+from raddle.operator.names import API_VERSION, DIE_ANNOTATION, GROUP, role_name, short_name
+from raddle.operator.pod_problems import RANK_CONTAINER
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank, table_1_2, table_2_0
 
@@ -52,11 +53,18 @@ class Site:
 
     @property
     def rank_secret(self) -> str:
-        return f"{self.release}-tls-agent"
+        return f"{self.release}-tls-rank"
 
     @property
     def front_door_secret(self) -> str:
         return f"{self.release}-tls-frontdoor"
+
+    def secret_in(self, namespace: str, secret: str) -> str:
+        """The name that a Secret of the release has in a namespace: elsewhere it is a copy's.
+
+        A release of the same name in another namespace has copies of its own there.
+        """
+        return secret if namespace == self.namespace else f"{self.namespace}.{secret}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +204,8 @@ def rank_pod(
         {"name": "ranktable", "configMap": {"name": table, "optional": True}},
         {"name": "temporary", "emptyDir": {"sizeLimit": "1Gi"}},
     ]
-    _mount_secret(site, container, volumes, site.rank_secret)
+    namespace = role_resource["metadata"]["namespace"]
+    _mount_secret(site, container, volumes, site.secret_in(namespace, site.rank_secret))
     spec = {
         "nodeName": host,
         "restartPolicy": "Never",
@@ -209,9 +218,9 @@ def rank_pod(
     }
     metadata = {
         "name": pod_name(job.spec.name, seat),
-        "namespace": role_resource["metadata"]["namespace"],
+        "namespace": namespace,
         "labels": labels(site, "rank", job) | seat.label_values(),
-        "annotations": {f"{GROUP}/die": rank.die, f"{GROUP}/node": rank.node},
+        "annotations": {DIE_ANNOTATION: rank.die, f"{GROUP}/node": rank.node},
         "ownerReferences": owner(role_resource),
     }
     return overlaid(
@@ -232,7 +241,7 @@ def _rank_container(
     if device is not None:
         environment["ASCEND_VISIBLE_DEVICES"] = str(device)
     container: Object = {
-        "name": "rank",
+        "name": RANK_CONTAINER,
         "image": site.image,
         "imagePullPolicy": site.pull_policy,
         "command": ["python", "-m", "raddle.agent.engine.reference.rank", folder],
@@ -455,7 +464,8 @@ def _front_door_pod(site: Site, job: job_pb2.Job, model: str) -> Object:
         {"name": "model", "configMap": {"name": model}},
         {"name": "temporary", "emptyDir": {"sizeLimit": "64Mi"}},
     ]
-    _mount_secret(site, container, volumes, site.front_door_secret)
+    secret = site.secret_in(job.spec.namespace, site.front_door_secret)
+    _mount_secret(site, container, volumes, secret)
     # The streams that are open when it is replaced come to their ends.
     grace = {"terminationGracePeriodSeconds": _LEAVES_BALANCERS_S + _REQUEST_TIMEOUT_S}
     return {**_pod_basics(site), **grace, "containers": [container], "volumes": volumes}

@@ -12,10 +12,13 @@ from raddle.model.errors import PermanentError, RaddleError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
 from raddle.operator.conditions import TRUE, Condition, event, merged, turned
+from raddle.operator.reasons import EventReason, OperatorReason, camel
 from raddle.v1 import incident_pb2, scheduler_pb2
 
 #: Conditions that are bad news when they are true.
 _WARNINGS = ("Degraded", "Recovering")
+#: Reasons that are bad news, whatever the condition.
+_BAD_REASONS = (camel(OperatorReason.DEVICE_DIFFERS), camel(OperatorReason.DEVICE_TAKEN))
 _TOLD_MAX = 10_000
 log = structlog.get_logger()
 Object = dict[str, Any]
@@ -62,11 +65,13 @@ class Teller:
             numbers |= job_status.status(answer, incident)
         written = await write_status(self._cluster, resource, numbers, conditions)
         for condition in written:
-            warning = condition["type"] in _WARNINGS and condition["status"] == TRUE
-            name = condition["type"] if condition["status"] == TRUE else f"Not{condition['type']}"
+            is_bad = condition["type"] in _WARNINGS or condition["reason"] in _BAD_REASONS
+            warning = is_bad and condition["status"] == TRUE
+            name = condition["type"].upper()
+            reason = EventReason(name if condition["status"] == TRUE else f"NOT_{name}")
             await self._tell(
                 resource,
-                name,
+                reason,
                 f"{condition['reason']}: {condition['message']}",
                 warning=warning,
                 once=f"{condition['lastTransitionTime']}/{condition['reason']}",
@@ -92,7 +97,7 @@ class Teller:
             text = f"{error.reason}: {error.message}"
             wish = [item["metadata"]["generation"] for item in (resource, *roles)]
             once = "/".join(str(generation) for generation in wish)
-            await self._tell(resource, "ChangeRefused", text, warning=True, once=once)
+            await self._tell(resource, EventReason.CHANGE_REFUSED, text, warning=True, once=once)
 
     async def _say_role(
         self, role: Object, answer: Answer | None, conditions: list[Condition]
@@ -113,12 +118,16 @@ class Teller:
         """Its beginning and its end, even if it was over before anybody looked."""
         where = f"{incident.id} on {incident.subject_kind} {incident.subject}"
         text = f"{where}: {incident.why.message}"
-        await self._tell(resource, "IncidentOpened", text, warning=True, once=incident.id)
+        await self._tell(
+            resource, EventReason.INCIDENT_OPENED, text, warning=True, once=incident.id
+        )
         if job_status.is_closed(incident):
-            await self._tell(resource, "IncidentClosed", text, warning=False, once=incident.id)
+            await self._tell(
+                resource, EventReason.INCIDENT_CLOSED, text, warning=False, once=incident.id
+            )
 
     async def _tell(
-        self, resource: Object, reason: str, message: str, *, warning: bool, once: str
+        self, resource: Object, reason: EventReason, message: str, *, warning: bool, once: str
     ) -> None:
         """One Event; the same one again is one that the server has."""
         item = event(
@@ -134,6 +143,9 @@ class Teller:
             log.info("an Event was not taken", why=str(error))
             return
         self._told[name] = None
+        if warning:
+            about = resource["metadata"]
+            log.warning(message, namespace=about["namespace"], name=about["name"], reason=reason)
         if len(self._told) > _TOLD_MAX:
             del self._told[next(iter(self._told))]
 

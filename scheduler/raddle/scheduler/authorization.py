@@ -1,8 +1,9 @@
 """The one hook that every call passes: who (identity), where (namespace), what (verb).
 
 Verbs: `read`, `write` (jobs), `admin` (machine, holds, maintenance, fault injection), `report`
-(agents and front doors). Without a policy file, callers on a plain loopback may do everything;
-with TLS, clients read and write, operators and `client/admin` administer, agents report.
+(agents), `route` (front doors: follow a job's routes and report its sequences). Without a policy
+file, callers on a plain loopback may do everything; with TLS, clients read and write, operators and
+`client/admin` administer, agents report, front doors route, and ranks have no business here.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import msgspec
 import structlog
 
 from raddle.model.errors import PermanentError, Reason
+from raddle.telemetry.tls import FRONT_DOOR
 
 log = structlog.get_logger()
 
-Verb = Literal["read", "write", "admin", "report"]
+Verb = Literal["read", "write", "admin", "report", "route"]
 
 VERBS: dict[str, Verb] = {
     "SubmitJob": "write",
@@ -30,12 +32,14 @@ VERBS: dict[str, Verb] = {
     "Cordon": "admin",
     "Uncordon": "admin",
     "DeclareNodeLost": "admin",
+    "ReportPods": "admin",
     "CreateMaintenance": "admin",
     "CancelMaintenance": "admin",
     "InjectFault": "admin",
     "ReportStats": "report",
-    "ReportSequences": "report",
-    "AckRoutes": "report",
+    "WatchRoutes": "route",
+    "AckRoutes": "route",
+    "ReportSequences": "route",
 }
 
 
@@ -87,13 +91,14 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-_EVERYTHING: list[Verb] = ["read", "write", "admin", "report"]
+_EVERYTHING: list[Verb] = ["read", "write", "admin", "report", "route"]
 LOOPBACK = Policy([Rule(["*"], _EVERYTHING)])
 DEFAULT = Policy(
     [
         Rule(["scheduler", "operator", "client/admin"], _EVERYTHING),
-        Rule(["client/*"], ["read", "write", "report"]),
+        Rule(["client/*"], ["read", "write"]),
         Rule(["agent/*"], ["read", "report"]),
+        Rule([FRONT_DOOR], ["route"]),
     ]
 )
 

@@ -8,6 +8,7 @@ from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
 from raddle.model.incident import Event, Incident, InstancePlan
 from raddle.model.job import Job
+from raddle.model.reasons import Decision
 from raddle.model.topology import parse_position
 from raddle.model.types import Why
 from raddle.scheduler.inventory import holds_by_subject, holds_over
@@ -170,12 +171,12 @@ def _place(mirror: Records, position: str) -> tuple[Why, list[str]]:
         return Why(reason=holds[0].kind, message=holds[0].message), story
     node = "/".join(position.split("/")[:2])
     if mirror.get(keys.registration(node)) is None:
-        return Why(reason="ABSENT", message=f"no agent ever registered for {node}"), story
+        return Why(reason=Decision.ABSENT, message=f"no agent ever registered for {node}"), story
     health = mirror.get(keys.health(node))
     if health is None:
-        return Why(reason="SILENT", message=f"the agent of {node} has no lease"), story
+        return Why(reason=Decision.SILENT, message=f"the agent of {node} has no lease"), story
     faults = [f for f in health.active_faults if _overlap(f.subject, position)]
     if faults:
         codes = ", ".join(f"{f.code} on {f.subject}" for f in faults)
-        return Why(reason="FAULT", message=f"active faults: {codes}"), story
-    return Why(reason="HEALTHY", message="no hold, no fault, the agent reports"), story
+        return Why(reason=Decision.FAULT, message=f"active faults: {codes}"), story
+    return Why(reason=Decision.HEALTHY, message="no hold, no fault, the agent reports"), story

@@ -246,16 +246,16 @@ def refuse_foreign_node(context: Context, node: str) -> None:
 
 
 def refuse_foreign_front_door(context: Context, front_door_id: str) -> None:
-    """A front door speaks for itself only, and its id begins with its caller's own name.
+    """A front door speaks for itself only: its id is its identity and what tells it from others.
 
     Raises:
         PermanentError: PERMISSION_DENIED; logged with who and what.
     """
     identity = caller_of(context)
-    if identity != f"client/{front_door_id.partition('/')[0]}":
-        log.warning("refused", identity=identity, front_door=front_door_id, verb="report")
+    if identity != front_door_id.rpartition("/")[0]:
+        log.warning("refused", identity=identity, front_door=front_door_id, verb="route")
         raise PermanentError(
             Reason.PERMISSION_DENIED,
-            f"{identity} may not report for front door {front_door_id}; a front door of"
-            " client/NAME calls itself NAME or NAME/...",
+            f"{identity} may not report for front door {front_door_id}; its own ids are"
+            f" {identity}/..., without another slash.",
         )

@@ -12,6 +12,7 @@ from raddle.model import keys
 from raddle.model.health import ActiveFault, AgentHealth, AgentRegistration, FaultLevel, Hold
 from raddle.model.job import Placement
 from raddle.model.kinds import HoldKind, NodeState, SeatState
+from raddle.model.reasons import Decision
 from raddle.model.topology import SuperNode, node_of
 from raddle.model.types import RankKey
 from raddle.scheduler.mirror import Mirror
@@ -153,7 +154,7 @@ def _node(
 ) -> scheduler_pb2.NodeStatus:
     registration: AgentRegistration | None = mirror.get(keys.registration(name))
     status = scheduler_pb2.NodeStatus(node=name, state=NodeState.ABSENT, dies=len(found))
-    status.why.reason, status.why.message = "ABSENT", "no agent ever registered"
+    status.why.reason, status.why.message = Decision.ABSENT, "no agent ever registered"
     if registration is not None:
         status.drivers.extend(registration.drivers)
         status.version = registration.version

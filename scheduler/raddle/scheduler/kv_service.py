@@ -14,6 +14,7 @@ from raddle.model.errors import PermanentError, Reason, TemporaryError
 from raddle.model.job import Job, JobState
 from raddle.model.kinds import RoleKind
 from raddle.model.kv import KvTier
+from raddle.model.reasons import Decision
 from raddle.model.stats import KvEvent, KvRepair
 from raddle.model.types import RankKey
 from raddle.scheduler.replica import Replica
@@ -121,7 +122,7 @@ def _recovery(one: Recovery) -> scheduler_pb2.KvRecovery:
         incident_id=one.incident_id,
         epoch=one.epoch,
         sequences=len(restores),
-        sequences_given_up=sum(r.why.reason == "GIVE_UP" for r in restores),
+        sequences_given_up=sum(r.why.says(Decision.GIVE_UP) for r in restores),
         sequences_back=len(one.backs_s),
         kv_tokens_restored=sum(r.tokens_restored for r in restores),
         kv_tokens_recomputed=sum(r.tokens_recomputed for r in restores),

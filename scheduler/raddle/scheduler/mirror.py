@@ -132,6 +132,8 @@ class Mirror:
         self._revisions[key] = change.mod_revision
         if change.record.lease_id:
             self._leases[key] = change.record.lease_id
+        else:
+            self._leases.pop(key, None)
         try:
             value = wire.decode(key, change.record.value)
         except PermanentError as error:

@@ -10,7 +10,7 @@ import grpc
 from raddle.core.events import NodeProbed, RankProbed
 from raddle.core.instructions import ProbeNode, ProbeRank
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles
+from raddle.telemetry.tls import RANK_NAME, TlsFiles
 from raddle.v1 import engine_pb2, engine_pb2_grpc
 
 PROBE_TIMEOUT_S = 0.5
@@ -42,7 +42,7 @@ class Prober:
     async def _answers(self, address: str, incarnation: str) -> bool:
         if not address:
             return False
-        channel = make_channel(address, identity="scheduler", tls=self._tls, server_name=AGENT_NAME)
+        channel = make_channel(address, identity="scheduler", tls=self._tls, server_name=RANK_NAME)
         try:
             stub = engine_pb2_grpc.EngineStub(channel)
             answer = await stub.Ping(engine_pb2.PingRequest(), timeout=PROBE_TIMEOUT_S)

@@ -58,7 +58,8 @@ class QuietNodes:
     async def _is_quiet(self, node: str) -> bool:
         lease = self._mirror.lease(keys.health(node))
         if not lease:
-            return False
+            # A record that nobody has to renew says nothing of who wrote it.
+            return True
         try:
             left_s = await self._store.lease_left_s(lease, timeout_s=_TIMEOUT_S)
         except RaddleError:

@@ -14,7 +14,6 @@ from raddle.model import keys
 from raddle.model.routes import Routes, SequenceReport
 from raddle.scheduler.interceptor import caller_of, refuse_foreign_front_door
 from raddle.scheduler.replica import Replica
-from raddle.scheduler.view import View
 from raddle.scheduler.watches import Watches
 from raddle.v1 import router_pb2, router_pb2_grpc
 from raddle.wire.codec import from_message, to_message
@@ -32,8 +31,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._replica = replica
         self._watches = watches
 
-    def _matches(self, request: Any, routes: Routes, view: View) -> bool:
-        if not view.shows(routes.namespace):
+    def _matches(self, request: Any, routes: Routes, identity: str) -> bool:
+        if not self._replica.policy.allows(identity, routes.namespace, "route"):
             return False
         if request.job_uid:
             return bool(routes.job_uid == request.job_uid)
@@ -44,18 +43,20 @@ class RouterService(router_pb2_grpc.RouterServicer):
     async def WatchRoutes(
         self, request: Any, context: Context
     ) -> AsyncIterator[router_pb2.WatchRoutesResponse]:
-        view = View(self._replica.mirror, self._replica.policy, caller_of(context))
+        identity = caller_of(context)
         stream = self._watches.follow(keys.ROUTES, _IDLE_S)
         await anext(stream)
         newest: dict[str, int] = {}
         for key, routes in list(self._replica.mirror.under(keys.ROUTES)):
-            if self._matches(request, routes, view):
+            if self._matches(request, routes, identity):
                 newest[key] = self._replica.mirror.mod_revision(key)
                 yield _response(routes)
         async for seen in stream:
             # A term that ended must not feed a front door any more.
             self._replica.require_leader()
-            if seen is None or seen.value is None or not self._matches(request, seen.value, view):
+            if seen is None or seen.value is None:
+                continue
+            if not self._matches(request, seen.value, identity):
                 continue
             if seen.revision > newest.get(seen.key, 0):
                 yield _response(seen.value)

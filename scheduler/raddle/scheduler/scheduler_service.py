@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import grpc
 
 from raddle.core import requests
+from raddle.core.context import PodWord
 from raddle.core.events import AgentStreamBroken, AgentStreamOpened, StatsReported
 from raddle.model import keys
 from raddle.model.errors import PermanentError, Reason
@@ -22,7 +23,7 @@ from raddle.model.health import AgentAcks, FaultLevel
 from raddle.model.incident import Incident
 from raddle.model.job import Job, Placement
 from raddle.model.stats import RankStats
-from raddle.model.types import Why
+from raddle.model.types import RankKey, Why
 from raddle.scheduler import explain, inventory, kv_service
 from raddle.scheduler.interceptor import caller_of, refuse_foreign_node, time_left
 from raddle.scheduler.node_watch import NodeWatch
@@ -44,6 +45,7 @@ from raddle.wire.codec import from_message, to_message
 
 PAGE_DEFAULT = 100
 PAGE_MAX = 1_000
+PODS_MAX = 10_000
 DRAIN_TIMEOUT_S = 3600.0
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
@@ -257,6 +259,24 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             requests.DeclareNodeLost(node=request.node, message=request.message), context
         )
         return scheduler_pb2.DeclareNodeLostResponse(why=to_message(why, types_pb2.Why))
+
+    async def ReportPods(self, request: Any, context: Context) -> scheduler_pb2.ReportPodsResponse:
+        if len(request.pods) > PODS_MAX:
+            raise PermanentError(
+                Reason.LIMIT_EXCEEDED, f"{len(request.pods)} pods: tell at most {PODS_MAX} at once."
+            )
+        words = tuple(
+            PodWord(
+                rank=from_message(pod.rank, RankKey),
+                start_count=pod.start_count,
+                has_ended=pod.has_ended,
+                reason=pod.reason,
+                message=pod.message,
+            )
+            for pod in request.pods
+        )
+        await self._ask(requests.ReportPods(job_uid=request.job_uid, words=words), context)
+        return scheduler_pb2.ReportPodsResponse()
 
     async def CreateMaintenance(
         self, request: Any, context: Context

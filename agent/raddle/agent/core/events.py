@@ -82,6 +82,16 @@ class PeerSuspected:
 
 
 @dataclass(frozen=True, slots=True)
+class RankSilent:
+    """A rank here, whose process is there, does not answer its agent any more."""
+
+    job_uid: str
+    key: RankKey
+    start_count: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class AcksFound:
     """Jobs of which the store holds acknowledgements, by an earlier life or of an older state.
 
@@ -100,6 +110,7 @@ Event = (
     | Driven
     | DriveFailed
     | PeerSuspected
+    | RankSilent
 )
 
 

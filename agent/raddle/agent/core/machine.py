@@ -23,6 +23,7 @@ from raddle.agent.core.events import (
     Instruction,
     PeerSuspected,
     RankExited,
+    RankSilent,
     RankStarted,
     StartFailed,
     StartRank,
@@ -224,6 +225,15 @@ class AgentMachine:
         if rank is None or event.suspicion in rank.suspicions:
             return
         rank.suspicions = [*rank.suspicions, event.suspicion][-SUSPICIONS_MAX:]
+        self._dirty[event.job_uid] = None
+
+    @_take.register
+    def _(self, event: RankSilent) -> None:
+        """While it is driven, what drives it says whether it hangs."""
+        rank = self._running(event.job_uid, event.key, event.start_count)
+        if rank is None or rank.driving is not None:
+            return
+        rank.status = replace(rank.status, stage=RankStage.FAILED, message=event.message)
         self._dirty[event.job_uid] = None
 
     def _running(self, job_uid: str, key: RankKey, start_count: int) -> Rank | None:

@@ -18,6 +18,7 @@ from raddle.agent.core.events import (
     Driven,
     PeerSuspected,
     RankExited,
+    RankSilent,
     RankStarted,
     StartFailed,
     StartRank,
@@ -36,7 +37,7 @@ from raddle.model.names import rank_folder, ranks_folder
 from raddle.model.stats import RankStats
 from raddle.model.types import Fence, RankKey
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles
+from raddle.telemetry.tls import RANK_NAME, TlsFiles
 from raddle.v1 import engine_pb2, engine_pb2_grpc, types_pb2
 from raddle.wire.codec import from_message, to_message
 from raddle.wire.status import error_from
@@ -44,6 +45,10 @@ from raddle.wire.status import error_from
 # A rank that lives answers these at once: one that does not, twice, hangs.
 QUICK_TIMEOUT_S = 1.5
 ATTEMPTS_OF_A_HUNG_RANK = 2
+# One that is not driven is asked now and then. Peers that wait for it in a step notice within a
+# second that it hangs; where none waits, nobody but its agent can.
+PING_EVERY_S = 1.0
+PINGS_OF_A_HUNG_RANK = 3
 # Weights and KV blocks take the time that they take.
 LOAD_TIMEOUT_S = 30.0
 _RETRY_S = 0.1
@@ -197,7 +202,7 @@ class ReferenceDriver:
             address.engine_address,
             identity=f"agent/{self._node}",
             tls=self._tls,
-            server_name=AGENT_NAME,
+            server_name=RANK_NAME,
         )
         rank = ReferenceRank(address, key, found.life, channel)
         slot = (address.job_uid, key, address.start_count)
@@ -217,6 +222,7 @@ class ReferenceDriver:
         rank.tasks = [
             asyncio.create_task(self._watch_end(slot, rank)),
             asyncio.create_task(self._follow_reports(slot, rank)),
+            asyncio.create_task(self._watch_answers(slot, rank)),
         ]
 
     async def _watch_end(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
@@ -229,6 +235,21 @@ class ReferenceDriver:
         self._tell(RankExited(*slot, code, message))
         rank.life.close()
         await rank.channel.close()
+
+    async def _watch_answers(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
+        _speak_of(slot)
+        missed = 0
+        while slot in self._ranks:
+            try:
+                await self._quick(rank.stub.Ping, engine_pb2.PingRequest())
+                missed = 0
+            except grpc.aio.AioRpcError as error:
+                # Who hangs lets the time pass; what fails at once is a matter of the way to it.
+                missed += error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                if missed and missed % PINGS_OF_A_HUNG_RANK == 0 and slot in self._ranks:
+                    said = f"it did not answer its agent {missed} times in a row"
+                    self._tell(RankSilent(*slot, said))
+            await asyncio.sleep(PING_EVERY_S)
 
     async def stop(self, instruction: StopRank) -> None:
         slot = (instruction.job_uid, instruction.key, instruction.start_count)

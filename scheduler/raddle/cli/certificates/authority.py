@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from raddle.model.errors import PermanentError, Reason
-from raddle.telemetry.tls import AGENT_NAME, SCHEDULER_NAME
+from raddle.telemetry.tls import AGENT_NAME, RANK, RANK_NAME, SCHEDULER_NAME
 
 AUTHORITY_LIFETIME = dt.timedelta(days=3650)
 # Machines of one cluster may disagree about the time by this much.
@@ -45,14 +45,16 @@ class Wanted:
 
 
 def wanted(identity: str, hosts: Sequence[str] = ()) -> Wanted:
-    """The certificate of an identity: schedulers, agents and etcd are servers.
+    """The certificate of an identity: schedulers, agents, ranks and etcd are servers.
 
     `hosts` are the addresses that etcd is reached at; the others are known by their kind.
     """
     if identity == "scheduler":
         return Wanted(identity, (SCHEDULER_NAME,))
     if identity.startswith("agent/"):
-        return Wanted(identity, (AGENT_NAME,))
+        return Wanted(identity, (AGENT_NAME, RANK_NAME))
+    if identity == RANK:
+        return Wanted(identity, (RANK_NAME,))
     if identity == "etcd":
         return Wanted(identity, (*hosts, "localhost", "127.0.0.1"))
     return Wanted(identity)
@@ -137,7 +139,7 @@ class Authority:
         if certificate.subject != _name(what.identity):
             return f"it is not {what.identity}'s"
         if _names(certificate) != set(what.names):
-            return "its host names changed"
+            return "its names changed"
         if certificate.not_valid_after_utc < min(needed_until, self.end):
             return f"it ends on {certificate.not_valid_after_utc:%Y-%m-%d}"
         return ""

@@ -15,6 +15,7 @@ from kubernetes.client.exceptions import ApiException
 from raddle.cli.certificates.authority import Pair, Wanted, wanted
 from raddle.cli.certificates.keep import file_name
 from raddle.model.errors import PermanentError, Reason, TemporaryError
+from raddle.telemetry.tls import FRONT_DOOR, RANK
 
 #: Who has a certificate in a cluster on Kubernetes, by the last part of the Secret's name.
 IDENTITIES = {
@@ -22,7 +23,8 @@ IDENTITIES = {
     "agent": "agent/*",
     "operator": "operator",
     "admin": "client/admin",
-    "frontdoor": "client/frontdoor",
+    "rank": RANK,
+    "frontdoor": FRONT_DOOR,
     "etcd": "etcd",
 }
 _CONFLICT = 409

@@ -12,6 +12,7 @@ import numpy as np
 
 from raddle.core.experts.copies import count_copies
 from raddle.core.experts.layout import IntArray, Layout
+from raddle.model.reasons import Decision
 from raddle.model.types import Why
 
 # Smaller instances lose too much with any expert.
@@ -47,16 +48,18 @@ def plan_bridge(
     live = np.where(layout.hosts[layout.slot_die], table, -1)
     layer, expert = np.nonzero(count_copies(live, experts) == 0)
     if not len(layer):
-        return Bridge((), 0.0, Why(reason="NOT_NEEDED", message="every expert has a live copy"))
+        return Bridge(
+            (), 0.0, Why(reason=Decision.NOT_NEEDED, message="every expert has a live copy")
+        )
     if ranks < BRIDGE_RANKS_MIN:
         text = f"{ranks} ranks are fewer than {BRIDGE_RANKS_MIN}: no expert can be spared"
-        return Bridge((), 0.0, Why(reason="TOO_SMALL", message=text))
+        return Bridge((), 0.0, Why(reason=Decision.TOO_SMALL, message=text))
     worst = int(np.bincount(layer).max())
     most = int(experts * BRIDGE_SHARE_MAX)
     if worst > most:
         text = f"{worst} of {experts} experts of a layer are lost, a bridge carries {most}"
-        return Bridge((), 0.0, Why(reason="TOO_MANY_LOST", message=text))
+        return Bridge((), 0.0, Why(reason=Decision.TOO_MANY_LOST, message=text))
     deadline_s = max(predicted_s * _DEADLINE_FACTOR, _DEADLINE_MIN_S)
     text = f"{len(layer)} experts wait for their weights, {deadline_s:.1f} s at most"
     masked = tuple(zip(layer.tolist(), expert.tolist(), strict=True))
-    return Bridge(masked, deadline_s, Why(reason="MASKED", message=text))
+    return Bridge(masked, deadline_s, Why(reason=Decision.MASKED, message=text))

@@ -18,6 +18,7 @@ from raddle.core.experts.balance import balance_of_layers, die_loads, least_time
 from raddle.core.experts.layout import FloatArray, IntArray, Layout, numbers
 from raddle.core.experts.repair import MapChange, remap_layers
 from raddle.core.experts.sources import Bandwidths, choose_sources
+from raddle.model.reasons import Decision
 from raddle.model.types import Why
 
 # A gain in balance below this share is left to the next drift.
@@ -74,7 +75,9 @@ def rebalance_map(
     before = float(now.mean())
     if not len(behind):
         text = f"balance {before:.3f}, every layer is within {gain_min:.0%} of its best"
-        return Rebalance(kept, before, before, 0.0, 0.0, Why(reason="BALANCED", message=text))
+        return Rebalance(
+            kept, before, before, 0.0, 0.0, Why(reason=Decision.BALANCED, message=text)
+        )
     change = remap_layers(table, loads, layout, behind, swaps=swaps)
     later = _at_other_looks(change.table, loads, layout)
     sure = behind[later[:, behind].min(axis=0) >= now[behind] * (1 + gain_min)]
@@ -93,13 +96,15 @@ def rebalance_map(
     cost_s = sources.predicted_s + _PAUSE_S
     said = f"balance {before:.3f} -> {after:.3f}, in noise {least:.3f}, for {change.loads} loads"
     if gain < gain_min:
-        why = Why(reason="SMALL_GAIN", message=f"{said} is less than {gain_min:.0%}")
+        why = Why(reason=Decision.SMALL_GAIN, message=f"{said} is less than {gain_min:.0%}")
         return Rebalance(kept, before, after, gain_s, cost_s, why)
     if gain_s < cost_s * _PAYS_FACTOR:
         text = f"{said} gains {gain_s:.2f} s in {horizon_s:g} s and costs {cost_s:.2f} s"
-        return Rebalance(kept, before, after, gain_s, cost_s, Why(reason="TOO_DEAR", message=text))
+        return Rebalance(
+            kept, before, after, gain_s, cost_s, Why(reason=Decision.TOO_DEAR, message=text)
+        )
     text = f"{said}, {gain_s:.1f} s gained in {horizon_s:g} s for {cost_s:.2f} s"
-    return Rebalance(change, before, after, gain_s, cost_s, Why(reason="PAYS", message=text))
+    return Rebalance(change, before, after, gain_s, cost_s, Why(reason=Decision.PAYS, message=text))
 
 
 def _reach(loads: FloatArray, layout: Layout) -> FloatArray:

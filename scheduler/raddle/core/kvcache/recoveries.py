@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 from raddle.core.kvcache.restore import RestorePlan
+from raddle.model.reasons import Decision
 from raddle.model.routes import SequenceReport
 
 RECOVERIES_MAX = 256
@@ -54,7 +55,7 @@ class Recoveries:
 
     def began(self, recovery: Recovery) -> None:
         """A plan was made; its sequences are waited for."""
-        given_up = [r for r in recovery.plan.restores if r.why.reason == "GIVE_UP"]
+        given_up = [r for r in recovery.plan.restores if r.why.says(Decision.GIVE_UP)]
         for restore in given_up:
             recovery.waiting.pop(restore.sequence_id, None)
         # A sequence that is lost once more before it was back waits in the newer recovery.

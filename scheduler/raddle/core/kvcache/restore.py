@@ -25,6 +25,7 @@ from raddle.core.kvcache.figures import PREFILL_TOKENS_PER_S_A_DIE, SEQUENCE_S
 from raddle.core.kvcache.index import BlockIndex, MemberName, block_keys, leading
 from raddle.core.kvcache.rows import Flags, Owners
 from raddle.model.kv import BlockSpace, KvTier
+from raddle.model.reasons import Decision
 from raddle.model.routes import SequenceReport
 from raddle.model.types import RankKey, SequenceRestore, Why
 
@@ -132,7 +133,7 @@ def plan_restores(
         if not late:
             targets.take(choice, tokens)
             fetched.append(sources)
-    backs = sorted(r.predicted for r in restores if r.why.reason != "GIVE_UP")
+    backs = sorted(r.predicted for r in restores if not r.why.says(Decision.GIVE_UP))
     blocks = int(np.bincount(np.concatenate(fetched), minlength=1).max())
     busiest_s = blocks * pool.space.block_tokens * costs.bytes_per_token / costs.host_bytes_per_s
     busiest_s *= costs.correction
@@ -320,7 +321,7 @@ def _restore(
             sequence_id=sequence.sequence_id,
             source=sequence.rank,
             tokens=tokens,
-            why=Why(reason="GIVE_UP", message=f"{message} {sequence.left:.3f} s"),
+            why=Why(reason=Decision.GIVE_UP, message=f"{message} {sequence.left:.3f} s"),
         )
     load = "all ranks are full, it waits there" if choice.full else "where it is back first"
     message = (
@@ -336,6 +337,6 @@ def _restore(
         tokens=tokens,
         tokens_restored=restored,
         tokens_recomputed=tokens - restored,
-        why=Why(reason="RESTORE" if restored else "RECOMPUTE", message=message),
+        why=Why(reason=Decision.RESTORE if restored else Decision.RECOMPUTE, message=message),
         predicted=choice.back_s,
     )

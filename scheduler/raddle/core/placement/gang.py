@@ -17,6 +17,7 @@ import numpy as np
 from raddle.core.cluster import BoolArray, Cluster, IntArray
 from raddle.model.job import InstancePlacement, JobSpec, Placement, RankPlacement, RoleSpec
 from raddle.model.kinds import RoleKind, SeatState
+from raddle.model.reasons import Decision
 from raddle.model.types import Why
 
 
@@ -31,7 +32,7 @@ class PlacedJob:
         dies = sum(1 for rank in ranks if rank.die)
         nodes = len({rank.node for rank in ranks})
         message = f"{len(ranks)} ranks on {dies} dies of {nodes} nodes"
-        why = Why(reason="PLACED", message=message)
+        why = Why(reason=Decision.PLACED, message=message)
         return Placement(job_uid=job_uid, epoch=epoch, instances=self.instances, why=why)
 
 
@@ -51,7 +52,7 @@ class _Draft:
 
 def place_job(spec: JobSpec, cluster: Cluster) -> PlacedJob | Why:
     """Seats for every role of the job, or why it has to wait."""
-    why = Why(reason="WAITS_FOR_DIES", message="the cluster has no supernode yet")
+    why = Why(reason=Decision.WAITS_FOR_DIES, message="the cluster has no supernode yet")
     for supernodes in _tries(spec, cluster):
         draft = _Draft(cluster, supernodes, np.zeros(cluster.dies, dtype=bool))
         failed = _place_all(spec, draft)
@@ -229,7 +230,7 @@ def _why_no_dies(role: RoleSpec, spec: JobSpec, cluster: Cluster) -> Why:
             f"; an instance of role {role.name} needs {role.ranks} in whole NPUs of one supernode"
             f" and {role.spares} spares, the roomiest has {whole} in whole NPUs"
         )
-    return Why(reason="WAITS_FOR_DIES", message=message)
+    return Why(reason=Decision.WAITS_FOR_DIES, message=message)
 
 
 def _largest_whole(cluster: Cluster, driver: str) -> int:
@@ -288,7 +289,7 @@ def _why_no_hosts(role: RoleSpec, draft: _Draft, taken_bytes: dict[str, int]) ->
     usable = draft.cluster.usable_hosts(role.engine.driver)
     roomy = _roomy_hosts(role, draft, taken_bytes)
     return Why(
-        reason="WAITS_FOR_HOSTS",
+        reason=Decision.WAITS_FOR_HOSTS,
         message=(
             f"role {role.name} needs {role.ranks} hosts with {role.dram_bytes / 1e9:.1f} GB free on"
             f" nodes offering driver {role.engine.driver}; {len(usable)} hosts are usable,"

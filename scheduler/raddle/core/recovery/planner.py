@@ -16,6 +16,7 @@ from raddle.core.recovery.request import InstanceRecovery
 from raddle.model.incident import RecoveryOption
 from raddle.model.job import RankPlacement
 from raddle.model.kinds import FaultKind, RecoveryKind, RoleKind, SeatState
+from raddle.model.reasons import Decision
 from raddle.model.topology import node_of
 from raddle.model.types import ExpertMap, ExpertMove, Why
 
@@ -68,7 +69,7 @@ def plan_instance(request: InstanceRecovery) -> InstanceDecision:
     feasible = [c for c in candidates if not c.infeasible]
     if not feasible:
         sentences = "; ".join(f"{c.kind}: {c.infeasible}" for c in candidates)
-        why = Why(reason="NO_OPTION", message=f"nothing is feasible in place ({sentences})")
+        why = Why(reason=Decision.NO_OPTION, message=f"nothing is feasible in place ({sentences})")
         return InstanceDecision(None, why, tuple(_option(c, request, None) for c in candidates))
     best = min(feasible, key=lambda c: (_is_too_slow(c, request), c.cost, _ORDER.index(c.kind)))
     considered = tuple(_option(c, request, best) for c in candidates)
@@ -136,15 +137,15 @@ def _option(
 ) -> RecoveryOption:
     moved = candidate.repaired.experts_moved if candidate.repaired else 0
     if candidate.infeasible:
-        why = Why(reason="INFEASIBLE", message=candidate.infeasible)
+        why = Why(reason=Decision.INFEASIBLE, message=candidate.infeasible)
     elif candidate is best:
-        why = Why(reason="CHEAPEST", message=candidate.message)
+        why = Why(reason=Decision.CHEAPEST, message=candidate.message)
     else:
         dearer = candidate.cost - best.cost if best is not None else 0.0
         text = f"costs {dearer:.1f} s of work more"
         if _is_too_slow(candidate, request):
             text = f"pauses {candidate.pause_s:.1f} s, max_pause is {request.max_pause_s:.1f} s"
-        why = Why(reason="DEARER", message=text)
+        why = Why(reason=Decision.DEARER, message=text)
     return RecoveryOption(
         option=candidate.kind,
         feasible=not candidate.infeasible,

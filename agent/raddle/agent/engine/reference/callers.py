@@ -1,23 +1,22 @@
 """Who may call a rank, where certificates name the callers.
 
 Its agent commands it, the scheduler asks for a sign of life, front doors send prompts, and ranks
-(which show their agents' certificates) read and write the pool.
+read and write the pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import grpc
 import structlog
 
 from raddle.model.errors import PermanentError, Reason
-from raddle.telemetry.tls import identity_of, is_agent_of
+from raddle.telemetry.tls import identity_of, is_agent_of, is_front_door, is_rank
 from raddle.wire.status import abort
 
-_BY_SERVICE = {"raddle.v1.ReferenceRank": "client/*", "raddle.v1.PoolMember": "agent/*"}
+_BY_SERVICE = {"raddle.v1.ReferenceRank": is_front_door, "raddle.v1.PoolMember": is_rank}
 # What the scheduler asks for a sign of life.
 _SIGNS = ("/raddle.v1.Engine/Ping", "/raddle.v1.Engine/Describe")
 log = structlog.get_logger()
@@ -33,7 +32,7 @@ class Callers(grpc.aio.ServerInterceptor):
         """May the caller call `/<service>/<method>`?"""
         service = path.split("/")[1]
         if service in _BY_SERVICE:
-            return fnmatchcase(identity, _BY_SERVICE[service])
+            return _BY_SERVICE[service](identity)
         return is_agent_of(self._node, identity) or (identity == "scheduler" and path in _SIGNS)
 
     async def intercept_service(

@@ -38,7 +38,8 @@ class RankConfig:
     step_deadline_s: float = 1.0
     #: Where the rank listens and is reached.
     host: str = "127.0.0.1"
-    # PEM files of the agent, which are the rank's too; empty on a plain loopback.
+    # PEM files that the rank shows, the agent's own where it starts the rank; empty on a plain
+    # loopback.
     tls_ca: str = ""
     tls_certificate: str = ""
     tls_key: str = ""

@@ -3,7 +3,7 @@
 One TCP connection from each rank to each peer, one request at a time on it. A frame carries the
 job, the epoch and the sender; frames of another job or another epoch are refused. A broken
 connection, a refusal or a missed deadline raises `PeerLost`: the step is over. With certificates
-the connections are TLS, and only ranks (which show their agents' certificates) are heard.
+the connections are TLS, only ranks are heard, and only ranks are asked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import structlog
 from raddle.agent.engine.reference.weights import F32, FloatArray
 from raddle.model.types import Member, RankKey
 from raddle.telemetry.addresses import host_port, split_address
-from raddle.telemetry.tls import TlsFiles
+from raddle.telemetry.tls import RANK_NAME, TlsFiles, is_rank
 
 _HEADER = struct.Struct("<4sB3x16sqiiII")
 _MAGIC = b"RDXP"
@@ -179,7 +179,7 @@ class ExchangeServer:
         """The connection, over TLS where there are certificates; the caller's name is known then.
 
         Raises:
-            OSError: no certificate of our CA, or not an agent's.
+            OSError: no certificate of our CA, or not a rank's.
         """
         if self._tls is None:
             return connection
@@ -188,7 +188,7 @@ class ExchangeServer:
         secured = context.wrap_socket(connection, server_side=True)
         secured.settimeout(None)
         caller.identity = _common_name(secured)
-        if not caller.identity.startswith("agent/"):
+        if not is_rank(caller.identity):
             secured.close()
             raise ConnectionError(f"{caller.identity} is no rank's identity")
         return secured
@@ -328,7 +328,8 @@ class ExchangeClient:
         made.settimeout(self._deadline_s)
         if self._tls is None:
             return made
-        return self._tls.socket_context(server=False).wrap_socket(made)
+        context = self._tls.socket_context(server=False)
+        return context.wrap_socket(made, server_hostname=RANK_NAME)
 
     def _drop(self, peer: Member) -> None:
         self._break({peer.data_address})

@@ -32,7 +32,12 @@ from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryEr
 from raddle.telemetry.addresses import split_address
 from raddle.telemetry.logging import configure_logging
 from raddle.telemetry.settings import load_settings, require, setting
-from raddle.telemetry.tls import is_loopback, renew_for_each_connection, tls_files
+from raddle.telemetry.tls import (
+    FRONT_DOOR,
+    is_loopback,
+    renew_for_each_connection,
+    tls_files,
+)
 
 BODY_BYTES_MAX = 1_000_000
 SEQUENCES_MAX = 10_000
@@ -46,7 +51,7 @@ class Settings:
 
     schedulers: list[str] = setting([], "addresses of the schedulers, comma-separated")
     job: str = setting("", "namespace/name of the job to serve")
-    name: str = setting("frontdoor", "our name; with TLS our certificate is client/<name>'s")
+    name: str = setting("", "our name if we serve some namespaces alone: we are frontdoor/<name>")
     model: str = setting("raddle-demo", "model that the job serves: built-in, or a config.json")
     listen: str = setting("127.0.0.1:7480", "address for HTTP")
     request_timeout_s: float = setting(120.0, "longest time of one request")
@@ -247,7 +252,7 @@ async def serve(settings: Settings) -> None:
     shape = parse_shape(_config_text(settings.model))
     namespace, _, name = settings.job.rpartition("/")
     routing = Routing(
-        f"{settings.name}/{secrets.token_hex(3)}",
+        f"{FRONT_DOOR}/{settings.name}" if settings.name else FRONT_DOOR,
         settings.schedulers,
         namespace or "default",
         name,

@@ -18,7 +18,7 @@ from raddle.agent.engine.reference.block_store import Block
 from raddle.agent.engine.reference.places import Places
 from raddle.model.types import Fence, Member, RankKey
 from raddle.telemetry.channels import make_channel
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles
+from raddle.telemetry.tls import RANK, RANK_NAME, TlsFiles
 from raddle.v1 import reference_pb2, reference_pb2_grpc, types_pb2
 from raddle.wire.codec import to_message
 
@@ -44,7 +44,7 @@ class PoolPeers:
         address = member.engine_address
         if address not in self._channels:
             self._channels[address] = make_channel(
-                address, identity=f"agent/{self._node}", tls=self._tls, server_name=AGENT_NAME
+                address, identity=RANK, tls=self._tls, server_name=RANK_NAME
             )
         return reference_pb2_grpc.PoolMemberStub(self._channels[address])
 

@@ -7,6 +7,7 @@ epoch counts; a rank that the routes leave out is lost, whatever it still sends.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
@@ -17,10 +18,11 @@ import structlog
 from raddle.agent.engine.reference.blocks import block_hashes, cache_key
 from raddle.model.errors import Reason, TemporaryError
 from raddle.model.kinds import RoleKind
+from raddle.model.reasons import Decision
 from raddle.model.routes import Routes, RouteState, SequenceReport
 from raddle.model.types import Member
 from raddle.telemetry.channels import make_channel, send_stream
-from raddle.telemetry.tls import AGENT_NAME, TlsFiles
+from raddle.telemetry.tls import RANK_NAME, TlsFiles
 from raddle.v1 import router_pb2, router_pb2_grpc
 from raddle.wire.codec import from_message, to_message
 from raddle.wire.status import error_from
@@ -38,15 +40,16 @@ class Routing:
 
     def __init__(
         self,
-        front_door_id: str,
+        identity: str,
         schedulers: list[str],
         namespace: str,
         name: str,
         model_digest: str,
         tls: TlsFiles | None = None,
     ) -> None:
-        self._id = front_door_id
-        self._identity = f"client/{front_door_id.partition('/')[0]}"
+        self._identity = identity
+        # Front doors of one identity are told apart.
+        self._id = f"{identity}/{secrets.token_hex(3)}"
         self._schedulers = schedulers
         self._namespace = namespace
         self._name = name
@@ -154,7 +157,7 @@ class Routing:
     def channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             self._channels[address] = make_channel(
-                address, identity=self._identity, tls=self._tls, server_name=AGENT_NAME
+                address, identity=self._identity, tls=self._tls, server_name=RANK_NAME
             )
         return self._channels[address]
 
@@ -201,7 +204,7 @@ class Routing:
     def given_up(self, routes: Routes, sequence_id: str) -> str:
         """Why the recovery plan gave the sequence up; empty if it did not."""
         for restore in routes.restores:
-            if restore.sequence_id == sequence_id and restore.why.reason == "GIVE_UP":
+            if restore.sequence_id == sequence_id and restore.why.says(Decision.GIVE_UP):
                 return restore.why.message
         return ""
 
