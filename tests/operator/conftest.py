@@ -268,5 +268,9 @@ async def stage(
             found.kill_operator(identity)
         for node in await cluster.find("Node"):
             await cluster.delete(node)
+        # Nobody is there any more who would let them go, and other tests look for jobs everywhere.
+        for job in await cluster.find("InferenceJob"):
+            await cluster.patch(job, {"metadata": {"finalizers": None}})
+            await cluster.delete(job)
         await cluster.close()
         await raddle.stop()
