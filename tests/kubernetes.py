@@ -13,6 +13,7 @@ import re
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,11 @@ def demand(lacks: list[str]) -> None:
     pytest.skip(" ".join(lacks))
 
 
+def demand_api_server() -> None:
+    """This machine can run an API server alone."""
+    demand(missing_servers("etcd", "kubernetes"))
+
+
 @pytest.fixture(scope="session")
 def machine_for_cluster() -> None:
     """This machine can run a cluster."""
@@ -70,11 +76,10 @@ def cluster(archives: list[Path]) -> Iterator[Cluster]:
     shared.down()
 
 
-@pytest.fixture
-def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace of the test's own, deleted after it."""
-    readable = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())
-    name = f"{readable[:40].strip('-')}-{uuid.uuid4().hex[:6]}"
+@contextmanager
+def made_namespace(cluster: Cluster, wish: str) -> Iterator[str]:
+    """A namespace with a name like this one for the time of a block."""
+    name = f"{wish[:40].strip('-')}-{uuid.uuid4().hex[:6]}"
     cluster.kubectl("create", "namespace", name)
     wait_until(
         lambda: bool(cluster.get("serviceaccounts", "--namespace", name)["items"]),
@@ -82,6 +87,14 @@ def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]
     )
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own, deleted after it."""
+    test = request.node.name.removeprefix("test_").lower()
+    with made_namespace(cluster, re.sub("[^a-z0-9]+", "-", test)) as name:
+        yield name
 
 
 class Entrance(CuttingProxy):
@@ -129,7 +142,10 @@ class ApiServer:
         authority.key_pair("service-accounts")
         authority.issue("apiserver", "kube-apiserver", names=("localhost", "127.0.0.1"))
         authority.issue("admin", "admin", "system:masters")
-        self.kubeconfig = authority.kubeconfig("admin", f"https://127.0.0.1:{self._port}")
+        authority.issue("controller-manager", "system:kube-controller-manager")
+        url = f"https://127.0.0.1:{self._port}"
+        self.kubeconfig = authority.kubeconfig("admin", url)
+        authority.kubeconfig("controller-manager", url)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -141,17 +157,25 @@ class ApiServer:
         )
         for name, command in (("etcd", etcd), ("api", api)):
             if name not in self._processes:
-                with (self._folder / f"{name}.log").open("a") as log:
-                    self._processes[name] = subprocess.Popen(
-                        ["setpriv", "--pdeathsig", "KILL", *command],
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                    )
+                self._spawn(name, command)
         wait_until(self._ready, f"the API server is ready ({self._folder}/api.log)")
 
+    def start_controller(self, name: str, *flags: str) -> None:
+        """Run one controller of the controller manager, under the controller's own account."""
+        command = servers.controller_manager(built("kubernetes"), self._pki)
+        self._spawn(name, [*command, f"--controllers={name}", "--secure-port=0", *flags])
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        with (self._folder / f"{name}.log").open("a") as log:
+            self._processes[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
     def kill(self, name: str = "api") -> None:
-        """Kill the API server (`api`) or its store (`etcd`); what was stored stays."""
+        """Kill the API server (`api`), its store (`etcd`) or a controller; what is stored stays."""
         process = self._processes.pop(name)
         process.kill()
         process.wait()
@@ -160,6 +184,15 @@ class ApiServer:
         """With the account that a controller would make, and without which no Pod is taken."""
         self.kubectl("create", "namespace", name)
         self.kubectl("create", "serviceaccount", "default", "--namespace", name)
+
+    def account_kubeconfig(self, namespace: str, account: str) -> Path:
+        """The configuration of a client with the rights of a ServiceAccount."""
+        token = self.kubectl("create", "token", account, "-n", namespace, "--duration=24h")
+        config = json.loads(self.kubeconfig.read_text())
+        config["users"][0]["user"] = {"token": token.strip()}
+        path = self._pki / f"{namespace}.{account}.kubeconfig"
+        path.write_text(json.dumps(config))
+        return path
 
     def forget(self) -> None:
         """Compact all history and start the server anew: watches from before now get a 410."""
@@ -195,7 +228,7 @@ class ApiServer:
 @pytest.fixture(scope="session")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """An API server alone, shared by all tests of a session; needs no root."""
-    demand(missing_servers("etcd", "kubernetes"))
+    demand_api_server()
     server = ApiServer(tmp_path_factory.mktemp("api-server"))
     try:
         server.start()

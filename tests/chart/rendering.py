@@ -19,6 +19,8 @@ from tests.support import ROOT
 CHART = ROOT / "charts" / "raddle"
 RELEASE = "raddle"
 NAMESPACE = "space"
+#: Kinds that say who may do what.
+RIGHTS = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
 #: APIs of other projects that some parts of the chart wait for.
 PROMETHEUS = (
     "monitoring.coreos.com/v1/ServiceMonitor",
@@ -130,8 +132,8 @@ def refusal(values: dict[str, Any], folder: Path) -> str:
 
 
 @cache
-def _text(values: str, apis: tuple[str, ...]) -> str:
-    arguments = ["template", RELEASE, str(CHART), "--namespace", NAMESPACE]
+def _text(values: str, apis: tuple[str, ...], namespace: str) -> str:
+    arguments = ["template", RELEASE, str(CHART), "--namespace", namespace]
     for api in apis:
         arguments += ["--api-versions", api]
     result = subprocess.run(
@@ -141,10 +143,21 @@ def _text(values: str, apis: tuple[str, ...]) -> str:
     return result.stdout
 
 
-def render(values: dict[str, Any], apis: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def render(
+    values: dict[str, Any], apis: tuple[str, ...] = (), namespace: str = NAMESPACE
+) -> list[dict[str, Any]]:
     """All objects of a release with these values, hooks too."""
-    documents = yaml.safe_load_all(_text(json.dumps(values), apis))
+    documents = yaml.safe_load_all(_text(json.dumps(values), apis, namespace))
     return [document for document in documents if document]
+
+
+def rights(values: dict[str, Any], namespace: str) -> list[dict[str, Any]]:
+    """The accounts of a release in this namespace and what they may do, ready to be applied."""
+    found = [d for d in render(values, namespace=namespace) if d["kind"] in RIGHTS]
+    for document in found:
+        if not document["kind"].startswith("Cluster"):
+            document["metadata"].setdefault("namespace", namespace)
+    return found
 
 
 def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.chart.rendering import CHART, MATRIX, NAMESPACE, RELEASE, render, run
+from tests.chart.rendering import CHART, MATRIX, NAMESPACE, RELEASE, render, rights, run
 from tests.kubernetes import ApiServer
 from tests.support import ROOT
 
 #: Objects of other projects, whose definitions this server does not have.
 OTHERS = ("cert-manager.io/v1", "monitoring.coreos.com/v1")
-RIGHTS = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding")
 Rights = dict[tuple[str, str], set[str]]
 
 
@@ -135,7 +134,7 @@ def rights_of(server: ApiServer, account: str, namespace: str) -> Rights:
 
 def test_each_account_has_the_rights_that_it_needs_and_no_other(server: ApiServer) -> None:
     """Schedulers, agents and etcd have none; the operator's are these; the hook makes Secrets."""
-    applied(server, [d for d in render({}) if d["kind"] in RIGHTS])
+    applied(server, rights({}, NAMESPACE))
     for account in ("raddle-scheduler", "raddle-agent", "raddle-etcd"):
         assert rights_of(server, account, NAMESPACE) == {}
     assert rights_of(server, "raddle-operator", NAMESPACE) == OPERATOR

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster
-from tools.kubernetes.images import version
+from tools.kubernetes.images import TARGETS, version
+
+from tests.support import ROOT
 
 RESTRICTED = {
     "runAsNonRoot": True,
@@ -70,3 +76,33 @@ def test_the_agents_image_is_small(cluster: Cluster, namespace: str) -> None:
     names = ["kopf", "kubernetes", "pip", "raddle", "grpc", "zmq"]
     _, log = output(cluster, namespace, "raddle-agent", "python3", "-c", program.format(names))
     assert log == "['raddle', 'grpc', 'zmq']\n"
+
+
+def test_one_archive_holds_all_images_for_sites_without_a_registry(cluster: Cluster) -> None:
+    """The list has each image's name, digest and size; a node that imports it has these."""
+    # Nodes see the cluster's folder, and not this machine's /tmp.
+    folder, tag = cluster.folder / "archive", "for-a-site"
+    said = subprocess.run(
+        [sys.executable, "-m", "tools.kubernetes.images", str(folder), "--tag", tag],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    (archive,), (listing,) = folder.glob("*.tar"), folder.glob("*.txt")
+    assert said == f"{listing.read_text()}{archive}: {archive.stat().st_size / 1e6:.0f} MB\n"
+    line = re.compile(r"^(\S+) (sha256:[0-9a-f]{64}) [1-9]\d* MB$", re.MULTILINE)
+    found = set(line.findall(listing.read_text()))
+    names = {f"localhost/{name}:{tag}" for name in TARGETS.values()}
+    assert {name for name, _ in found} == names
+    assert _imported(cluster, archive) >= found
+
+
+def _imported(cluster: Cluster, archive: Path) -> set[tuple[str, str]]:
+    """Name and digest of the images that a node has after an import of its own."""
+    node = cluster.box("n1")
+    images = ("ctr", "--namespace", "site", "images")
+    node.run(*images, "import", str(archive))
+    rows = [line.split() for line in node.run(*images, "ls").splitlines()[1:]]
+    node.run(*images, "rm", *(row[0] for row in rows))
+    return {(row[0], row[2]) for row in rows}

@@ -1,4 +1,7 @@
-"""Values installed together: an etcd of one's own over TLS, no operator, two pools of agents."""
+"""Values installed together: an etcd of one's own over TLS, no operator, two pools of agents.
+
+And what certificates do that are renewed while all of it runs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import datetime as dt
 import json
 import os
 import signal
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +20,11 @@ from tools.kubernetes.images import version
 
 from raddle.cli.certificates.authority import Authority, Wanted
 from tests.e2e.served import JOB
-from tests.kube.release import PATIENCE_S, Installation, Object
+from tests.kube.release import PATIENCE_S, SCHEDULERS, Installation, Object, is_ready
+from tests.kubernetes import made_namespace
 from tests.support import ROOT, stopped
 
+CHART = str(ROOT / "charts" / "raddle")
 CLOSED = "INCIDENT_PHASE_CLOSED"
 #: Of a CloudMatrix384, which has more nodes than these.
 NODES = {"n1": ["sn0/n00", "sn0/n01"], "n2": ["sn0/n02"], "n3": ["sn0/n03"]}
@@ -31,6 +37,11 @@ class Site(Installation):
     def apply(self, *items: Object) -> None:
         text = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
         self.kubectl("apply", "-f", "-", stdin=text)
+
+    def helm(self, action: str, *arguments: str, stdin: str = "") -> None:
+        """Act on the release and wait until that is done."""
+        where = ("--namespace", self.namespace, "--wait")
+        self.cluster.helm(action, "site", *arguments, *where, stdin=stdin)
 
     def job(self) -> Object:
         found: Object = self.raddle("status", "small")["job"]
@@ -50,6 +61,20 @@ class Site(Installation):
         job = self.job()
         return bool(job["state"] == "JOB_STATE_READY" and int(job["epoch"]) >= 2)
 
+    def restarts(self) -> dict[str, list[int]]:
+        """How often each container of the release was started again, by the uid of its pod."""
+        return {
+            pod["metadata"]["uid"]: [c["restartCount"] for c in pod["status"]["containerStatuses"]]
+            for pod in self.pods("app.kubernetes.io/name=raddle")
+        }
+
+    def shown_certificates(self) -> dict[str, bytes]:
+        """What each scheduler shows to a new connection, by the uid of its pod."""
+        return {
+            pod["metadata"]["uid"]: _certificate(self.cluster, pod["status"]["podIP"])
+            for pod in self.pods(SCHEDULERS)
+        }
+
     def rank_processes(self, role: str) -> list[int]:
         """Ranks of a role among the processes of the agents' containers."""
         return [
@@ -60,24 +85,34 @@ class Site(Installation):
         ]
 
 
+def _certificate(cluster: Cluster, address: str) -> bytes:
+    """What a scheduler shows, whoever asks."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with context.wrap_socket(cluster.connect(address, 7400)) as connection:
+        return connection.getpeercert(binary_form=True) or b""
+
+
 def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
 
 
-@pytest.fixture
-def site(cluster: Cluster, namespace: str) -> Iterator[Site]:
+@pytest.fixture(scope="module")
+def site(cluster: Cluster) -> Iterator[Site]:
     """An etcd over TLS, and a release on it whose agents are in two pools."""
-    made = Site(cluster, namespace)
+    with made_namespace(cluster, "site") as namespace:
+        yield from _installed(Site(cluster, namespace))
+
+
+def _installed(made: Site) -> Iterator[Site]:
+    cluster, namespace = made.cluster, made.namespace
     for node, pool in POOLS.items():
         cluster.kubectl("label", "node", node, f"pool={pool}")
     _start_etcd(made)
-    chart, where = str(ROOT / "charts" / "raddle"), ("--namespace", namespace)
-    values = json.dumps(_values(namespace))
-    cluster.helm(
-        "install", "site", chart, *where, "-f", "-", "--wait", "--timeout=5m", stdin=values
-    )
+    made.helm("install", CHART, "-f", "-", "--timeout=5m", stdin=json.dumps(_values(namespace)))
     yield made
-    cluster.helm("uninstall", "site", *where, "--wait")
+    made.helm("uninstall")
     for node in POOLS:
         cluster.kubectl("label", "node", node, "pool-")
 
@@ -162,3 +197,21 @@ def test_a_job_recovers_though_the_leaders_pod_is_deleted_meanwhile(site: Site) 
         site.kubectl("delete", "pod", leader, "--grace-period=0", "--force")
     wait_until(site.is_recovered, "the job recovers", PATIENCE_S)
     assert site.leader() != leader
+
+
+def test_renewed_certificates_reach_what_runs(site: Site) -> None:
+    """An upgrade renews them: new connections show them, and no container was started for it."""
+    wait_until(lambda: all(map(is_ready, site.pods(SCHEDULERS))), "all schedulers are ready")
+    restarts, before = site.restarts(), site.shown_certificates()
+    longer = "--set=certificates.days=400,certificates.renewBeforeDays=399"
+    site.helm("upgrade", CHART, "--reuse-values", longer)
+    # A kubelet looks after a changed pod at once, and after others within about a minute.
+    site.kubectl("annotate", "pods", "--all", "looked-after=now")
+
+    def are_shown() -> bool:
+        after = site.shown_certificates()
+        return all(after[pod] != before[pod] for pod in before)
+
+    wait_until(are_shown, "all schedulers show their new certificates", PATIENCE_S)
+    assert site.restarts() == restarts
+    assert site.job()["state"] == "JOB_STATE_READY"

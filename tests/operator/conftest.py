@@ -28,6 +28,7 @@ from raddle.operator.names import KINDS, MANAGER
 from raddle.operator.reasons import LISTED, EventReason, camel
 from raddle.v1 import job_pb2, scheduler_pb2
 from raddle.wire.status import error_from
+from tests.chart.rendering import rights
 from tests.kubernetes import ApiServer
 from tests.operator.resources import inference_job, role
 from tests.support import ROOT, eventually
@@ -68,16 +69,25 @@ class Stage:
             await self.add_node(f"worker-{number}", f"192.0.2.{number}", {})
             flags.append(f"--from-literal=worker-{number}={','.join(share)}")
         await self.kubectl("create", "configmap", "raddle-nodes", "-n", self.space, *flags)
+        await self.grant({"operator": {"namespaces": [self.jobs]}})
         self.start_operator()
 
     # --- operators -------------------------------------------------------------------------------
 
+    async def grant(self, values: Object) -> None:
+        """Give the operators' account the rights that the chart gives it with these values."""
+        items = await asyncio.to_thread(rights, values, self.space)
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
+        await self.kubectl("apply", "-f", "-", stdin=text)
+
     def start_operator(self, identity: str = "one", *flags: str) -> None:
+        """One with the chart's own rights: what it may not do fails the tests."""
+        kubeconfig = self.api.account_kubeconfig(self.space, "raddle-operator")
         command = [sys.executable, "-m", "raddle.operator.main"]
         command += ["--schedulers", ",".join(self.raddle.addresses)]
         command += ["--namespace", self.space, "--namespaces", self.jobs]
         command += ["--identity", identity]
-        command += ["--image", "localhost/raddle:dev", "--kubeconfig", str(self.api.kubeconfig)]
+        command += ["--image", "localhost/raddle:dev", "--kubeconfig", str(kubeconfig)]
         with (self.folder / f"operator-{identity}.log").open("ab") as log:
             self.operators[identity] = subprocess.Popen(
                 [*command, "--no-tls", *flags], stdout=log, stderr=log, start_new_session=True
@@ -258,5 +268,9 @@ async def stage(
             found.kill_operator(identity)
         for node in await cluster.find("Node"):
             await cluster.delete(node)
+        # Nobody is there any more who would let them go, and other tests look for jobs everywhere.
+        for job in await cluster.find("InferenceJob"):
+            await cluster.patch(job, {"metadata": {"finalizers": None}})
+            await cluster.delete(job)
         await cluster.close()
         await raddle.stop()

@@ -299,6 +299,22 @@ async def test_a_service_of_somebody_else_is_not_taken(stage: Stage) -> None:
     await deleted(stage, "mine")
 
 
+async def test_a_role_of_somebody_else_is_not_taken(stage: Stage) -> None:
+    """The job is not submitted, and says which object stands in its way until it is gone."""
+    spec = {"job": "foreign", "role": "decode", "kind": "decode", "replicas": 3}
+    metadata = {"name": "foreign-decode", "namespace": stage.jobs}
+    theirs = {"apiVersion": "raddle.dev/v1alpha1", "kind": "InferenceRole", "spec": spec}
+    await stage.apply(theirs | {"metadata": metadata})
+    await stage.apply_job("foreign")
+    await stage.until_condition("foreign", "Ready", "False", reason="AlreadyExists")
+    message = (await stage.condition("foreign", "Ready"))["message"]
+    assert "InferenceRole foreign-decode is there and is not of InferenceJob foreign" in message
+    assert await stage.job("foreign") is None
+    await stage.kubectl("delete", "-n", stage.jobs, "ir", "foreign-decode")
+    await stage.until_condition("foreign", "Ready", "True")
+    await deleted(stage, "foreign")
+
+
 async def test_a_bad_template_is_told(stage: Stage) -> None:
     """What the API server says of the Pod is the reason why the job is not ready."""
     bad = {"spec": {"containers": [{"name": "rank", "resources": {"limits": {"cpu": "lots"}}}]}}

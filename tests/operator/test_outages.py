@@ -119,6 +119,8 @@ async def test_on_a_real_machine_pods_of_others_hold_their_dies(stage: Stage) ->
     """The device plugin's word counts as taken, with a reason of its own, until the Pod is gone."""
     await stage.end_operator("four")
     await stage.kubectl("label", "node", "worker-1", "raddle.dev/node=sn0.n00")
+    machine = {"simulated": False}
+    await stage.grant({"operator": {"namespaces": [stage.jobs]}, "machine": machine})
     stage.start_operator("real", "--no-simulated", "--foreign-pods")
     metadata = {
         "name": "training",

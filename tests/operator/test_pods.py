@@ -193,6 +193,13 @@ def test_a_role_resource_carries_the_jobs_own_size() -> None:
 
 
 def test_a_selector_finds_one_pod_for_each_replica() -> None:
-    """An autoscaler counts Pods: of an instance its first rank, of a cache each."""
-    assert pods.selector("demo", "decode", "decode").endswith("raddle.dev/rank=0")
-    assert "rank=" not in pods.selector("demo", "cache", "cache")
+    """Of an instance the first rank that is there, of a cache each; of a role that waits none."""
+    told = answer(seat(0, "LOST"), seat(1), seat(2))
+    told.placement.instances.add(role="decode", instance=3).ranks.append(seat(0))
+    told.placement.instances.add(role="other", instance=1).ranks.append(seat(0))
+    spec = pods.role_resource(SITE, inference_job(), role("decode"), 2)["spec"]
+    of_role = "raddle.dev/job=demo,raddle.dev/role=decode"
+    assert pods.selector(spec, told) == f"{of_role},raddle.dev/seat in (0-1,3-0)"
+    assert pods.selector(spec, None) == f"{of_role},raddle.dev/seat in ()"
+    assert pods.selector(spec | {"kind": "cache"}, told) == of_role
+    assert pods.Seat("decode", 0, seat(1)).label_values()["raddle.dev/seat"] == "0-1"

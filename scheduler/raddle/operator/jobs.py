@@ -100,9 +100,9 @@ class Jobs:
         if incident is not None:
             await self._teller.announce(resource, incident)
         await self._hold(resource)
-        roles = await self._roles(resource)
-        sizes = {role["spec"]["role"]: role["spec"]["replicas"] for role in roles.values()}
         try:
+            roles = await self._roles(resource)
+            sizes = {role["spec"]["role"]: role["spec"]["replicas"] for role in roles.values()}
             brought = await self._job(resource, sizes)
         except ConflictError:
             raise

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raddle.model.kinds import SeatState
+from raddle.model.kinds import RoleKind, SeatState
 from raddle.operator.names import API_VERSION, DIE_ANNOTATION, GROUP, role_name, short_name
 from raddle.operator.pod_problems import RANK_CONTAINER
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
@@ -21,6 +21,8 @@ from raddle.wire.rank_tables import TableRank, table_1_2, table_2_0
 #: Engine drivers whose ranks are processes; those of others live in the agent.
 _WITH_PROCESSES = ("reference",)
 STATE_PATH = "/var/lib/raddle"
+#: Label of the instance and rank that a Pod is of, whichever start of the rank.
+_SEAT = f"{GROUP}/seat"
 _TLS_PATH = "/etc/raddle/tls"
 _TABLE_PATH = "/etc/raddle/ranktable"
 TABLE_1_2, TABLE_2_0 = "hccl-1.2.json", "hccl-2.0.json"
@@ -78,6 +80,7 @@ class Seat:
             f"{GROUP}/role": self.role,
             f"{GROUP}/instance": str(self.instance),
             f"{GROUP}/rank": str(self.rank.rank),
+            _SEAT: _seat_value(self.instance, self.rank.rank),
             f"{GROUP}/start-count": str(self.rank.start_count),
         }
 
@@ -134,10 +137,30 @@ def labels(site: Site, component: str, job: job_pb2.Job | None = None) -> dict[s
     return found
 
 
-def selector(job: str, role: str, kind: str) -> str:
-    """Pods that stand for one replica each: of an instance its first rank."""
-    first = "" if kind == "cache" else f",{GROUP}/rank=0"
-    return f"{GROUP}/job={job},{GROUP}/role={role}{first}"
+def selector(spec: Mapping[str, Any], answer: scheduler_pb2.GetJobResponse | None) -> str:
+    """Pods that stand for one replica of a role each: of an instance the first of its ranks.
+
+    The first one that is there: an instance that lost some goes on.
+    """
+    chosen = f"{GROUP}/job={spec['job']},{GROUP}/role={spec['role']}"
+    if spec["kind"] == RoleKind.CACHE:
+        return chosen
+    instances = answer.placement.instances if answer is not None else ()
+    firsts = [
+        _seat_value(part.instance, first)
+        for part in instances
+        if part.role == spec["role"] and (first := _first_rank(part)) is not None
+    ]
+    return f"{chosen},{_SEAT} in ({','.join(firsts)})"
+
+
+def _first_rank(instance: job_pb2.InstancePlacement) -> int | None:
+    ranks = (rank.rank for rank in instance.ranks if rank.state == SeatState.ACTIVE)
+    return min(ranks, default=None)
+
+
+def _seat_value(instance: int, rank: int) -> str:
+    return f"{instance}-{rank}"
 
 
 def owner(resource: Mapping[str, Any]) -> list[Object]:

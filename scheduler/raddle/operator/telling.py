@@ -109,7 +109,7 @@ class Teller:
         numbers = {
             "replicas": placed,
             "readyReplicas": ready,
-            "selector": pods.selector(spec["job"], spec["role"], spec["kind"]),
+            "selector": pods.selector(spec, answer),
         }
         said = job_status.role_conditions(placed, ready, conditions)
         await write_status(self._cluster, role, numbers, said)
