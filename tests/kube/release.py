@@ -16,6 +16,7 @@ from tools.kubernetes.cluster import Cluster, CommandError
 NAMESPACE = "raddle"
 JOB = "small"
 SCHEDULERS = "app.kubernetes.io/component=scheduler"
+FRONT_DOOR = "app.kubernetes.io/component=frontdoor"
 #: On two cores that everything shares.
 PATIENCE_S = 300.0
 #: Kinds that come and go by themselves, or with a resource definition.

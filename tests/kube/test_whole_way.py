@@ -13,12 +13,23 @@ from pathlib import Path
 import pytest
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster, CommandError
+from tools.kubernetes.images import TARGETS, version
 
 from raddle import traces
 from tests.kube.guide import Guide
 from tests.kube.known_tokens import known_tokens
 from tests.kube.load import Load
-from tests.kube.release import JOB, NAMESPACE, PATIENCE_S, SCHEDULERS, Release, now
+from tests.kube.release import (
+    FRONT_DOOR,
+    JOB,
+    NAMESPACE,
+    PATIENCE_S,
+    SCHEDULERS,
+    Object,
+    Release,
+    is_ready,
+    now,
+)
 from tests.support import ROOT
 
 #: What the guide and the NOTES promise of an incident.
@@ -151,17 +162,28 @@ def _place_anew(release: Release) -> None:
 
 
 def _all_of_raddle_restarts(release: Release) -> None:
-    """Schedulers, agents, operators and etcd are replaced; ranks and the job do not notice."""
+    """Schedulers, agents, operators, etcd and front door get other images; ranks do not notice."""
     before = _what_serves(release)
-    own = release.own_pods()
-    settings = [
+    own, (door,) = release.own_pods(), release.pods(FRONT_DOOR)
+    for name in TARGETS.values():
+        release.cluster.tag_image(f"localhost/{name}:{version()}", f"localhost/{name}:next")
+    settings = ["--set=image.tag=next"] + [
         f"--set-string={part}.podAnnotations.round=two"
         for part in ("scheduler", "agent", "operator", "etcd")
     ]
     upgrade = ("upgrade", "raddle", str(ROOT / "charts" / "raddle"), "--namespace", NAMESPACE)
     release.cluster.helm(*upgrade, "--reuse-values", *settings, "--wait", "--timeout=10m")
     assert release.own_pods().keys().isdisjoint(own)
+    wait_until(lambda: _is_replaced(release, door), "another front door serves", PATIENCE_S)
     assert _what_serves(release) == before
+
+
+def _is_replaced(release: Release, door: Object) -> bool:
+    """Does another front door serve, of the new image, though the old one's streams may go on?"""
+    pods = release.pods(FRONT_DOOR)
+    images = [container["image"] for pod in pods for container in pod["spec"]["containers"]]
+    is_new = all(pod["metadata"]["uid"] != door["metadata"]["uid"] for pod in pods)
+    return is_new and images == ["localhost/raddle:next"] and is_ready(pods[0])
 
 
 def _an_upgrade_and_back(guide: Guide, release: Release) -> None:
