@@ -75,6 +75,9 @@ class Settings:
         " agent writes; it attaches to them)",
     )
     rank_start_timeout_s: float = setting(60.0, "how long a rank may take until it serves")
+    step_deadline_s: float = setting(
+        1.0, "how long reference ranks wait for a peer in a step; more where cores are few"
+    )
     rank_host: str = setting("127.0.0.1", "address that ranks listen on and are reached at")
     faults_dir: str = setting("", "folder of simulated faults: <node with - for />.json")
     pod_resources: str = setting(
@@ -190,7 +193,14 @@ class AgentProcess:
             launcher = LAUNCHERS[s.ranks](s.rank_start_timeout_s)
             folder = Path(s.state_dir)
             reference = ReferenceDriver(
-                node, folder, tell, stream.report, launcher, host=s.rank_host, tls=self._tls
+                node,
+                folder,
+                tell,
+                stream.report,
+                launcher,
+                host=s.rank_host,
+                tls=self._tls,
+                step_deadline_s=s.step_deadline_s,
             )
             stream.on_connect.append(reference.report_again)
             made.append(reference)

@@ -18,11 +18,11 @@ from raddle.model.kinds import FaultKind, NodeState
 from raddle.model.types import RankKey
 
 # A recovery needs every agent. One that is silent while its ranks answer is waited for this long,
-# then its ranks are left behind: fenced by the epoch, they can do no harm.
-CONTROL_LOST_S = 5.0
+# more than a restart takes; then its ranks are left behind: fenced, they can do no harm.
+CONTROL_LOST_S = 10.0
 # One behind the storm brake may come back with the others of its storm, which takes a window; but a
 # recovery that is under way does not wait for ever for a word against it.
-UNKNOWN_LOST_S = STORM_WINDOW_S + CONTROL_LOST_S
+UNKNOWN_LOST_S = STORM_WINDOW_S + 5.0
 _PATIENCE_S = {NodeState.SUSPECT: CONTROL_LOST_S, NodeState.UNKNOWN: UNKNOWN_LOST_S}
 # A suspected rank that answers is reconnected this often before its peers are believed.
 RECONNECTS_MAX = 2

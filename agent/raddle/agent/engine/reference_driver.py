@@ -26,7 +26,7 @@ from raddle.agent.core.events import (
 )
 from raddle.agent.engine.driver import JobContext, Tell
 from raddle.agent.engine.launcher import Launcher, Life, Running
-from raddle.agent.engine.reference.config import RankAddress, RankConfig
+from raddle.agent.engine.reference.config import STEP_DEADLINE_S, RankAddress, RankConfig
 from raddle.agent.engine.reference.shape import parse_shape
 from raddle.agent.engine.reference.weights import write_checkpoint
 from raddle.model.errors import RaddleError, Reason
@@ -109,8 +109,10 @@ class ReferenceDriver:
         *,
         host: str = "127.0.0.1",
         tls: TlsFiles | None = None,
+        step_deadline_s: float = STEP_DEADLINE_S,
     ) -> None:
         self._host = host
+        self._step_deadline_s = step_deadline_s
         self._tls = tls
         self._node = node
         self._folder = folder
@@ -183,6 +185,7 @@ class ReferenceDriver:
             kv_block_tokens=job.model.kv_block_tokens,
             dram_bytes=role.dram_bytes,
             max_sequences=role.max_sequences_per_rank,
+            step_deadline_s=self._step_deadline_s,
             host=self._host,
             tls_ca=str(self._tls.ca) if self._tls else "",
             tls_certificate=str(self._tls.certificate) if self._tls else "",

@@ -15,6 +15,8 @@ from raddle.telemetry.tls import TlsFiles, tls_files
 
 ADDRESS_FILE = "rank.json"
 CONFIG_FILE = "config.json"
+# Peers of a rank that hangs wait so long in a step; some hundred times what a step takes here.
+STEP_DEADLINE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class RankConfig:
     kv_block_tokens: int
     dram_bytes: int = 0
     max_sequences: int = 0
-    step_deadline_s: float = 1.0
+    step_deadline_s: float = STEP_DEADLINE_S
     #: Where the rank listens and is reached.
     host: str = "127.0.0.1"
     # PEM files that the rank shows, the agent's own where it starts the rank; empty on a plain
