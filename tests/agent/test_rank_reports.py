@@ -1,4 +1,4 @@
-"""How the agent follows the reports of a rank that gives none, in virtual time."""
+"""How the agent follows a rank that says nothing, in virtual time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
-from raddle.agent.core.events import StopRank
+from raddle.agent.core.events import Event, RankSilent, StopRank
 from raddle.agent.engine import reference_driver
+from raddle.agent.engine.driver import Tell
 from raddle.agent.engine.launcher import Running
 from raddle.agent.engine.pod import PodLauncher
 from raddle.agent.engine.reference.config import RankAddress
@@ -52,13 +53,20 @@ class HungLife:
 
 
 class SilentChannel:
-    """A channel on which reports break off at once."""
+    """A channel on which reports break off at once, and calls fail in one way."""
 
-    def __init__(self) -> None:
+    def __init__(self, failure: grpc.StatusCode) -> None:
         self.asked_s: list[float] = []
+        self._failure = failure
 
-    def unary_unary(self, *_: Any, **__: Any) -> None:
-        """Nobody calls anything but reports here."""
+    def unary_unary(self, *_: Any, **__: Any) -> Callable[..., Awaitable[Any]]:
+        return self._call
+
+    async def _call(self, _request: Any, *, timeout: float) -> Any:
+        if self._failure is grpc.StatusCode.DEADLINE_EXCEEDED:
+            await asyncio.sleep(timeout)
+        none = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(self._failure, none, none, "no answer")
 
     def unary_stream(self, *_: Any, **__: Any) -> Callable[[Any], AsyncIterator[Any]]:
         return self._reports
@@ -74,15 +82,18 @@ class SilentChannel:
 
 
 def with_hung_rank(
-    monkeypatch: pytest.MonkeyPatch, work: Callable[[ReferenceDriver], Awaitable[None]]
+    monkeypatch: pytest.MonkeyPatch,
+    work: Callable[[ReferenceDriver], Awaitable[None]],
+    failure: grpc.StatusCode = grpc.StatusCode.DEADLINE_EXCEEDED,
+    tell: Tell = lambda _: None,
 ) -> list[float]:
     """When a driver that found a hung rank asked it for reports while `work` ran."""
-    channel = SilentChannel()
+    channel = SilentChannel(failure)
     monkeypatch.setattr(reference_driver, "make_channel", lambda *_, **__: channel)
 
     async def run() -> None:
         node, folder = CONFIG.node, Path("/nowhere")
-        driver = ReferenceDriver(node, folder, lambda _: None, lambda *_: None, PodLauncher())
+        driver = ReferenceDriver(node, folder, tell, lambda *_: None, PodLauncher())
         driver._begin(Running(ADDRESS, CONFIG, HungLife()))
         await work(driver)
         await driver.close()
@@ -90,6 +101,27 @@ def with_hung_rank(
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         runner.run(run())
     return channel.asked_s
+
+
+async def half_a_minute(_driver: ReferenceDriver) -> None:
+    await asyncio.sleep(30)
+
+
+def test_a_rank_that_lets_the_time_pass_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each third answer in a row that does not come in time is told."""
+    told: list[Event] = []
+    with_hung_rank(monkeypatch, half_a_minute, tell=told.append)
+    silent = [event for event in told if isinstance(event, RankSilent)]
+    assert [event.message.rpartition("agent ")[2] for event in silent] == [
+        f"{times} times in a row" for times in (3, 6, 9, 12)
+    ]
+
+
+def test_a_rank_that_cannot_be_reached_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that fails at once says something of the way to the rank, and nothing of the rank."""
+    told: list[Event] = []
+    with_hung_rank(monkeypatch, half_a_minute, grpc.StatusCode.UNAVAILABLE, told.append)
+    assert not [event for event in told if isinstance(event, RankSilent)]
 
 
 def test_a_silent_rank_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:

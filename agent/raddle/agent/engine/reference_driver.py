@@ -242,7 +242,7 @@ class ReferenceDriver:
     async def _watch_answers(self, slot: tuple[str, RankKey, int], rank: ReferenceRank) -> None:
         _speak_of(slot)
         missed = 0
-        while slot in self._ranks:
+        while slot in self._ranks and slot not in self._stopping:
             try:
                 await self._quick(rank.stub.Ping, engine_pb2.PingRequest())
                 missed = 0
