@@ -117,6 +117,11 @@ class Release(Installation):
         found = self.cluster.kubectl("get", lasting, "-A", "--output=name").split()
         return set(found) - {f"lease.coordination.k8s.io/{node}" for node in self.cluster.nodes}
 
+    def is_alone(self) -> bool:
+        """Is no namespace on its way out, whose objects would go with it later?"""
+        found = self.cluster.get("namespaces")["items"]
+        return all("deletionTimestamp" not in item["metadata"] for item in found)
+
     # --- the job ---------------------------------------------------------------------------------
 
     def service(self) -> str:

@@ -46,6 +46,7 @@ MACHINE_NODES = 48
 def test_the_whole_way(cluster: Cluster, tmp_path: Path) -> None:
     """Install, serve, lose ranks and nodes, upgrade, go back, uninstall: no token is another."""
     guide, release = Guide(cluster), Release(cluster)
+    wait_until(release.is_alone, "namespaces of other tests are gone", PATIENCE_S)
     before = release.objects()
     _install(guide)
     _submit(guide, release)
