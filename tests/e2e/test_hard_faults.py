@@ -35,6 +35,7 @@ from raddle.v1 import (
 from raddle.wire import records as codec
 from tests.e2e.history import assert_one_writer
 from tests.e2e.holds import (
+    Hold,
     Holds,
     assert_nothing_is_held,
     blocks_of,
@@ -291,27 +292,31 @@ async def test_decode_ranks_are_killed_while_kv_is_handed_over(
 ) -> None:
     """SIGKILL of decode ranks that have part of a prompt's blocks: none is leaked or half-used."""
     fresh = [fresh_request(number, blocks=20, output_tokens=24) for number in range(2)]
-    served.send_first(fresh, known_tokens(fresh, tmp_path / "weights"))
-    hand_overs = [holds.at("get-decode", blocks_of(request.prompt)) for request in fresh]
-
-    async def kill_two_in_turn() -> None:
-        for number, hand_over in enumerate(hand_overs):
-            epoch = (await served.job()).job.epoch
-            pid = await hand_over.holder(served)
-            rank = next(rank for rank in running_ranks(served) if rank.pid == pid)
-            os.kill(pid, signal.SIGKILL)
-            # Whoever came here waits here still.
-            assert hand_over.folder.exists()
-            assert served.answers.tokens[number] == []
-            hand_over.release()
-            await served.ready_at(epoch + 1)
-            assert await faults_of(served, rank)
-
-    await served.same_tokens_while(kill_two_in_turn)
+    tokens = known_tokens(fresh, tmp_path / "weights")
+    # One after the other: a rank that had both would be waited for where its heir restores the
+    # second.
+    for request, known in zip(fresh, tokens, strict=True):
+        served.send_first([request], [known])
+        hand_over = holds.at("get-decode", blocks_of(request.prompt))
+        await served.same_tokens_while(partial(kill_at, served, hand_over))
     await settled(served)
     await assert_nothing_is_held(
         served, [n for request in fresh for n in blocks_of(request.prompt)]
     )
+
+
+async def kill_at(served: Served, hand_over: Hold) -> None:
+    """SIGKILL the rank that waits here with part of the first request's blocks."""
+    epoch = (await served.job()).job.epoch
+    pid = await hand_over.holder(served)
+    rank = next(rank for rank in running_ranks(served) if rank.pid == pid)
+    os.kill(pid, signal.SIGKILL)
+    # Whoever came here waits here still.
+    assert hand_over.folder.exists()
+    assert served.answers.tokens[0] == []
+    hand_over.release()
+    await served.ready_at(epoch + 1)
+    assert await faults_of(served, rank)
 
 
 async def test_a_second_rank_dies_in_the_repair_of_the_first(
