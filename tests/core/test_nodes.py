@@ -327,6 +327,17 @@ def test_an_accusation_does_not_outlive_what_it_was_about() -> None:
     assert nodes.node("n0").why.reason == "LEASE_LIVES"
 
 
+def test_a_word_of_the_agent_voids_an_accusation() -> None:
+    """A peer accused a silent node that is being asked; then its agent writes: it is not lost."""
+    nodes = tracker(8)
+    nodes.stream_broken("n0", now=100.0)
+    assert nodes.take_probes() == ["n0"]
+    nodes.accused("n0")
+    nodes.lease_seen("n0")
+    nodes.probed("n0", answered=False, now=110.0)
+    assert nodes.node("n0").why.reason == "LEASE_LIVES"
+
+
 def test_a_host_whose_leases_run_out_is_not_heard() -> None:
     """Two hosts are cut off, one's leases end first: the other's, about to end, prove nothing."""
     nodes = tracker(6)

@@ -103,6 +103,8 @@ class NodeTracker:
     def lease_seen(self, name: str) -> None:
         node = self.node(name)
         node.has_lease = True
+        # A word of its agent is newer than a peer's against it, though it may not be ready yet.
+        node.accused = False
         if node.state is not NodeState.READY and (node.has_stream or not node.probing):
             self._set(node, NodeState.READY, Decision.READY, "agent reports under its lease")
 
