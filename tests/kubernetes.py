@@ -11,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -166,6 +167,11 @@ class ApiServer:
         self._spawn(name, [*command, f"--controllers={name}", "--secure-port=0", *flags])
 
     def _spawn(self, name: str, command: list[str]) -> None:
+        # The kernel takes the thread that starts a process for its parent: one that a worker thread
+        # started would be killed when that thread's pool ends.
+        assert threading.current_thread() is threading.main_thread(), (
+            f"{name} needs the main thread"
+        )
         with (self._folder / f"{name}.log").open("a") as log:
             self._processes[name] = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *command],

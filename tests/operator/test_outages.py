@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
@@ -90,7 +89,7 @@ async def test_changes_that_fell_out_of_the_history_are_seen(stage: Stage) -> No
     with stopped(stage.operators["two"].pid):
         await stage.apply_job("stale", simulated(), priority=11)
         await stage.apply_job("meanwhile")
-        await asyncio.to_thread(stage.api.forget)
+        stage.api.forget()
         path = "/apis/raddle.dev/v1alpha1/inferencejobs?watch=1&timeoutSeconds=1&resourceVersion="
         assert '"code":410' in await stage.kubectl("get", "--raw", path + seen)
     await stage.until_job("stale", lambda j: j.spec.priority == 11, "has its new priority")

@@ -6,7 +6,6 @@ simulated metrics.k8s.io, and that they run is said here, for there is no kubele
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -55,11 +54,9 @@ async def load(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
     await stage.kubectl(
         "wait", "--for=condition=Available", "apiservice/v1beta1.metrics.k8s.io", "--timeout=60s"
     )
-    await asyncio.to_thread(
-        stage.api.start_controller, CONTROLLER, "--horizontal-pod-autoscaler-sync-period=1s"
-    )
+    stage.api.start_controller(CONTROLLER, "--horizontal-pod-autoscaler-sync-period=1s")
     yield found
-    await asyncio.to_thread(stage.api.kill, CONTROLLER)
+    stage.api.kill(CONTROLLER)
     await stage.kubectl("delete", "apiservice", "v1beta1.metrics.k8s.io")
     metrics.stop()
 
