@@ -148,6 +148,19 @@ async def test_rank_tables_come_before_their_pods_and_go_with_them() -> None:
     assert made(1) == []
 
 
+async def test_what_goes_does_not_wait_for_what_cannot_be_made() -> None:
+    """A stranger's object in the way of the next ranks keeps no Pod that nobody asks for."""
+    api, scheduler, _ = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    scheduler.answer.placement.instances[0].instance = 1
+    stranger = {"name": "demo-decode-1-ranktable", "namespace": "default"}
+    api.items["ConfigMap", stranger["name"]] = {"kind": "ConfigMap", "metadata": stranger}
+    with pytest.raises(PermanentError, match="is not of InferenceJob demo"):
+        await jobs.bring("default", "demo")
+    assert await api.find("Pod") == []
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -73,9 +73,14 @@ class JobPods:
         outcome = Outcome()
         # Somebody may have deleted the InferenceRole of a role that the resource names no more.
         seats = [seat for seat in pods.seats(answer) if seat.role in roles]
+        ranks = [pod for pod in present if _is_rank(pod)]
+        wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
+        # What goes does not wait for what cannot be made.
+        await self._delete_ranks(ranks, seats, wanted)
         try:
             await self._secrets(resource["metadata"]["namespace"])
-            await self._ranks(resource, roles, answer, present, seats, outcome.problems)
+            await self._rank_tables(roles, answer, ranks, seats)
+            outcome.problems += await self._make_ranks(resource, roles, answer, ranks, seats)
         except PermanentError as error:
             outcome.failed(error)
         if pods.is_served(answer.job):
@@ -85,11 +90,9 @@ class JobPods:
                     await self._ensure(item, resource)
             except PermanentError as error:
                 outcome.front_door = outcome.failed(error)
-        ranks = [pod for pod in present if _is_rank(pod)]
         outcome.devices = job_status.device_problems(self._machine.wrong_devices(ranks))
         reports = (pod_report(pod, answer.job.uid) for pod in ranks)
         outcome.reports = [report for report in reports if report is not None]
-        wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
         for pod in present:
             is_wanted = pod["metadata"]["name"] in wanted or not _is_rank(pod)
             problem = pod_problem(pod) if is_wanted else None
@@ -97,23 +100,21 @@ class JobPods:
                 outcome.problems.append(problem)
         return outcome
 
-    async def _ranks(
-        self,
-        resource: Object,
-        roles: Mapping[str, Object],
-        answer: Answer,
-        present: list[Object],
-        seats: list[pods.Seat],
-        problems: list[Problem],
+    async def _delete_ranks(
+        self, ranks: list[Object], seats: list[pods.Seat], wanted: set[str]
     ) -> None:
-        """Rank tables before the Pods that read them; those of instances that went go with them."""
-        ranks = [pod for pod in present if _is_rank(pod)]
-        await self._rank_tables(roles, answer, ranks, seats)
+        """Pods that no seat asks for; rank tables of instances that went go with them."""
         instances = {(seat.role, str(seat.instance)) for seat in seats}
         await self._delete_tables(pod for pod in ranks if _instance(pod) not in instances)
-        problems += await self._rank_pods(resource, roles, answer, ranks, seats)
+        await asyncio.gather(
+            *(
+                self._cluster.delete(pod)
+                for pod in pods.to_delete(ranks, wanted)
+                if not pod["metadata"].get("deletionTimestamp")
+            )
+        )
 
-    async def _rank_pods(
+    async def _make_ranks(
         self,
         resource: Object,
         roles: Mapping[str, Object],
@@ -121,8 +122,8 @@ class JobPods:
         present: list[Object],
         seats: list[pods.Seat],
     ) -> list[Problem]:
+        """Pods of seats that have none yet; gives what does not come up."""
         name = answer.job.spec.name
-        wanted = {pods.pod_name(name, seat) for seat in seats}
         there = {pod["metadata"]["name"] for pod in present}
         was_up = pods.started(answer)
         templates = {role["name"]: role.get("template") or {} for role in resource["spec"]["roles"]}
@@ -149,14 +150,7 @@ class JobPods:
                 device=self._machine.device_of(seat.rank.die),
             )
             making.append(self._make(item, problems))
-        await asyncio.gather(
-            *making,
-            *(
-                self._cluster.delete(pod)
-                for pod in pods.to_delete(present, wanted)
-                if not pod["metadata"].get("deletionTimestamp")
-            ),
-        )
+        await asyncio.gather(*making)
         return problems
 
     async def _make(self, item: Object, problems: list[Problem]) -> None:
