@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,10 @@ class Stage:
         process = self.operators.pop(identity)
         process.kill()
         process.wait()
+
+    def kill_operators(self) -> None:
+        for identity in tuple(self.operators):
+            self.kill_operator(identity)
 
     async def end_operator(self, identity: str = "one") -> int:
         """Ask it to end; gives its exit code."""
@@ -233,6 +238,14 @@ class Stage:
         taint = json.dumps({"spec": {"taints": None}})
         await self.kubectl("patch", "node", name, "--type=merge", "-p", taint)
 
+    async def clear(self) -> None:
+        """Nodes and jobs, which are looked for everywhere: nobody is there who would end them."""
+        for node in await self.cluster.find("Node"):
+            await self.cluster.delete(node)
+        for job in await self.cluster.find("InferenceJob"):
+            await self.cluster.patch(job, {"metadata": {"finalizers": None}})
+            await self.cluster.delete(job)
+
     async def data(self, name: str) -> dict[str, str]:
         """Of a ConfigMap of the release."""
         found = await self.resource(name, "ConfigMap", self.space)
@@ -253,24 +266,18 @@ async def stage(
 ) -> AsyncIterator[Stage]:
     """API server and scheduler run, and one operator."""
     folder = tmp_path_factory.mktemp("stage")
-    raddle = LocalCluster(folder, machine=str(MACHINE), more_flags=_agents_with_pods)
-    cluster = await Cluster.connect(str(served_definitions.kubeconfig))
     suffix = secrets.token_hex(3)
-    spaces = (f"raddle-{suffix}", f"jobs-{suffix}")
-    found = Stage(folder, served_definitions, raddle, cluster, *spaces)
-    try:
+    async with AsyncExitStack() as at_end:
+        cluster = await Cluster.connect(str(served_definitions.kubeconfig))
+        at_end.push_async_callback(cluster.close)
+        raddle = LocalCluster(folder, machine=str(MACHINE), more_flags=_agents_with_pods)
+        at_end.push_async_callback(raddle.stop)
+        found = Stage(
+            folder, served_definitions, raddle, cluster, f"raddle-{suffix}", f"jobs-{suffix}"
+        )
+        at_end.push_async_callback(found.clear)
+        at_end.callback(found.kill_operators)
         await raddle.start()
         await found.set_up()
         yield found
         assert await found.unlisted_reasons() == []
-    finally:
-        for identity in tuple(found.operators):
-            found.kill_operator(identity)
-        for node in await cluster.find("Node"):
-            await cluster.delete(node)
-        # Nobody is there any more who would let them go, and other tests look for jobs everywhere.
-        for job in await cluster.find("InferenceJob"):
-            await cluster.patch(job, {"metadata": {"finalizers": None}})
-            await cluster.delete(job)
-        await cluster.close()
-        await raddle.stop()
