@@ -183,20 +183,21 @@ async def test_a_zombie_that_wakes_changes_nothing(
                 writes = stale_writes(served, epoch)
                 hold.release()
             # Awake, at its old epoch, among peers of a newer one, until its agent wakes too.
-            late = asyncio.create_task(answers_of(zombie, fresh, epoch))
+            answers: list[list[int]] = []
+            late = asyncio.create_task(take_answers(zombie, fresh, epoch, answers))
 
             async def refused() -> bool:
                 is_written = stale_writes(served, epoch) > writes
                 return is_written and "REFUSED" in log.read_text()
 
             await served.cluster.until(refused, "peers and the pool refuse what it sends")
+            # It takes the request, being at that epoch, and makes nothing of it.
+            await served.cluster.until(lambda: bool(answers), "it takes a request")
             await served.tokens_flow()
             assert pid in served.cluster.rank_processes().values()
         await is_gone(served, pid)
-        # It took the request, being at that epoch, and made nothing of it.
-        tokens_of_answers = await late
-        assert tokens_of_answers
-        assert not any(tokens_of_answers)
+        await late
+        assert not any(answers)
 
     await served.same_tokens_while(stop_rank_and_agent)
 
@@ -226,21 +227,21 @@ def stale_writes(served: Served, epoch: int) -> int:
     return sum('"PutBlocks"' in line and f"epoch {epoch} is not" in line for line in lines)
 
 
-async def answers_of(rank: RankAddress, request: TraceRequest, epoch: int) -> list[list[int]]:
-    """Tokens of each answer to a front door that is at this epoch, until the rank ends."""
+async def take_answers(
+    rank: RankAddress, request: TraceRequest, epoch: int, answers: list[list[int]]
+) -> None:
+    """Add the tokens of each answer to a front door that is at this epoch, until the rank ends."""
     message = reference_pb2.GenerateRequest(
         fence=fence_of(rank.job_uid, epoch),
         sequence_id="late",
         prompt_tokens=request.prompt,
         max_tokens=request.output_tokens,
     )
-    answers = []
     async with channel_to(rank) as channel:
         stub: Any = reference_pb2_grpc.ReferenceRankStub(channel)
         with contextlib.suppress(grpc.aio.AioRpcError):
             async for answer in stub.Generate(message):
                 answers.append(list(answer.tokens))  # noqa: PERF401 - the end is an error
-    return answers
 
 
 async def test_a_prefill_rank_is_killed_in_mid_prompt(served: Served, tmp_path: Path) -> None:
