@@ -191,8 +191,12 @@ async def test_a_zombie_that_wakes_changes_nothing(
                 return is_written and "REFUSED" in log.read_text()
 
             await served.cluster.until(refused, "peers and the pool refuse what it sends")
+
+            async def taken() -> bool:
+                return bool(answers)
+
             # It takes the request, being at that epoch, and makes nothing of it.
-            await served.cluster.until(lambda: bool(answers), "it takes a request")
+            await served.cluster.until(taken, "it takes a request")
             await served.tokens_flow()
             assert pid in served.cluster.rank_processes().values()
         await is_gone(served, pid)

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ class LocalCluster:
         await self.until(all_ready, f"all {self.supernode.nodes} nodes are ready")
 
     async def until(
-        self, condition: Callable[[], Any], what: str, timeout_s: float = READY_TIMEOUT_S
+        self, condition: Callable[[], Awaitable[Any]], what: str, timeout_s: float = READY_TIMEOUT_S
     ) -> None:
         """Wait for a condition that may ask the cluster.
 
