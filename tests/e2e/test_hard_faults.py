@@ -255,14 +255,12 @@ async def test_a_prefill_rank_is_killed_in_mid_prompt(served: Served, tmp_path: 
     names = blocks_of(long.prompt)
 
     async def kill_prefill() -> None:
-        epoch = (await served.job()).job.epoch
         rank = await prefill_rank_with(served, names[0])
         with stopped(rank.pid):
             assert await places_of(served, names[-1]) == [], "the prompt is too short"
             assert served.answers.tokens[0] == []
             os.kill(rank.pid, signal.SIGKILL)
-        await served.ready_at(epoch + 1)
-        assert await faults_of(served, rank)
+        await goes_on_without(served, rank)
         again = await prefill_rank_with(served, names[-1])
         assert again.incarnation != rank.incarnation
 
@@ -321,7 +319,7 @@ async def kill_at(served: Served, hand_over: Hold) -> None:
     assert served.answers.tokens[0] == []
     hand_over.release()
     await served.ready_at(epoch + 1)
-    assert await faults_of(served, rank)
+    await goes_on_without(served, rank)
 
 
 async def test_a_second_rank_dies_in_the_repair_of_the_first(
@@ -351,10 +349,10 @@ async def test_a_second_rank_dies_in_the_repair_of_the_first(
         # Others may be fenced later than the one that takes over.
         await served.cluster.until(repairing, "all ranks are fenced")
         second = next(rank for rank in ranks.values() if rank.pid != taker)
-        os.kill(second.pid, signal.SIGKILL)
         (incident,) = [i for i in await served.incidents() if i.phase != CLOSED]
-        assert incident.phase == incident_pb2.INCIDENT_PHASE_REPAIR
         assert [plan.epoch for plan in incident.plans] == [epoch + 1]
+        # It stays in the repair as long as the taker waits.
+        os.kill(second.pid, signal.SIGKILL)
         repair.release()
         await served.ready_at(epoch + 2)
         (incident,) = [i for i in await served.incidents() if i.id == incident.id]
@@ -391,7 +389,7 @@ async def test_two_ranks_of_different_nodes_die_together(served: Served) -> None
             took_s = kill_at_once(pair)
             await served.ready_at(epoch + 1)
             for rank in pair:
-                assert await faults_of(served, rank)
+                await goes_on_without(served, rank)
             if took_s < 0.01:
                 return
         raise AssertionError("two signals within 10 ms were not to be had here")
