@@ -143,13 +143,17 @@ async def test_a_stopped_rank_that_no_peer_waits_for_is_found_by_its_agent(serve
     await served.same_tokens_while(stop_rank)
 
 
+def serves_whole(job: job_pb2.Job) -> bool:
+    """Is it ready, and nothing of it on its way to another epoch?"""
+    return job.state == job_pb2.JOB_STATE_READY and job.live_epoch == job.epoch
+
+
 async def goes_on_without(served: Served, rank: RankAddress) -> None:
     """Wait until the job serves after this rank's loss: other epochs may come before."""
 
     async def serves() -> bool:
         job = (await served.job()).job
-        is_live = job.state == job_pb2.JOB_STATE_READY and job.live_epoch == job.epoch
-        return is_live and bool(await faults_of(served, rank))
+        return serves_whole(job) and bool(await faults_of(served, rank))
 
     await served.cluster.until(serves, f"the job serves without {rank.incarnation}")
 
@@ -255,11 +259,13 @@ async def test_a_prefill_rank_is_killed_in_mid_prompt(served: Served, tmp_path: 
     names = blocks_of(long.prompt)
 
     async def kill_prefill() -> None:
+        epoch = (await served.job()).job.epoch
         rank = await prefill_rank_with(served, names[0])
         with stopped(rank.pid):
             assert await places_of(served, names[-1]) == [], "the prompt is too short"
             assert served.answers.tokens[0] == []
             os.kill(rank.pid, signal.SIGKILL)
+        await served.ready_at(epoch + 1)
         await goes_on_without(served, rank)
         again = await prefill_rank_with(served, names[-1])
         assert again.incarnation != rank.incarnation
@@ -350,6 +356,7 @@ async def test_a_second_rank_dies_in_the_repair_of_the_first(
         await served.cluster.until(repairing, "all ranks are fenced")
         second = next(rank for rank in ranks.values() if rank.pid != taker)
         (incident,) = [i for i in await served.incidents() if i.phase != CLOSED]
+        assert incident.phase == incident_pb2.INCIDENT_PHASE_REPAIR
         assert [plan.epoch for plan in incident.plans] == [epoch + 1]
         # It stays in the repair as long as the taker waits.
         os.kill(second.pid, signal.SIGKILL)

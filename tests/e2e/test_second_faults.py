@@ -11,7 +11,7 @@ import pytest
 
 from raddle.v1 import scheduler_pb2
 from tests.e2e.served import JOB, serving
-from tests.e2e.test_hard_faults import ranks_of, settled
+from tests.e2e.test_hard_faults import ranks_of, serves_whole, settled
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -72,8 +72,7 @@ async def test_a_host_dies_after_its_agent(tmp_path: Path) -> None:
 
             async def moved() -> bool:
                 found = await served.job()
-                is_live = found.job.live_epoch == found.job.epoch
-                return is_live and _seats(found) != before
+                return serves_whole(found.job) and _seats(found) != before
 
             await served.cluster.until(moved, "the job goes on elsewhere")
 
