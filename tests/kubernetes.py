@@ -11,7 +11,6 @@ import json
 import os
 import re
 import subprocess
-import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 from tools.kubernetes import crds, servers
 from tools.kubernetes.authority import Authority
-from tools.kubernetes.box import wait_until
+from tools.kubernetes.box import bound_to_us, wait_until
 from tools.kubernetes.cluster import Cluster, CommandError, run_command
 from tools.kubernetes.images import cluster_archives
 from tools.kubernetes.machine import built, missing_for_cluster, missing_servers
@@ -167,14 +166,9 @@ class ApiServer:
         self._spawn(name, [*command, f"--controllers={name}", "--secure-port=0", *flags])
 
     def _spawn(self, name: str, command: list[str]) -> None:
-        # The kernel takes the thread that starts a process for its parent: one that a worker thread
-        # started would be killed when that thread's pool ends.
-        assert threading.current_thread() is threading.main_thread(), (
-            f"{name} needs the main thread"
-        )
         with (self._folder / f"{name}.log").open("a") as log:
             self._processes[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command],
+                bound_to_us(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -12,8 +12,9 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 INIT = Path(__file__).resolve().parent / "box-init.sh"
@@ -43,6 +44,16 @@ def start_time(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
+def bound_to_us(command: Sequence[str]) -> list[str]:
+    """The command line of a process that the kernel kills when ours ends, however that ends.
+
+    The kernel takes the thread that starts a process for its parent: one that a worker thread
+    started would be killed when that thread's pool ends.
+    """
+    assert threading.current_thread() is threading.main_thread(), f"{command[0]}: main thread only"
+    return ["setpriv", "--pdeathsig", "KILL", *command]
+
+
 class Box:
     """One box, known by its folder, so that another process can find it again.
 
@@ -67,13 +78,13 @@ class Box:
         self.folder.mkdir(parents=True, exist_ok=True)
         groups = self._make_groups()
         (self.folder / "cgroups").write_text("".join(f"{group}\n" for group in groups))
-        bind = ["setpriv", "--pdeathsig", "KILL"] if self._bound else []
-        unshare = [*bind, "unshare", *_NAMESPACES, "--fork", "--kill-child=KILL", "--mount-proc"]
+        unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child=KILL", "--mount-proc"]
         init = ["--propagation", "private", "bash", str(INIT), self.name, str(self.folder)]
+        made = [*unshare, *init, nameserver]
         log = self.folder / "box.log"
         with log.open("w") as errors:
             self._starter = subprocess.Popen(
-                [*self._join(groups), *unshare, *init, nameserver],
+                [*self._join(groups), *(bound_to_us(made) if self._bound else made)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
