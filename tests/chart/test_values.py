@@ -146,6 +146,7 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
         {"devices": {"podResources": True}, "machine": {"simulated": False}},
         "devices.podResources is for machine.simulated=false",
     ),
+    ({"operator": {"supernodes": ["sn1"]}}, 'operator.supernodes has not "sn0"'),
     ({"certificates": {"days": 30}}, "must be below certificates.days=30"),
     ({"agent": {"pools": [{"name": "a"}, {"name": "a"}]}}, 'agent.pools names "a" twice'),
 ]

@@ -11,12 +11,13 @@ import pytest
 
 from raddle.model.errors import Reason, TemporaryError
 from raddle.operator.cluster import Cluster
-from raddle.operator.machine import Machine
+from raddle.operator.machine import Machine, MachineOptions
 from raddle.operator.machine_resources import MachineResources, applied
 from raddle.operator.machine_view import CONDITION
 from raddle.operator.names import FINALIZER
 from raddle.operator.reasons import OperatorReason
 from raddle.operator.scheduler_link import IDENTITY, Picture, SchedulerLink
+from raddle.operator.served import Served
 from raddle.v1 import incident_pb2, scheduler_pb2
 
 Object = dict[str, Any]
@@ -107,17 +108,21 @@ def machine(api: ApiServer, scheduler: Scheduler, *, simulated: bool = True) -> 
     return Machine(
         cast("Cluster", api),
         cast("SchedulerLink", scheduler),
-        namespace="default",
-        release="raddle",
-        simulated=simulated,
-        selector={"pool": "x"},
-        tolerated=(),
-        foreign_pods=False,
+        Served(cast("Cluster", api)),
+        MachineOptions(
+            namespace="default",
+            release="raddle",
+            simulated=simulated,
+            node_selector={"pool": "x"},
+            tolerated_taints=(),
+            foreign_pods=False,
+        ),
     )
 
 
-def resources(api: ApiServer, scheduler: Scheduler) -> MachineResources:
-    return MachineResources(cast("Cluster", api), cast("SchedulerLink", scheduler))
+def resources(api: ApiServer, scheduler: Scheduler, *served: str) -> MachineResources:
+    cluster = cast("Cluster", api)
+    return MachineResources(cluster, cast("SchedulerLink", scheduler), Served(cluster, served))
 
 
 def maintenance(name: str, subject: str, **status: str) -> Object:
@@ -257,6 +262,19 @@ async def test_a_drain_that_was_never_written_down_ends_with_its_resource() -> N
     await resources(api, scheduler).bring_maintenance("fans")
     ended = [request.id for method, request in scheduler.calls if method == "CancelMaintenance"]
     assert ended == ["m-4"]
+
+
+async def test_a_drain_of_another_release_is_not_taken_for_our_own() -> None:
+    """Each release's scheduler numbers its drains from one, so that ids are the same."""
+    gone = maintenance("fans", "sn0/n00")
+    gone["metadata"]["deletionTimestamp"] = LONG_AGO
+    scheduler = Scheduler()
+    scheduler.tell_drain("m-1", "sn0/n00")
+    scheduler.all_told()
+    api = ApiServer(gone, maintenance("theirs", "sn1/n00", id="m-1"))
+    await resources(api, scheduler, "sn0").bring_maintenance("fans")
+    ended = [request.id for method, request in scheduler.calls if method == "CancelMaintenance"]
+    assert ended == ["m-1"]
     assert gone["metadata"]["finalizers"] == []
 
 

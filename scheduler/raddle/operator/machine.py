@@ -8,7 +8,7 @@ Kubernetes' own tools see it. Everything is read anew each time; nothing depends
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -29,6 +29,7 @@ from raddle.operator.hosts import (
 )
 from raddle.operator.reasons import OperatorReason
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
+from raddle.operator.served import Served
 from raddle.operator.shares import Shares, labelled, shares
 from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank
@@ -46,6 +47,22 @@ log = structlog.get_logger()
 Object = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineOptions:
+    """Which Kubernetes nodes are the machine, and where its ConfigMaps are."""
+
+    namespace: str
+    release: str
+    #: Share the machine's nodes out over Kubernetes nodes; else these have a label each.
+    simulated: bool
+    #: Labels of the Kubernetes nodes to share out over.
+    node_selector: Mapping[str, str]
+    #: Taints that keep no work away, `key` or `key:effect`.
+    tolerated_taints: Collection[str]
+    #: Hold dies that the device plugin gave to Pods of others.
+    foreign_pods: bool
+
+
 class Machine:
     """One operator's view of Kubernetes nodes and the machine's nodes."""
 
@@ -53,22 +70,13 @@ class Machine:
         self,
         cluster: Cluster,
         link: SchedulerLink,
-        *,
-        namespace: str,
-        release: str,
-        simulated: bool,
-        selector: Mapping[str, str],
-        tolerated: Collection[str],
-        foreign_pods: bool,
+        served: Served,
+        options: MachineOptions,
     ) -> None:
         self._cluster = cluster
         self._link = link
-        self._namespace = namespace
-        self._release = release
-        self._simulated = simulated
-        self._selector = selector
-        self._tolerated = tolerated
-        self._foreign_pods = foreign_pods
+        self._served = served
+        self._options = options
         #: All Kubernetes nodes, and those among them that are part of the machine.
         self._all_hosts: dict[str, Host] = {}
         self._hosts: dict[str, Host] = {}
@@ -103,17 +111,17 @@ class Machine:
 
     def is_changed(self, resource: Mapping[str, Any]) -> bool:
         """Does this Node say anything that matters here and is new?"""
-        host = host_of(resource, self._tolerated)
+        host = host_of(resource, self._options.tolerated_taints)
         return self._all_hosts.get(host.name) != host
 
     def device_of(self, die: str) -> int | None:
         """Number of a die on its node, as its agent found it; None for simulated devices."""
         part = self._die(die)
-        return part.part.logic_id if part is not None and not self._simulated else None
+        return part.part.logic_id if part is not None and not self._options.simulated else None
 
     def wrong_devices(self, pods: Collection[Object]) -> list[WrongDevice]:
         """Those of a job's ranks whose Pods have other devices than the ranks are placed on."""
-        if self._simulated:
+        if self._options.simulated:
             return []
         told = [self._link.nodes.values.get(node_of(die_of(pod))) for pod in pods]
         nodes = {message.node.node: message for message in told if message is not None}
@@ -147,7 +155,10 @@ class Machine:
         """Bring both sides together."""
         self._link.nodes.require_whole()
         self._link.maintenances.require_whole()
-        found = [host_of(item, self._tolerated) for item in await self._cluster.find("Node")]
+        found = [
+            host_of(item, self._options.tolerated_taints)
+            for item in await self._cluster.find("Node")
+        ]
         self._all_hosts = {host.name: host for host in found}
         self._hosts = {host.name: host for host in found if self._is_managed(host)}
         now = await self._shares_now()
@@ -171,13 +182,13 @@ class Machine:
         return {die: held for die, held in found.items() if held != ("", False)}
 
     def _is_managed(self, host: Host) -> bool:
-        if self._simulated:
-            return selected(host, self._selector)
+        if self._options.simulated:
+            return selected(host, self._options.node_selector)
         return bool(host.node)
 
     @property
     def _map_name(self) -> str:
-        return f"{self._release}-nodes"
+        return f"{self._options.release}-nodes"
 
     async def _shares_now(self) -> Shares:
         data = await self._map(self._map_name)
@@ -185,7 +196,7 @@ class Machine:
 
     async def _map(self, name: str) -> dict[str, str]:
         """What a ConfigMap of ours has; nothing if it is not there."""
-        found = await self._cluster.get("ConfigMap", self._namespace, name)
+        found = await self._cluster.get("ConfigMap", self._options.namespace, name)
         return (found or {}).get("data") or {}
 
     def _state(self, node: str) -> str:
@@ -198,7 +209,7 @@ class Machine:
 
     def _wanted(self, now: Shares) -> Shares:
         nodes = list(self._link.nodes.values)
-        if not self._simulated:
+        if not self._options.simulated:
             found, named_twice = labelled(
                 now, {host.name: host.node for host in self._hosts.values()}
             )
@@ -237,10 +248,10 @@ class Machine:
             "kind": "ConfigMap",
             "metadata": {
                 "name": name,
-                "namespace": self._namespace,
+                "namespace": self._options.namespace,
                 "labels": {
                     "app.kubernetes.io/name": "raddle",
-                    "app.kubernetes.io/instance": self._release,
+                    "app.kubernetes.io/instance": self._options.release,
                     "app.kubernetes.io/managed-by": "raddle-operator",
                 },
             },
@@ -320,7 +331,7 @@ class Machine:
 
     async def _wanted_die_holds(self) -> dict[str, tuple[str, str]]:
         """Dies that the device plugin gave to Pods of others."""
-        if not self._foreign_pods:
+        if not self._options.foreign_pods:
             return {}
         by_host: dict[str, list[Object]] = {}
         for pod in await self._cluster.find("Pod"):
@@ -339,7 +350,7 @@ class Machine:
             for m in self._link.maintenances.values.values()
             if m.maintenance.state in _OPEN and m.maintenance.created_by == IDENTITY
         }
-        resources = await self._cluster.find("Maintenance") if open_drains else []
+        resources = await self._served.maintenances() if open_drains else []
         of_resources = {(item.get("status") or {}).get("id") for item in resources}
         for node in self._link.nodes.values:
             host = self.host_of(node)
@@ -375,7 +386,7 @@ class Machine:
                 # What the API server tells of it now is no news.
                 self._all_hosts[host.name] = replace(host, dies=condition)
         for supernode, data in machine_view.die_maps(told.values()).items():
-            name = f"{self._release}-dies-{supernode}"
+            name = f"{self._options.release}-dies-{supernode}"
             old = await self._map(name)
             changed: dict[str, str | None] = {k: v for k, v in data.items() if old.get(k) != v}
             changed |= {key: None for key in old if key not in data}

@@ -13,6 +13,7 @@ from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition
 from raddle.operator.names import FINALIZER
 from raddle.operator.reasons import OperatorReason, named
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
+from raddle.operator.served import Served
 from raddle.operator.telling import write_status
 from raddle.v1 import incident_pb2, scheduler_pb2, topology_pb2
 from raddle.wire.parse import set_fields
@@ -90,11 +91,13 @@ class MachineResources:
         self,
         cluster: Cluster,
         link: SchedulerLink,
+        served: Served,
         named_twice: Callable[[], Mapping[str, Sequence[str]]] = dict,
     ) -> None:
         """`named_twice`: nodes of a machine that the labels of several Kubernetes nodes name."""
         self._cluster = cluster
         self._link = link
+        self._served = served
         self._named_twice = named_twice
 
     async def bring_supernode(self, name: str) -> bool:
@@ -167,7 +170,7 @@ class MachineResources:
                 Reason.MANAGED_BY_OTHER,
                 f"{record.subject} is drained already by {record.created_by} ({record.id}).",
             )
-        for other in await self._cluster.find("Maintenance"):
+        for other in await self._served.maintenances():
             is_other = other["metadata"]["uid"] != resource["metadata"]["uid"]
             if is_other and _id(other) == record.id:
                 raise PermanentError(
@@ -179,7 +182,7 @@ class MachineResources:
     async def _unwritten(self, resource: Object) -> str:
         """The id of a drain that was begun for the resource and never written into its status."""
         self._link.maintenances.require_whole()
-        of_others = {_id(other) for other in await self._cluster.find("Maintenance")}
+        of_others = {_id(other) for other in await self._served.maintenances()}
         told = (message.maintenance for message in self._link.maintenances.values.values())
         found = (
             str(record.id)

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from raddle.model.errors import PermanentError, RaddleError, Reason
 from raddle.operator.cluster import Cluster
 from raddle.operator.lease import Lease
+from raddle.operator.machine import MachineOptions
 from raddle.operator.operator import Operator, Options
 from raddle.operator.pods import Site
 from raddle.telemetry.logging import configure_logging
@@ -41,6 +42,9 @@ class Settings:
     namespace: str = setting("", "namespace of the release: its ConfigMaps, Secrets and Lease")
     namespaces: list[str] = setting(
         [], "namespaces whose InferenceJobs are served, comma-separated; * for all (default: ours)"
+    )
+    supernodes: list[str] = setting(
+        [], "SuperNodes that are served, with their Maintenances, comma-separated (default: all)"
     )
     release: str = setting("raddle", "name of the release, with which the names of its parts begin")
     identity: str = setting("", "name of this replica (default: the host's name)")
@@ -92,6 +96,14 @@ def options(settings: Settings) -> Options:
             raise PermanentError(
                 Reason.INVALID_ARGUMENT, "--node-selector wants key=value, comma-separated."
             )
+    supernode = read_supernode(settings.supernode) if settings.supernode else None
+    served = frozenset(settings.supernodes)
+    if supernode is not None and served and supernode["metadata"]["name"] not in served:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            f"supernode {settings.supernode} is of {supernode['metadata']['name']}, which is not"
+            " among --supernodes.",
+        )
     return Options(
         site=Site(
             release=settings.release,
@@ -106,13 +118,18 @@ def options(settings: Settings) -> Options:
         ),
         namespaces=tuple(settings.namespaces or [settings.namespace]),
         ranks_in_pods=settings.ranks == "pods",
-        simulated=settings.simulated,
-        node_selector={key: value for key, _, value in pairs},
-        tolerated_taints=frozenset(settings.tolerated_taints),
-        foreign_pods=settings.foreign_pods,
+        machine=MachineOptions(
+            namespace=settings.namespace,
+            release=settings.release,
+            simulated=settings.simulated,
+            node_selector={key: value for key, _, value in pairs},
+            tolerated_taints=frozenset(settings.tolerated_taints),
+            foreign_pods=settings.foreign_pods,
+        ),
         kubeconfig=settings.kubeconfig,
         tls=tls_files(settings.tls_ca, settings.tls_certificate, settings.tls_key),
-        supernode=read_supernode(settings.supernode) if settings.supernode else None,
+        supernodes=served,
+        supernode=supernode,
     )
 
 

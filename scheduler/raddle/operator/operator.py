@@ -7,17 +7,18 @@ it is in `jobs`, `machine` and `machine_resources`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raddle.operator.cluster import Cluster
 from raddle.operator.jobs import Jobs
-from raddle.operator.machine import Machine
+from raddle.operator.machine import Machine, MachineOptions
 from raddle.operator.machine_resources import MachineResources
 from raddle.operator.names import ASCEND_ANNOTATION, GROUP, KINDS, VERSION
 from raddle.operator.pods import Site
 from raddle.operator.scheduler_link import SchedulerLink
+from raddle.operator.served import Served
 from raddle.operator.watching import EVERYWHERE, Mark, News, Watch, follow
 from raddle.operator.work import Item, Work
 from raddle.telemetry.tls import TlsFiles
@@ -36,12 +37,11 @@ class Options:
     site: Site
     namespaces: tuple[str, ...]
     ranks_in_pods: bool
-    simulated: bool
-    node_selector: Mapping[str, str]
-    tolerated_taints: frozenset[str]
-    foreign_pods: bool
+    machine: MachineOptions
     kubeconfig: str
     tls: TlsFiles | None
+    #: SuperNodes that are served, with their Maintenances; empty: all.
+    supernodes: frozenset[str]
     #: A SuperNode resource to apply when a term begins, as the release describes its machine.
     supernode: Mapping[str, Any] | None
 
@@ -65,7 +65,7 @@ class Operator:
                 group.create_task(term.work.run())
                 kubeconfig, served = self._options.kubeconfig, self._options.namespaces
                 group.create_task(follow(_watches(term), served, kubeconfig))
-                if self._options.foreign_pods:
+                if self._options.machine.foreign_pods:
                     foreign = follow(_foreign_watches(term), (EVERYWHERE,), kubeconfig)
                     group.create_task(foreign)
         finally:
@@ -81,20 +81,19 @@ class _Term:
         self._link = link
         self._cluster = cluster
         self._given = options.supernode
+        self.served = Served(cluster, options.supernodes)
         self.machine = Machine(
             cluster,
             link,
-            namespace=options.site.namespace,
-            release=options.site.release,
-            simulated=options.simulated,
-            selector=options.node_selector,
-            tolerated=options.tolerated_taints,
-            foreign_pods=options.foreign_pods,
+            self.served,
+            options.machine,
         )
         self._jobs = Jobs(
             cluster, link, self.machine, options.site, ranks_in_pods=options.ranks_in_pods
         )
-        self._resources = MachineResources(cluster, link, lambda: self.machine.named_twice)
+        self._resources = MachineResources(
+            cluster, link, self.served, lambda: self.machine.named_twice
+        )
         self.work = Work(self._do)
         #: InferenceJobs and SuperNodes that the API server told of.
         self._known: set[Item] = set()
@@ -199,18 +198,19 @@ def _watches(term: _Term) -> list[Watch]:
 
         return Watch(GROUP, VERSION, KINDS[kind].plural, mark_news)
 
-    def of_kind(kind: str) -> Mark:
+    def of_kind(kind: str, is_served: Callable[[Mapping[str, Any]], bool] = lambda _: True) -> Mark:
         def mark(body: Mapping[str, Any], _: str) -> None:
             metadata = body["metadata"]
-            term.told(kind, metadata.get("namespace", ""), metadata["name"])
+            if is_served(body):
+                term.told(kind, metadata.get("namespace", ""), metadata["name"])
 
         return mark
 
     return [
         ours("InferenceJob", of_kind(_JOB)),
         ours("InferenceRole", lambda body, _: _role_told(term, body)),
-        ours("SuperNode", of_kind(_SUPERNODE)),
-        ours("Maintenance", of_kind(_MAINTENANCE)),
+        ours("SuperNode", of_kind(_SUPERNODE, term.served.has_supernode)),
+        ours("Maintenance", of_kind(_MAINTENANCE, term.served.has_maintenance)),
         Watch("", "v1", "nodes", lambda body, what: _node_told(term, body, what)),
         Watch("", "v1", "pods", lambda body, _: _pod_told(term, body)),
     ]
