@@ -6,12 +6,16 @@ import json
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster, CommandError
+
+from tests.kube.watched import Lines
 
 NAMESPACE = "raddle"
 JOB = "small"
@@ -29,18 +33,22 @@ _FLEETING = {
 Object = dict[str, Any]
 
 
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """When an incident of the job was opened, and when kubectl showed it."""
+    """When an incident of the job was opened, and when kubectl showed its row and its Event."""
 
     incident: str
     opened: datetime
     listed: datetime
-    described: datetime
+    told: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """The rows that `kubectl get ij` prints, and the Events that `kubectl describe` ends with."""
+
+    rows: Lines
+    events: Lines
 
 
 class Installation:
@@ -144,39 +152,32 @@ class Release(Installation):
     def until_ready(self, epoch: int) -> None:
         wait_until(lambda: self.is_ready(epoch), f"the job serves at epoch {epoch}", PATIENCE_S)
 
-    def listed_incident(self) -> str:
-        """The newest incident by the line that `kubectl get ij` prints; empty if there is none."""
-        found = re.findall(r"\bi-\d+\b", self.kubectl("get", "ij", JOB, "--no-headers"))
-        return found[-1] if found else ""
+    @contextmanager
+    def watched(self) -> Iterator[Watched]:
+        """Watch what kubectl shows of the job, for the time of a block."""
+        watch = ("--namespace", NAMESPACE, "--watch")
+        told = f"involvedObject.name={JOB},reason=IncidentOpened"
+        messages = ("--field-selector", told, "--output", r'jsonpath={.message}{"\n"}')
+        with (
+            Lines(self.cluster, "get", "ij", JOB, *watch) as rows,
+            Lines(self.cluster, "get", "events", *watch, *messages) as events,
+        ):
+            yield Watched(rows, events)
 
-    def next_incident(self, killed: datetime) -> Shown:
-        """Wait until `kubectl get` and `kubectl describe` show an incident of after the kill."""
-        older = {""}
+    def next_incident(self, watched: Watched, killed: datetime) -> Shown:
+        """Wait until kubectl shows an incident of after the kill: its row, and its Event."""
+        older: set[str] = set()
         while True:
-            shown = self._shown(older)
-            if shown.opened >= killed:
-                return shown
-            older.add(shown.incident)
-
-    def _shown(self, older: set[str]) -> Shown:
-        """When the newest incident was shown; it is asked last, so that asking delays nothing."""
-        incident = ""
-
-        def is_listed() -> bool:
-            nonlocal incident
-            incident = self.listed_incident()
-            return incident not in older
-
-        def is_described() -> bool:
-            text = self.kubectl("describe", "ij", JOB)
-            return re.search(rf"IncidentOpened .*\b{incident}\b", text) is not None
-
-        wait_until(is_listed, "kubectl get shows the incident")
-        listed = now()
-        wait_until(is_described, "kubectl describe shows the incident")
-        described = now()
-        opened = datetime.fromisoformat(self.incident(incident)["create_time"])
-        return Shown(incident, opened, listed, described)
+            wait_until(lambda: bool(watched.rows.seen.keys() - older), "the incident is listed")
+            incident = max(watched.rows.seen.keys() - older)
+            opened = datetime.fromisoformat(self.incident(incident)["create_time"])
+            if opened >= killed:
+                break
+            older.add(incident)
+        wait_until(lambda: incident in watched.events.seen, "the incident has an Event")
+        text = self.kubectl("describe", "ij", JOB)
+        assert re.search(rf"IncidentOpened .*\b{incident}\b", text)
+        return Shown(incident, opened, watched.rows.seen[incident], watched.events.seen[incident])
 
     def is_closed(self, incident: str) -> bool:
         return bool(self.incident(incident)["phase"] == "INCIDENT_PHASE_CLOSED")

@@ -28,8 +28,8 @@ from tests.kube.release import (
     Object,
     Release,
     is_ready,
-    now,
 )
+from tests.kube.watched import now
 from tests.support import ROOT
 
 #: What the guide and the NOTES promise of an incident.
@@ -96,19 +96,20 @@ def _ask(guide: Guide) -> None:
 def _is_shown(release: Release, kill: Callable[[], None]) -> None:
     """Kill something; what kubectl shows of it comes in time, and the job recovers."""
     epoch = release.status()["epoch"]
-    killed = now()
-    kill()
-    shown = release.next_incident(killed)
-    _in_time(shown.opened, shown.listed, shown.described, killed)
+    with release.watched() as watched:
+        killed = now()
+        kill()
+        shown = release.next_incident(watched, killed)
+    _in_time(shown.opened, shown.listed, shown.told, killed)
     release.until_ready(epoch + 1)
     wait_until(lambda: release.is_closed(shown.incident), "the incident closes", PATIENCE_S)
 
 
-def _in_time(opened: datetime, listed: datetime, described: datetime, killed: datetime) -> None:
+def _in_time(opened: datetime, listed: datetime, told: datetime, killed: datetime) -> None:
     assert listed - opened <= SHOWN_AFTER_OPENING
-    assert described - opened <= SHOWN_AFTER_OPENING
+    assert told - opened <= SHOWN_AFTER_OPENING
     assert listed - killed <= SHOWN_AFTER_KILL
-    assert described - killed <= SHOWN_AFTER_KILL
+    assert told - killed <= SHOWN_AFTER_KILL
 
 
 def _a_killed_rank(release: Release) -> None:

@@ -27,16 +27,19 @@ _NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    """Look again and again until a condition holds.
+    """Look again and again until a condition holds, at most half of the time.
 
     Raises:
         TimeoutError: naming what did not come.
     """
     deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        ended = time.monotonic()
+        if ended > deadline:
             raise TimeoutError(f"not within {timeout_s:.0f} s: {what}")
-        time.sleep(0.1)  # the pause between two looks
+        time.sleep(max(0.1, ended - began))  # the pause between two looks
+        began = time.monotonic()
 
 
 def start_time(pid: int) -> str:

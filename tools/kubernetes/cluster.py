@@ -27,7 +27,7 @@ from typing import Any
 from tools.build import cache_folder
 from tools.kubernetes import servers
 from tools.kubernetes.authority import Authority
-from tools.kubernetes.box import Box, wait_until
+from tools.kubernetes.box import Box, bound_to_us, wait_until
 from tools.kubernetes.images import cluster_archives
 from tools.kubernetes.machine import built, missing_for_cluster
 
@@ -151,6 +151,11 @@ class Cluster:
             CommandError: with what it said.
         """
         return self._run("kubectl", arguments, stdin)
+
+    def follow(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start kubectl as administrator with its output as a pipe; the caller ends it."""
+        command = bound_to_us([str(self.folder / "bin" / "kubectl"), *arguments])
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def helm(self, *arguments: str, stdin: str = "") -> str:
         """Run helm as administrator; otherwise like `kubectl`."""

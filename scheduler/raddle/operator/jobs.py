@@ -88,6 +88,13 @@ class Jobs:
         if len(self._ended_pods) > _ENDED_PODS_MAX:
             del self._ended_pods[next(iter(self._ended_pods))]
 
+    async def announce(self, namespace: str, name: str) -> None:
+        """Show the newest incident of a job at once; what there is to do about it takes longer."""
+        resource = await self._cluster.get("InferenceJob", namespace, name)
+        incident = self._incident(((resource or {}).get("status") or {}).get("jobUid", ""))
+        if resource is not None and incident is not None:
+            await self._teller.announce(resource, incident)
+
     async def bring(self, namespace: str, name: str) -> bool:
         """Bring one resource to where it belongs; False if there is none."""
         resource = await self._cluster.get("InferenceJob", namespace, name)
@@ -96,9 +103,6 @@ class Jobs:
         if resource["metadata"].get("deletionTimestamp"):
             await self._let_go(resource)
             return True
-        incident = self._incident((resource.get("status") or {}).get("jobUid", ""))
-        if incident is not None:
-            await self._teller.announce(resource, incident)
         await self._hold(resource)
         try:
             roles = await self._roles(resource)
@@ -124,8 +128,9 @@ class Jobs:
             await self._pods.withdraw(resource, present)
             await self._teller.say(resource, None, brought.conditions, None, said_of)
             return True
-        incident = self._incident(brought.answer.job.uid)
         outcome = await self._pods.run(resource, roles, brought.answer, present)
+        # The newest of now: another one may have been announced meanwhile.
+        incident = self._incident(brought.answer.job.uid)
         conditions = job_status.conditions(
             brought.answer, incident, outcome.problems, outcome.front_door, outcome.devices
         )

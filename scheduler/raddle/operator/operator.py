@@ -24,6 +24,7 @@ from raddle.operator.work import Item, Work
 from raddle.telemetry.tls import TlsFiles
 
 _JOB = "job"
+_INCIDENT = "incident"
 _MACHINE = "machine"
 _SUPERNODE = "supernode"
 _MAINTENANCE = "maintenance"
@@ -114,6 +115,9 @@ class _Term:
     async def _do(self, item: Item) -> bool:
         if item.kind == _JOB:
             exists = await self._jobs.bring(item.namespace, item.name)
+        elif item.kind == _INCIDENT:
+            await self._jobs.announce(item.namespace, item.name)
+            exists = False
         elif item.kind == _SUPERNODE:
             exists = await self._resources.bring_supernode(item.name)
         elif item.kind == _MAINTENANCE:
@@ -161,16 +165,21 @@ class _Term:
         told = self._link.jobs.values.get(job_uid)
         if told is not None:
             self._names[job_uid] = (told.job.spec.namespace, told.job.spec.name)
-        found = self._names.get(job_uid)
+        self._mark_named(_JOB, job_uid)
         if told is None:
             self._names.pop(job_uid, None)
-        if found is not None and Item(_JOB, *found) in self._known:
-            self.work.mark(_JOB, *found)
 
     def _incident_told(self, incident_id: str) -> None:
         told = self._link.incidents.values.get(incident_id)
         for plan in told.incident.plans if told is not None else ():
+            # Work of its own: people see an incident though its job is being looked after.
+            self._mark_named(_INCIDENT, plan.job_uid)
             self._job_told(plan.job_uid)
+
+    def _mark_named(self, kind: str, job_uid: str) -> None:
+        found = self._names.get(job_uid)
+        if found is not None and Item(_JOB, *found) in self._known:
+            self.work.mark(kind, *found)
 
     def _node_told(self, _node: str) -> None:
         self.mark_machine()

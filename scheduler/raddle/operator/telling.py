@@ -82,13 +82,10 @@ class Teller:
             await self._say_role(role, answer, conditions)
 
     async def announce(self, resource: Object, incident: incident_pb2.Incident) -> None:
-        """Show a new incident at once, before it is looked at what there is to do about it."""
-        status = resource.setdefault("status", {})
-        if status.get("incident") != incident.id:
-            status["incident"] = incident.id
-            await self._cluster.patch(
-                resource, {"status": {"incident": incident.id}}, part="status"
-            )
+        """Show an incident of which the status does not speak yet."""
+        if (resource.get("status") or {}).get("incident") != incident.id:
+            change = {"status": {"incident": incident.id}}
+            await self._cluster.patch(resource, change, part="status")
             await self._tell_incident(resource, incident)
 
     async def tell_refusal(self, resource: Object, error: RaddleError, roles: list[Object]) -> None:
