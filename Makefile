@@ -78,7 +78,7 @@ test: tools       ## All tests; those that need a cluster are skipped, by name, 
 	$(BIN)/pytest tests/kube
 
 test-kube: tools kube-tools ## Tests on Kubernetes; where they cannot run, they fail
-	RADDLE_KUBE=required RADDLE_WHOLE_WAY=1 $(BIN)/pytest tests/kube
+	RADDLE_KUBE=required $(BIN)/pytest tests/kube
 
 soak: setup       ## Faults drawn from a seed against the demo's cluster, MINUTES=n [SEED=n]
 	@$(SERVERS) >&2

@@ -54,7 +54,7 @@ SERVERS = {
             "kubectl": f"{KUBERNETES}/cmd/kubectl",
             "kubelet": f"{KUBERNETES}/cmd/kubelet",
             "kube-proxy": f"{KUBERNETES}/cmd/kube-proxy",
-            "coredns": "github.com/coredns/coredns",
+            "coredns": "./coredns",
             "helm": "helm.sh/helm/v4/cmd/helm",
             "pause": "./pause",
         },
@@ -75,8 +75,9 @@ def servers_folder(servers: Servers) -> Path:
 
 
 def pins_digest(module: Path) -> str:
-    pins = (module / "go.mod").read_bytes() + (module / "go.sum").read_bytes()
-    return hashlib.sha256(pins).hexdigest()[:16]
+    """Names what a module builds: its pins, and programs of its own."""
+    files = [module / "go.mod", module / "go.sum", *sorted(module.rglob("*.go"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def find_go(folder: Path) -> str:

@@ -217,7 +217,7 @@ class Release(Installation):
                 return False
             on_it = self._node_of(pod) == node
             if on_it != here:
-                self.kubectl("delete", "pod", pod)
+                self.kubectl("delete", "pod", pod, "--wait=false")
             return on_it == here
 
         wait_until(moved, f"the leader is {'' if here else 'not '}on {node}", PATIENCE_S)
@@ -228,7 +228,7 @@ class Release(Installation):
         def moved() -> bool:
             pod = self.acting_operator()
             if pod and self._node_of(pod) == node:
-                self.kubectl("delete", "pod", pod)
+                self.kubectl("delete", "pod", pod, "--wait=false")
                 return False
             return bool(pod)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections.abc import Callable
@@ -38,10 +37,6 @@ SHOWN_AFTER_KILL = timedelta(seconds=10)
 MACHINE_NODES = 48
 
 
-@pytest.mark.skipif(
-    os.environ.get("RADDLE_WHOLE_WAY") != "1",
-    reason="its times need a machine of its own: `make test-kube` runs it",
-)
 @pytest.mark.timeout(2400)
 def test_the_whole_way(cluster: Cluster, tmp_path: Path) -> None:
     """Install, serve, lose ranks and nodes, upgrade, go back, uninstall: no token is another."""
@@ -53,16 +48,20 @@ def test_the_whole_way(cluster: Cluster, tmp_path: Path) -> None:
     _ask(guide)
     requests = [replace(r, output_tokens=64) for r in traces.load_requests(8, blocks_max=4)]
     known = known_tokens(requests, tmp_path)
-    with Load(cluster, release.service(), requests, known) as load:
+
+    def loaded() -> Load:
+        return Load(cluster, release.service(), requests, known)
+
+    with loaded() as load:
         _a_killed_rank(release)
         load.settle()
         _a_deleted_pod(guide, release)
         load.settle()
         _evicted_schedulers(release)
-        _a_lost_node(release, load, leads=False)
+    _a_lost_node(release, loaded, leads=False)
     _place_anew(release)
-    with Load(cluster, release.service(), requests, known) as load:
-        _a_lost_node(release, load, leads=True)
+    _a_lost_node(release, loaded, leads=True)
+    with loaded() as load:
         _all_of_raddle_restarts(release)
         load.settle()
         _an_upgrade_and_back(guide, release)
@@ -135,7 +134,7 @@ def _evicted_schedulers(release: Release) -> None:
     wait_until(lambda: release.schedulers_are_ready(3), "three schedulers are ready", PATIENCE_S)
 
 
-def _a_lost_node(release: Release, load: Load, *, leads: bool) -> None:
+def _a_lost_node(release: Release, loaded: Callable[[], Load], *, leads: bool) -> None:
     """All of a Kubernetes node ends at once, agent and ranks, and with it Raddle's leader or not.
 
     Not on it: etcd, which is one pod in a trial, the front door, which holds the clients'
@@ -144,8 +143,8 @@ def _a_lost_node(release: Release, load: Load, *, leads: bool) -> None:
     node = _node_to_lose(release)
     release.move_leader(node, here=leads)
     release.move_operator_from(node)
-    _is_shown(release, lambda: release.lose_node(node))
-    load.settle()
+    with loaded():
+        _is_shown(release, lambda: release.lose_node(node))
     release.regain_node(node)
 
 
