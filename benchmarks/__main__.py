@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -51,6 +52,8 @@ def main() -> None:
         # Nothing but the figures goes to stdout.
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    # Ends as Ctrl-C does: what was started is ended, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     result: dict[str, Any] = {}
     for name in chosen:
         began = time.monotonic()
