@@ -13,6 +13,7 @@ from raddle.agent.engine.reference.model import Decoder, History, Span
 from raddle.agent.engine.reference.shape import parse_shape
 from raddle.agent.engine.reference.slots import Experts, Slots
 from raddle.agent.engine.reference.weights import load_shared, write_checkpoint
+from raddle.agent.engine.reference.worker import Worker
 from raddle.model.kinds import RoleKind
 from raddle.model.types import ExpertMap, ExpertMapLayer, Member, RankKey
 
@@ -72,6 +73,10 @@ def expert_map(holders: Sequence[Sequence[int]], ranks: int) -> ExpertMap:
 EVERYTHING_HERE = expert_map([(0,)] * SHAPE.experts, 1)
 
 
+def _no_peer(lost: Member, reason: str, epoch: int) -> None:
+    raise AssertionError(f"{lost} is lost at epoch {epoch}: {reason}")
+
+
 class Ranks:
     """Ranks that talk over loopback; each has all experts and obeys whatever map is given."""
 
@@ -91,6 +96,13 @@ class Ranks:
         """What this rank computes with when experts are where the map says."""
         experts = Experts(EPOCH, held, rank, self._slots, self._client, self._peers)
         return Decoder(SHAPE, self._shared, experts)
+
+    def worker(self, step_min_s: float) -> Worker:
+        """A worker that serves with all experts; its caller closes it."""
+        worker = Worker(SHAPE, self._shared, self._slots, self._client, 0, _no_peer, step_min_s)
+        worker.start()
+        worker.resume(EPOCH, EVERYTHING_HERE, self._peers)
+        return worker
 
     def close(self) -> None:
         self._client.close()

@@ -46,7 +46,7 @@ def test_the_whole_way(cluster: Cluster, tmp_path: Path) -> None:
     _install(guide)
     _submit(guide, release)
     _ask(guide)
-    requests = [replace(r, output_tokens=64) for r in traces.load_requests(8, blocks_max=4)]
+    requests = [replace(r, output_tokens=48) for r in traces.load_requests(8, blocks_max=4)]
     known = known_tokens(requests, tmp_path)
 
     def loaded() -> Load:
@@ -82,8 +82,9 @@ def _submit(guide: Guide, release: Release) -> None:
     """One command submits a job, and each of its ranks is a pod that is ready."""
     said = guide.follow("Submit a job")
     assert f"inferencejob.raddle.dev/{JOB} condition met" in said
-    assert len(release.rank_pods("decode")) == 6
-    nodes = {pod["spec"]["nodeName"] for pod in release.rank_pods("decode")}
+    pods = release.rank_pods("decode")
+    assert len(pods) == 6, release.story()
+    nodes = {pod["spec"]["nodeName"] for pod in pods}
     assert len(nodes) > 1, "the loss of one Kubernetes node must not be the loss of the job"
 
 

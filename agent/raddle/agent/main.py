@@ -21,6 +21,7 @@ from raddle.agent.engine.kv_events.source import read_sources
 from raddle.agent.engine.launcher import Launcher
 from raddle.agent.engine.pod import PodLauncher
 from raddle.agent.engine.process import ProcessLauncher
+from raddle.agent.engine.reference.config import StepTimes
 from raddle.agent.engine.reference_driver import ReferenceDriver
 from raddle.agent.engine.simulated import SimulatedDriver
 from raddle.agent.health.pod_resources import PodResources
@@ -77,6 +78,9 @@ class Settings:
     rank_start_timeout_s: float = setting(60.0, "how long a rank may take until it serves")
     step_deadline_s: float = setting(
         1.0, "how long reference ranks wait for a peer in a step; more where cores are few"
+    )
+    step_min_s: float = setting(
+        0.0, "how long a step of reference ranks takes at least, as on a device"
     )
     rank_host: str = setting("127.0.0.1", "address that ranks listen on and are reached at")
     faults_dir: str = setting("", "folder of simulated faults: <node with - for />.json")
@@ -200,7 +204,7 @@ class AgentProcess:
                 launcher,
                 host=s.rank_host,
                 tls=self._tls,
-                step_deadline_s=s.step_deadline_s,
+                step=StepTimes(min_s=s.step_min_s, deadline_s=s.step_deadline_s),
             )
             stream.on_connect.append(reference.report_again)
             made.append(reference)

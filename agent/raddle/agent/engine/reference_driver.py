@@ -26,7 +26,7 @@ from raddle.agent.core.events import (
 )
 from raddle.agent.engine.driver import JobContext, Tell
 from raddle.agent.engine.launcher import Launcher, Life, Running
-from raddle.agent.engine.reference.config import STEP_DEADLINE_S, RankAddress, RankConfig
+from raddle.agent.engine.reference.config import RankAddress, RankConfig, StepTimes
 from raddle.agent.engine.reference.shape import parse_shape
 from raddle.agent.engine.reference.weights import write_checkpoint
 from raddle.model.errors import RaddleError, Reason
@@ -55,6 +55,7 @@ _RETRY_S = 0.1
 _RETRY_S_MAX = 1.0
 _FINAL = (Reason.WRONG_JOB, Reason.ENGINE_UNSUPPORTED)
 log = structlog.get_logger()
+_AS_THEY_COME = StepTimes()
 
 
 class ReferenceRank:
@@ -109,10 +110,10 @@ class ReferenceDriver:
         *,
         host: str = "127.0.0.1",
         tls: TlsFiles | None = None,
-        step_deadline_s: float = STEP_DEADLINE_S,
+        step: StepTimes = _AS_THEY_COME,
     ) -> None:
         self._host = host
-        self._step_deadline_s = step_deadline_s
+        self._step = step
         self._tls = tls
         self._node = node
         self._folder = folder
@@ -185,7 +186,8 @@ class ReferenceDriver:
             kv_block_tokens=job.model.kv_block_tokens,
             dram_bytes=role.dram_bytes,
             max_sequences=role.max_sequences_per_rank,
-            step_deadline_s=self._step_deadline_s,
+            step_deadline_s=self._step.deadline_s,
+            step_min_s=self._step.min_s,
             host=self._host,
             tls_ca=str(self._tls.ca) if self._tls else "",
             tls_certificate=str(self._tls.certificate) if self._tls else "",

@@ -20,6 +20,14 @@ STEP_DEADLINE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """How long a step takes at least, as it does on a device, and how long it waits for a peer."""
+
+    min_s: float = 0.0
+    deadline_s: float = STEP_DEADLINE_S
+
+
+@dataclass(frozen=True, slots=True)
 class RankConfig:
     """Everything that one rank process needs to begin."""
 
@@ -38,6 +46,7 @@ class RankConfig:
     dram_bytes: int = 0
     max_sequences: int = 0
     step_deadline_s: float = STEP_DEADLINE_S
+    step_min_s: float = 0.0
     #: Where the rank listens and is reached.
     host: str = "127.0.0.1"
     # PEM files that the rank shows, the agent's own where it starts the rank; empty on a plain

@@ -60,6 +60,7 @@ class Serving:
             self._client,
             key.rank,
             self._peer_lost,
+            self.config.step_min_s,
         )
         self._members: tuple[Member, ...] = ()
         self._peers: dict[int, Member] = {}

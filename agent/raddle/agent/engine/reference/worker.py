@@ -8,6 +8,7 @@ rank waits for a newer epoch.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -64,13 +65,16 @@ class Worker:
         client: ExchangeClient,
         rank: int,
         peer_lost: Callable[[Member, str, int], None],
+        step_min_s: float = 0.0,
     ) -> None:
+        """`step_min_s`: a step begins so long after the one before it, or later."""
         self.state = RankState.STARTING
         self.epoch = 0
         self.slots = slots
         self.client = client
         self._rank = rank
         self._peer_lost = peer_lost
+        self._step_min_s = step_min_s
         self._decoder = Decoder(shape, shared, self._ask_experts)
         self._experts: Experts | None = None
         self._condition = threading.Condition()
@@ -142,11 +146,16 @@ class Worker:
     # --- the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        next_s = time.monotonic()
         while True:
             with self._condition:
                 self._condition.wait_for(self._has_work)
+                self._condition.wait_for(lambda: self._closing, next_s - time.monotonic())
                 if self._closing:
                     return
+                if not self._has_work():
+                    continue
+                next_s = time.monotonic() + self._step_min_s
                 spans = self._choose()
                 epoch = self.epoch
                 self._stepping = True
