@@ -8,6 +8,7 @@ Debian's packages (`base-image.sh`) and kept below `~/.cache/raddle/images`, wit
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -21,8 +22,11 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from tools.build import cache_folder
 from tools.kubernetes import servers
@@ -48,7 +52,10 @@ class Image:
 
 
 class Builder:
-    """buildah with a storage of its own, in which builds need no container runtime."""
+    """buildah with a storage of its own, in which builds need no container runtime.
+
+    Within a `with` block no other builder works there, and nothing of interrupted builds is left.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,6 +69,21 @@ class Builder:
             "CONTAINERS_CONF": str(folder / "containers.conf"),
             "BUILDAH_ISOLATION": "chroot",
         }
+
+    def __enter__(self) -> Self:
+        self._lock = (self.folder / ".lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Their containers would keep old images for ever.
+        self.run("rm", "--all")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.close()
 
     def run(self, *arguments: str) -> str:
         """Run buildah; what it says goes to stderr.
@@ -127,14 +149,18 @@ def build_images(builder: Builder, tag: str) -> list[Image]:
     base_image(builder)
     lent = [f"--volume={file}:{file}:ro" for file in LENT_FILES if Path(file).exists()]
     options = ["--quiet", "--layers", "--pull=never", f"--build-context=servers={built('etcd')}"]
-    images = []
-    for target, name in TARGETS.items():
+
+    def build(target: str) -> Image:
         started = time.monotonic()
-        reference = f"localhost/{name}:{tag}"
+        reference = f"localhost/{TARGETS[target]}:{tag}"
         named = [f"--target={target}", f"--tag={reference}", str(ROOT)]
         identity = builder.run("build", *options, *lent, *named).splitlines()[-1]
-        images.append(Image(reference, identity))
         say(f"{reference}: {time.monotonic() - started:.1f} s")
+        return Image(reference, identity)
+
+    # pip works on one core alone.
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(build, TARGETS))
     builder.prune()
     return images
 
@@ -167,20 +193,20 @@ def _contents(layout: Path) -> Iterator[str]:
 
 def cluster_archives() -> list[Path]:
     """The archive that nodes of a cluster import: this checkout's images, and the pause image."""
-    builder = Builder(cache_folder() / "images")
-    images = build_images(builder, version())
-    pause = built("kubernetes") / "pause"
-    entry = ("--entrypoint", '["/pause"]')
-    images.append(builder.from_files(servers.PAUSE_IMAGE, pause, "/pause", *entry))
-    named = " ".join(f"{image.reference}@{image.identity}" for image in images)
-    key = hashlib.sha256(named.encode()).hexdigest()[:16]
-    archive = builder.folder / f"cluster-{key}.tar"
-    if not archive.exists():
-        write_archive(builder, images, archive)
-    archive.touch()
-    old = sorted(builder.folder.glob("cluster-*.tar"), key=lambda path: path.stat().st_mtime)
-    for path in old[:-CACHED_ARCHIVES_MAX]:
-        path.unlink(missing_ok=True)
+    with Builder(cache_folder() / "images") as builder:
+        images = build_images(builder, version())
+        pause = built("kubernetes") / "pause"
+        entry = ("--entrypoint", '["/pause"]')
+        images.append(builder.from_files(servers.PAUSE_IMAGE, pause, "/pause", *entry))
+        named = " ".join(f"{image.reference}@{image.identity}" for image in images)
+        key = hashlib.sha256(named.encode()).hexdigest()[:16]
+        archive = builder.folder / f"cluster-{key}.tar"
+        if not archive.exists():
+            write_archive(builder, images, archive)
+        archive.touch()
+        old = sorted(builder.folder.glob("cluster-*.tar"), key=lambda path: path.stat().st_mtime)
+        for path in old[:-CACHED_ARCHIVES_MAX]:
+            path.unlink(missing_ok=True)
     return [archive]
 
 
@@ -203,11 +229,11 @@ def main() -> None:
     if lacks:
         sys.exit("No images on this machine:\n" + "\n".join(f"- {line}" for line in lacks))
     options.folder.mkdir(parents=True, exist_ok=True)
-    builder = Builder(cache_folder() / "images")
-    images = build_images(builder, options.tag)
     stem = f"raddle-images-{options.tag}-{platform.machine()}"
     archive, listing = options.folder / f"{stem}.tar", options.folder / f"{stem}.txt"
-    lines = write_archive(builder, images, archive)
+    with Builder(cache_folder() / "images") as builder:
+        images = build_images(builder, options.tag)
+        lines = write_archive(builder, images, archive)
     listing.write_text("".join(f"{line}\n" for line in lines))
     print("\n".join(lines))
     print(f"{archive}: {archive.stat().st_size / 1e6:.0f} MB")
