@@ -179,11 +179,6 @@ class Release(Installation):
         assert re.search(rf"IncidentOpened .*\b{incident}\b", text)
         return Shown(incident, opened, watched.rows.seen[incident], watched.events.seen[incident])
 
-    def story(self) -> str:
-        """What people read of the job when it is not as they think."""
-        told = ("exec", "deploy/raddle-scheduler", "--", "raddle", "explain", f"job/{JOB}")
-        return self.kubectl("get", "pods", "-o", "wide") + self.kubectl(*told)
-
     def is_closed(self, incident: str) -> bool:
         return bool(self.incident(incident)["phase"] == "INCIDENT_PHASE_CLOSED")
 

@@ -6,7 +6,9 @@ from typing import Any, cast
 
 import pytest
 
+from raddle.operator.cluster import Cluster
 from raddle.operator.operator import _Term, _watches
+from raddle.operator.served import Served
 from raddle.operator.watching import News
 from raddle.operator.work import Item
 from tests.operator.resources import inference_job
@@ -48,8 +50,9 @@ def test_what_was_listed_made_or_deleted_is_news() -> None:
 class Term:
     """Says who was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, *supernodes: str) -> None:
         self.marks: list[Item] = []
+        self.served = Served(cast("Cluster", None), supernodes)
 
     def told(self, kind: str, namespace: str, name: str) -> None:
         self.marks.append(Item(kind, namespace, name))
@@ -61,9 +64,21 @@ def test_each_kind_of_ours_marks_by_its_news(number: int) -> None:
     term = Term()
     watch = _watches(cast("_Term", term))[number]
     assert watch.group == "raddle.dev"
-    body = inference_job() | {"spec": {"job": "demo"}}
+    body = inference_job() | {"spec": {"job": "demo", "subject": "sn0/n00"}}
     watch.mark(body, "ADDED")
     watch.mark(changed(body) | {"status": {"state": "READY"}}, "MODIFIED")
     assert len(term.marks) == 1
     watch.mark(changed(body, generation=9), "MODIFIED")
     assert len(term.marks) == 2
+
+
+@pytest.mark.parametrize(("served", "marks"), [("sn0", 1), ("sn1", 0)])
+def test_supernodes_and_maintenances_of_others_mark_nothing(served: str, marks: int) -> None:
+    """A supernode is served by its name, a maintenance by that of its subject's supernode."""
+    term = Term(served)
+    _, _, supernodes, maintenances, *_ = _watches(cast("_Term", term))
+    body = inference_job()
+    supernodes.mark(body | {"metadata": body["metadata"] | {"name": "sn0"}}, "ADDED")
+    assert len(term.marks) == marks
+    maintenances.mark(body | {"spec": {"subject": "sn0/n00/npu1"}}, "ADDED")
+    assert len(term.marks) == 2 * marks
