@@ -114,7 +114,8 @@ def build(servers: Servers, target: Path, folder: Path) -> None:
     go_cache = folder / "go-build"
     if servers.own_cache:
         environment["GOCACHE"] = str(go_cache)
-    flags = f"-ldflags={linker_flags(servers.module)}"
+    # What the linker drops need not be made.
+    flags = ["-trimpath", "-gcflags=all=-dwarf=false", f"-ldflags={linker_flags(servers.module)}"]
     out = target.with_suffix(".part")
     out.mkdir(exist_ok=True)
     print(f"building {target}: {servers.duration}", file=sys.stderr)
@@ -122,7 +123,7 @@ def build(servers: Servers, target: Path, folder: Path) -> None:
         if (out / name).exists():
             continue
         started = time.monotonic()
-        command = [go, "build", "-trimpath", flags, "-o", str(out / f"{name}.new"), package]
+        command = [go, "build", *flags, "-o", str(out / f"{name}.new"), package]
         subprocess.run(command, check=True, cwd=servers.module, env=environment)
         (out / f"{name}.new").replace(out / name)
         megabytes = (out / name).stat().st_size / 1e6
