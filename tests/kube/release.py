@@ -6,7 +6,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +15,7 @@ from typing import Any
 from tools.kubernetes.box import wait_until
 from tools.kubernetes.cluster import Cluster, CommandError
 
-from tests.kube.watched import Lines
+from tests.kube.watched import printed
 
 NAMESPACE = "raddle"
 JOB = "small"
@@ -45,10 +45,10 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """The rows that `kubectl get ij` prints, and the Events that `kubectl describe` ends with."""
+    """When `kubectl get ij` had each incident in its row, and `kubectl describe` in an Event."""
 
-    rows: Lines
-    events: Lines
+    rows: Mapping[str, datetime]
+    events: Mapping[str, datetime]
 
 
 class Installation:
@@ -159,8 +159,8 @@ class Release(Installation):
         told = f"involvedObject.name={JOB},reason=IncidentOpened"
         messages = ("--field-selector", told, "--output", r'jsonpath={.message}{"\n"}')
         with (
-            Lines(self.cluster, "get", "ij", JOB, *watch) as rows,
-            Lines(self.cluster, "get", "events", *watch, *messages) as events,
+            printed(self.cluster, "get", "ij", JOB, *watch) as rows,
+            printed(self.cluster, "get", "events", *watch, *messages) as events,
         ):
             yield Watched(rows, events)
 
@@ -168,16 +168,16 @@ class Release(Installation):
         """Wait until kubectl shows an incident of after the kill: its row, and its Event."""
         older: set[str] = set()
         while True:
-            wait_until(lambda: bool(watched.rows.seen.keys() - older), "the incident is listed")
-            incident = max(watched.rows.seen.keys() - older)
+            wait_until(lambda: bool(watched.rows.keys() - older), "the incident is listed")
+            incident = max(watched.rows.keys() - older)
             opened = datetime.fromisoformat(self.incident(incident)["create_time"])
             if opened >= killed:
                 break
             older.add(incident)
-        wait_until(lambda: incident in watched.events.seen, "the incident has an Event")
+        wait_until(lambda: incident in watched.events, "the incident has an Event")
         text = self.kubectl("describe", "ij", JOB)
         assert re.search(rf"IncidentOpened .*\b{incident}\b", text)
-        return Shown(incident, opened, watched.rows.seen[incident], watched.events.seen[incident])
+        return Shown(incident, opened, watched.rows[incident], watched.events[incident])
 
     def is_closed(self, incident: str) -> bool:
         return bool(self.incident(incident)["phase"] == "INCIDENT_PHASE_CLOSED")

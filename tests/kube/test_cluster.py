@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ FOLDERS = ("/var/lib/kubelet", "/var/lib/containerd", "/var/lib/cni", "/etc/cni"
 SETTINGS = ("vm", "net/ipv4", "net/netfilter", "net/bridge", "kernel/keys", "kernel/panic")
 
 
-def pod(name: str, node: str = "") -> str:
+def pod(name: str, node: str = "", limits: Mapping[str, int] | None = None) -> str:
     """A web server that shows its own files, under the rules of restricted namespaces."""
-    container = {
+    container: dict[str, Any] = {
         "name": "web",
         "image": IMAGE,
         "command": ["python3", "-m", "http.server", "8000"],
@@ -43,6 +43,8 @@ def pod(name: str, node: str = "") -> str:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
     }
+    if limits:
+        container["resources"] = {"limits": limits}
     labels = {"app": name}
     spec: dict[str, Any] = {"containers": [container], "terminationGracePeriodSeconds": 0}
     if node:

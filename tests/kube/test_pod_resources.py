@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 from tools.kubernetes.cluster import Cluster
@@ -31,10 +30,7 @@ async def test_a_kubelet_tells_which_pod_holds_which_die(cluster: Cluster, names
     async with DevicePlugin(root, RESOURCE, ["Ascend910-1"]):
         told = PodResources(str(socket), RESOURCE).follow(PARTS)
         await eventually(lambda: asyncio.to_thread(offered), "the device is offered", 60.0)
-        manifest = json.loads(pod("training", NODE))
-        container = manifest["items"][0]["spec"]["containers"][0]
-        container["resources"] = {"limits": {RESOURCE: 1}}
-        text = json.dumps(manifest)
+        text = pod("training", NODE, {RESOURCE: 1})
         await asyncio.to_thread(cluster.kubectl, "apply", *where, "-f", "-", stdin=text)
         holder = DieHolder(die="sn0/n00/npu0/die1", pod=f"{namespace}/training")
         assert await asyncio.wait_for(anext(told), 60.0) == (holder,)

@@ -60,7 +60,7 @@ class RealMachine(Installation):
 
     def take_device(self, node: str) -> None:
         """A pod of somebody else asks for one device and gets one that kubelet chooses."""
-        self.kubectl("apply", "-f", "-", stdin=_with_device(pod("training", node)))
+        self.kubectl("apply", "-f", "-", stdin=pod("training", node, {RESOURCE: 1}))
         self.kubectl("wait", "--for=condition=Ready", "--timeout=60s", "pod/training")
 
     def submit(self) -> None:
@@ -89,13 +89,6 @@ class RealMachine(Installation):
         conditions = self.cluster.get("node", node)["status"]["conditions"]
         said = {row["type"]: (row["status"], row["reason"]) for row in conditions}
         return said.get("RaddleDiesHealthy", ("", ""))
-
-
-def _with_device(manifest: str) -> str:
-    asked = json.loads(manifest)
-    (container,) = asked["items"][0]["spec"]["containers"]
-    container["resources"] = {"limits": {RESOURCE: 1}}
-    return json.dumps(asked)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

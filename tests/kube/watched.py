@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from types import TracebackType
-from typing import Self
 
 from tools.kubernetes.cluster import Cluster
 
@@ -17,31 +17,21 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-class Lines:
-    """A command that goes on printing, for the time of a block."""
+@contextmanager
+def printed(cluster: Cluster, *arguments: str) -> Iterator[dict[str, datetime]]:
+    """Incident -> when a command that goes on printing named it first, for the time of a block."""
+    seen: dict[str, datetime] = {}
 
-    def __init__(self, cluster: Cluster, *arguments: str) -> None:
-        self._process = cluster.follow(*arguments)
-        self._reader = threading.Thread(target=self._read, name="lines")
-        #: Incident -> when it was printed first.
-        self.seen: dict[str, datetime] = {}
-
-    def __enter__(self) -> Self:
-        self._reader.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.terminate()
-        self._reader.join()
-        self._process.communicate()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+    def read(lines: Iterable[str]) -> None:
+        for line in lines:
             for incident in _INCIDENT.findall(line):
-                self.seen.setdefault(incident, now())
+                seen.setdefault(incident, now())
+
+    with cluster.follow(*arguments) as process:
+        reader = threading.Thread(target=read, args=(process.stdout,), name="printed")
+        reader.start()
+        try:
+            yield seen
+        finally:
+            process.terminate()
+            reader.join()

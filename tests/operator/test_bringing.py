@@ -194,6 +194,7 @@ async def test_an_incident_is_shown_before_anything_is_done_about_it() -> None:
     told.incident.id = "i-000002"
     told.incident.plans.add(job_uid=scheduler.answer.job.uid)
     scheduler.incidents.take(told)
+    scheduler.away = True
     api = ApiServer(resource)
     for _ in range(2):
         await jobs_of(api, scheduler).announce("default", "demo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from raddle.operator.reasons import OperatorReason
 from raddle.operator.scheduler_link import IDENTITY, Picture, SchedulerLink
 from raddle.operator.served import Served
 from raddle.v1 import incident_pb2, scheduler_pb2
+from tests.operator.resources import SITE
 
 Object = dict[str, Any]
 SNAPSHOT, SYNCED = scheduler_pb2.WATCH_KIND_SNAPSHOT, scheduler_pb2.WATCH_KIND_SYNCED
@@ -109,9 +111,8 @@ def machine(api: ApiServer, scheduler: Scheduler, *, simulated: bool = True) -> 
         cast("Cluster", api),
         cast("SchedulerLink", scheduler),
         Served(cast("Cluster", api)),
+        replace(SITE, namespace="default", release="raddle"),
         MachineOptions(
-            namespace="default",
-            release="raddle",
             simulated=simulated,
             node_selector={"pool": "x"},
             tolerated_taints=(),
@@ -262,6 +263,7 @@ async def test_a_drain_that_was_never_written_down_ends_with_its_resource() -> N
     await resources(api, scheduler).bring_maintenance("fans")
     ended = [request.id for method, request in scheduler.calls if method == "CancelMaintenance"]
     assert ended == ["m-4"]
+    assert gone["metadata"]["finalizers"] == []
 
 
 async def test_a_drain_of_another_release_is_not_taken_for_our_own() -> None:

@@ -33,13 +33,14 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0
         TimeoutError: naming what did not come.
     """
     deadline = time.monotonic() + timeout_s
-    began = time.monotonic()
-    while not condition():
+    while True:
+        began = time.monotonic()
+        if condition():
+            return
         ended = time.monotonic()
         if ended > deadline:
             raise TimeoutError(f"not within {timeout_s:.0f} s: {what}")
         time.sleep(max(0.1, ended - began))  # the pause between two looks
-        began = time.monotonic()
 
 
 def start_time(pid: int) -> str:

@@ -23,10 +23,9 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from tools.build import cache_folder
 from tools.kubernetes import servers
@@ -52,10 +51,7 @@ class Image:
 
 
 class Builder:
-    """buildah with a storage of its own, in which builds need no container runtime.
-
-    Within a `with` block no other builder works there, and nothing of interrupted builds is left.
-    """
+    """buildah with a storage of its own, in which builds need no container runtime."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,21 +65,6 @@ class Builder:
             "CONTAINERS_CONF": str(folder / "containers.conf"),
             "BUILDAH_ISOLATION": "chroot",
         }
-
-    def __enter__(self) -> Self:
-        self._lock = (self.folder / ".lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        # Their containers would keep old images for ever.
-        self.run("rm", "--all")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.close()
 
     def run(self, *arguments: str) -> str:
         """Run buildah; what it says goes to stderr.
@@ -115,6 +96,19 @@ class Builder:
         """Forget the layers of old builds once there are many."""
         if len(self.run("images", "--all", "--quiet").splitlines()) > CACHED_IMAGES_MAX:
             self.run("rmi", "--prune")
+
+
+@contextmanager
+def only_builder() -> Iterator[Builder]:
+    """The cache's builder: for the time of a block nobody else works there.
+
+    Nothing of interrupted builds is left: their containers would keep old images for ever.
+    """
+    builder = Builder(cache_folder() / "images")
+    with (builder.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder.run("rm", "--all")
+        yield builder
 
 
 def base_image(builder: Builder) -> None:
@@ -193,7 +187,7 @@ def _contents(layout: Path) -> Iterator[str]:
 
 def cluster_archives() -> list[Path]:
     """The archive that nodes of a cluster import: this checkout's images, and the pause image."""
-    with Builder(cache_folder() / "images") as builder:
+    with only_builder() as builder:
         images = build_images(builder, version())
         pause = built("kubernetes") / "pause"
         entry = ("--entrypoint", '["/pause"]')
@@ -231,7 +225,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     stem = f"raddle-images-{options.tag}-{platform.machine()}"
     archive, listing = options.folder / f"{stem}.tar", options.folder / f"{stem}.txt"
-    with Builder(cache_folder() / "images") as builder:
+    with only_builder() as builder:
         images = build_images(builder, options.tag)
         lines = write_archive(builder, images, archive)
     listing.write_text("".join(f"{line}\n" for line in lines))

@@ -27,6 +27,7 @@ from raddle.operator.hosts import (
     selected,
     wrong_devices,
 )
+from raddle.operator.pods import Site
 from raddle.operator.reasons import OperatorReason
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.served import Served
@@ -49,10 +50,8 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineOptions:
-    """Which Kubernetes nodes are the machine, and where its ConfigMaps are."""
+    """Which Kubernetes nodes are the machine, and whose dies count as taken."""
 
-    namespace: str
-    release: str
     #: Share the machine's nodes out over Kubernetes nodes; else these have a label each.
     simulated: bool
     #: Labels of the Kubernetes nodes to share out over.
@@ -71,11 +70,13 @@ class Machine:
         cluster: Cluster,
         link: SchedulerLink,
         served: Served,
+        site: Site,
         options: MachineOptions,
     ) -> None:
         self._cluster = cluster
         self._link = link
         self._served = served
+        self._site = site
         self._options = options
         #: All Kubernetes nodes, and those among them that are part of the machine.
         self._all_hosts: dict[str, Host] = {}
@@ -188,7 +189,7 @@ class Machine:
 
     @property
     def _map_name(self) -> str:
-        return f"{self._options.release}-nodes"
+        return f"{self._site.release}-nodes"
 
     async def _shares_now(self) -> Shares:
         data = await self._map(self._map_name)
@@ -196,7 +197,7 @@ class Machine:
 
     async def _map(self, name: str) -> dict[str, str]:
         """What a ConfigMap of ours has; nothing if it is not there."""
-        found = await self._cluster.get("ConfigMap", self._options.namespace, name)
+        found = await self._cluster.get("ConfigMap", self._site.namespace, name)
         return (found or {}).get("data") or {}
 
     def _state(self, node: str) -> str:
@@ -248,10 +249,10 @@ class Machine:
             "kind": "ConfigMap",
             "metadata": {
                 "name": name,
-                "namespace": self._options.namespace,
+                "namespace": self._site.namespace,
                 "labels": {
                     "app.kubernetes.io/name": "raddle",
-                    "app.kubernetes.io/instance": self._options.release,
+                    "app.kubernetes.io/instance": self._site.release,
                     "app.kubernetes.io/managed-by": "raddle-operator",
                 },
             },
@@ -386,7 +387,7 @@ class Machine:
                 # What the API server tells of it now is no news.
                 self._all_hosts[host.name] = replace(host, dies=condition)
         for supernode, data in machine_view.die_maps(told.values()).items():
-            name = f"{self._options.release}-dies-{supernode}"
+            name = f"{self._site.release}-dies-{supernode}"
             old = await self._map(name)
             changed: dict[str, str | None] = {k: v for k, v in data.items() if old.get(k) != v}
             changed |= {key: None for key in old if key not in data}

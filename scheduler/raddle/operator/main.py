@@ -119,8 +119,6 @@ def options(settings: Settings) -> Options:
         namespaces=tuple(settings.namespaces or [settings.namespace]),
         ranks_in_pods=settings.ranks == "pods",
         machine=MachineOptions(
-            namespace=settings.namespace,
-            release=settings.release,
             simulated=settings.simulated,
             node_selector={key: value for key, _, value in pairs},
             tolerated_taints=frozenset(settings.tolerated_taints),

@@ -83,7 +83,7 @@ class _Term:
         self._cluster = cluster
         self._given = options.supernode
         self.served = Served(cluster, options.supernodes)
-        self.machine = Machine(cluster, link, self.served, options.machine)
+        self.machine = Machine(cluster, link, self.served, options.site, options.machine)
         self._jobs = Jobs(
             cluster, link, self.machine, options.site, ranks_in_pods=options.ranks_in_pods
         )
