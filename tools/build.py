@@ -111,6 +111,8 @@ def build(servers: Servers, target: Path, folder: Path) -> None:
     """Build one program after the other; one that an interrupted build finished is kept."""
     go = find_go(folder)
     environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly"}
+    # Compilers live for seconds: to collect less of their garbage spares a tenth of the work.
+    environment.setdefault("GOGC", "400")
     go_cache = folder / "go-build"
     if servers.own_cache:
         environment["GOCACHE"] = str(go_cache)

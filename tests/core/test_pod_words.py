@@ -96,7 +96,7 @@ def test_a_pod_that_is_told_before_the_agent_speaks_is_in_the_decision(world: Wo
     assert incidents(world) == []
     exits(world, uid, 2)
     (incident,) = incidents(world)
-    assert "rank process ended: exit code" in incident.why.message
+    assert "rank process ended with exit code 0" in incident.why.message
     assert "its pod: OOMKilled" in incident.why.message
 
 

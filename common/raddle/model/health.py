@@ -11,6 +11,9 @@ from enum import StrEnum
 
 from raddle.model.kinds import HoldKind
 
+#: Of a process that its agent did not start: nobody can tell.
+EXIT_CODE_UNKNOWN = -1
+
 
 class FaultLevel(StrEnum):
     """What the device says. Ordered by severity."""
@@ -151,6 +154,7 @@ class RankStatus:
     # The newest epoch that the rank acknowledged, and how far it came at it.
     epoch: int = 0
     stage: RankStage = RankStage.UNSPECIFIED
+    # Minus the signal that ended it; EXIT_CODE_UNKNOWN where nobody can tell.
     exit_code: int = 0
     message: str = ""
     experts_loaded: int = 0

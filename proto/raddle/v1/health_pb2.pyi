@@ -266,6 +266,7 @@ class RankStatus(_message.Message):
     """The newest epoch that the rank acknowledged, and how far it came at it."""
     stage: Global___RankStage.ValueType
     exit_code: _builtins.int
+    """Minus the signal that ended it; -1 where nobody can tell."""
     message: _builtins.str
     experts_loaded: _builtins.int
     kv_tokens_restored: _builtins.int

@@ -12,7 +12,7 @@ from raddle.core import pools
 from raddle.core.context import Context, Seat, Wait, has_done, is_ahead
 from raddle.core.instructions import ProbeRank
 from raddle.core.nodes import STORM_WINDOW_S
-from raddle.model.health import RankStage, RankStatus
+from raddle.model.health import EXIT_CODE_UNKNOWN, RankStage, RankStatus
 from raddle.model.job import Job, JobState
 from raddle.model.kinds import FaultKind, NodeState
 from raddle.model.types import RankKey
@@ -99,8 +99,8 @@ def _ended(
     if word is not None and word.start_count != seat.placement.start_count:
         word = None
     if status is not None and status.stage in (RankStage.EXITED, RankStage.FAILED):
-        what = f"exit code {status.exit_code}" if status.stage is RankStage.EXITED else "failed"
-        text = f"rank process ended: {what} {status.message}".strip()
+        text = f"rank process {_how_it_ended(status)}"
+        text += f": {status.message}" if status.message else ""
         # What a pod waited for before its rank came up is past.
         if word is None or (status.incarnation and not word.has_ended):
             return status.stage, text
@@ -109,6 +109,16 @@ def _ended(
     if word is not None and word.has_ended and (status is None or not is_heard):
         return word.reason, f"the rank's pod ended: {word.sentence}"
     return None
+
+
+def _how_it_ended(status: RankStatus) -> str:
+    """As much as its agent knows: of a process that it did not start, that is its end alone."""
+    code = status.exit_code
+    if status.stage is RankStage.FAILED:
+        return "failed"
+    if code == EXIT_CODE_UNKNOWN:
+        return "ended"
+    return f"ended with exit code {code}" if code >= 0 else f"ended by signal {-code}"
 
 
 def _is_waited_for(context: Context, job: Job, status: RankStatus | None) -> bool:

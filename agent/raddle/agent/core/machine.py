@@ -30,7 +30,13 @@ from raddle.agent.core.events import (
     StopRank,
     WriteAcks,
 )
-from raddle.model.health import AgentAcks, PeerSuspicion, RankStage, RankStatus
+from raddle.model.health import (
+    EXIT_CODE_UNKNOWN,
+    AgentAcks,
+    PeerSuspicion,
+    RankStage,
+    RankStatus,
+)
 from raddle.model.job import Assignment, AssignmentStage, JobAssignment, RankAssignment
 from raddle.model.types import RankKey
 
@@ -307,7 +313,9 @@ class AgentMachine:
         if job.stage is AssignmentStage.START and want.start_count == job.epoch:
             return [StartRank(job, want)]
         message = "the process was gone when the agent came back"
-        known.status = replace(status, stage=RankStage.EXITED, exit_code=-1, message=message)
+        known.status = replace(
+            status, stage=RankStage.EXITED, exit_code=EXIT_CODE_UNKNOWN, message=message
+        )
         known.is_gone = True
         self._dirty[job.job_uid] = None
         return []

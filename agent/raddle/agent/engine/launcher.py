@@ -29,7 +29,7 @@ class Life(Protocol):
     """One rank that runs, until it is gone."""
 
     async def wait(self) -> int:
-        """Return once it is gone: its exit code, or -1 where nobody can tell."""
+        """Return once it is gone: its exit code, EXIT_CODE_UNKNOWN if nobody can tell."""
         ...
 
     async def end(self) -> None:

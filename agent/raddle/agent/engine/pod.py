@@ -30,6 +30,7 @@ from raddle.agent.engine.reference.config import (
 )
 from raddle.agent.engine.reference.life import STOP, connect
 from raddle.model.errors import Reason, TemporaryError
+from raddle.model.health import EXIT_CODE_UNKNOWN
 
 _POLL_S = 0.05
 
@@ -39,7 +40,7 @@ class PodLife(EndWatch):
 
     async def wait(self) -> int:
         await self._ended.wait()
-        return -1
+        return EXIT_CODE_UNKNOWN
 
     async def end(self) -> None:
         with contextlib.suppress(OSError):

@@ -29,6 +29,7 @@ from raddle.agent.engine.reference.config import (
     write_config,
 )
 from raddle.model.errors import Reason, TemporaryError
+from raddle.model.health import EXIT_CODE_UNKNOWN
 from raddle.processes.start import Command, Process, start
 
 STOP_GRACE_S = 2.0
@@ -113,10 +114,10 @@ class ProcessWatch(EndWatch):
         super().__init__(handle)
 
     async def wait(self) -> int:
-        """The exit code if we started it; else -1."""
+        """The exit code if we started it."""
         await self._ended.wait()
         code = self._process.poll() if self._process is not None else None
-        return -1 if code is None else code
+        return EXIT_CODE_UNKNOWN if code is None else code
 
     async def end(self) -> None:
         """SIGTERM, then SIGKILL after a grace."""
