@@ -99,7 +99,7 @@ def upgraded(server: ApiServer) -> subprocess.CompletedProcess[str]:
 def test_an_upgrade_waits_until_no_rank_would_refuse_it(server: ApiServer) -> None:
     """Ranks from before the identities `rank` and `frontdoor` refuse them: their jobs go first."""
     make = ("create", "secret", "generic", "--namespace", NAMESPACE, "--from-literal=tls.crt=x")
-    job = (ROOT / "examples" / "kubernetes" / "job.yaml").read_text()
+    job = (ROOT / "examples" / "job.yaml").read_text()
     assert upgraded(server).returncode == 0
     server.kubectl("apply", "--namespace", "team-a", "-f", "-", stdin=job)
     assert upgraded(server).returncode == 0

@@ -15,6 +15,7 @@ BAD_FILES: dict[str, dict[str, tuple[str | bytes, str]]] = {
         "no YAML": ("a: [b", "line 1"),
         "a NUL": (b"name: x\0y\n", "no YAML"),
         "brackets without end": ("a: " + "[" * 5000, "no YAML"),
+        "a custom resource": ("apiVersion: raddle.dev/v1alpha1\n" + GOOD, "kubectl apply"),
         "a call": ('name: !!python/object/apply:os.system ["id"]', "no YAML"),
     },
     "fields": {

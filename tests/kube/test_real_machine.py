@@ -65,7 +65,7 @@ class RealMachine(Installation):
 
     def submit(self) -> None:
         """The example, on as many nodes as there are."""
-        text = (ROOT / "examples" / "kubernetes" / "job.yaml").read_text()
+        text = (ROOT / "examples" / "job.yaml").read_text()
         job = yaml.safe_load(text)
         roles = {role["name"]: role for role in job["spec"]["roles"]}
         job["spec"]["roles"] = [roles[name] | {"ranks": n} for name, n in RANKS.items()]

@@ -163,7 +163,7 @@ def _node_to_lose(release: Release) -> str:
 
 def _place_anew(release: Release) -> None:
     """The job's ranks have left the lost node; a new job has some on every node."""
-    manifest = str(ROOT / "examples" / "kubernetes" / "job.yaml")
+    manifest = str(ROOT / "examples" / "job.yaml")
     release.kubectl("delete", "-f", manifest, "--timeout=2m")
     release.kubectl("apply", "-f", manifest)
     release.until_ready(1)

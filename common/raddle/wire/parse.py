@@ -68,6 +68,13 @@ def job_message(text: str, folder: Path) -> job_pb2.JobSpec:
     the name of a model that comes with the project.
     """
     document = read_document(text)
+    if "apiVersion" in document:
+        raise PermanentError(
+            Reason.INVALID_ARGUMENT,
+            "job: this is a resource of Kubernetes: `kubectl apply -f` it where the operator runs, "
+            "or write its name and what is under its spec as a job file.",
+            field="apiVersion",
+        )
     model = document.get("model")
     if isinstance(model, dict):
         model["config"] = _config_text(model.get("config"), folder)
