@@ -1,8 +1,10 @@
 # The images of Raddle. Targets: `raddle` (every program), `agent` (the agent alone) and `etcd`.
 #
-#   docker build --target raddle --tag raddle .
-#   docker build --target agent --tag raddle-agent .
-#   docker build --target etcd --tag raddle-etcd --build-context servers="$(make -s tools)" .
+#   docker build --target raddle --tag localhost/raddle:VERSION .
+#   docker build --target agent --tag localhost/raddle-agent:VERSION .
+#   docker build --target etcd --tag localhost/raddle-etcd:VERSION --build-context servers="$(make -s tools)" .
+#
+# VERSION is the project's, which the chart asks for.
 #
 # Requirements are pinned with hashes, and all have wheels for amd64 and arm64 (Kunpeng).
 # `make images` builds all three without an image registry.

@@ -177,6 +177,8 @@ def pods(documents: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]
         name = f"{document['kind']}/{document['metadata']['name']}"
         if document["kind"] == "Pod":
             yield name, document["spec"]
+        elif document["kind"] == "CronJob":
+            yield name, document["spec"]["jobTemplate"]["spec"]["template"]["spec"]
         elif document["kind"] in ("Deployment", "DaemonSet", "StatefulSet", "Job"):
             yield name, document["spec"]["template"]["spec"]
 

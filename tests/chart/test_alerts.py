@@ -18,6 +18,7 @@ import yaml
 from raddle.agent.metrics import Metrics as AgentMetrics
 from raddle.model.job import JobState
 from raddle.operator import main as operator
+from raddle.operator.work import Counts
 from raddle.scheduler.metrics import Metrics
 from raddle.store.embedded import EmbeddedEtcd
 from raddle.store.ports import free_port
@@ -67,7 +68,7 @@ def _get(url: str) -> str:
 
 async def _operator_metrics() -> str:
     address = f"127.0.0.1:{free_port()}"
-    told = SimpleNamespace(metrics_listen=address, held=True, done=0, failed=0)
+    told = SimpleNamespace(metrics_listen=address, held=True, counts=Counts())
     stop = operator._serve_metrics(cast("Any", told), cast("Any", told), cast("Any", told))
     try:
         return await asyncio.to_thread(_get, f"http://{address}/metrics")

@@ -28,8 +28,11 @@ DEFAULT_WORKLOADS = {
     "DaemonSet/raddle-agent",
     "StatefulSet/raddle-etcd",
     "Job/raddle-certificates",
+    "CronJob/raddle-renewal",
     "Pod/raddle-test",
 }
+#: They speak with the Kubernetes API.
+WITH_TOKEN = {"Deployment/raddle-operator", "Job/raddle-certificates", "CronJob/raddle-renewal"}
 #: Points of the restricted Pod Security standard that a pod does not meet, each with its reason:
 #: agents share a folder of the host with ranks, and an init container makes it theirs.
 DEVIATIONS = {"hostPath", "folder: root", "folder: CHOWN"}
@@ -146,7 +149,7 @@ def test_pods_meet_the_restricted_standard(name: str) -> None:
         for container in containers(spec):
             assert container["securityContext"]["readOnlyRootFilesystem"], owner
             assert {"cpu", "memory"} >= set(container["resources"]["requests"]) != set(), owner
-        has_token = owner in ("Deployment/raddle-operator", "Job/raddle-certificates")
+        has_token = owner in WITH_TOKEN
         assert spec["automountServiceAccountToken"] is has_token, owner
 
 
@@ -188,6 +191,12 @@ def test_the_trial_etcd_lets_schedulers_and_agents_in_alone() -> None:
     assert f"--etcd-host={address.removesuffix(':2379')}" in hosts
 
 
+def _required(agents: dict[str, Any]) -> Any:
+    """What a Kubernetes node must be for an agent to go there."""
+    affinity = agents["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    return affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+
+
 def test_without_operator_nothing_of_it_is_left() -> None:
     """The chart itself says which nodes are which, and tells the scheduler of the machine."""
     documents = render(MATRIX["no operator"])
@@ -195,8 +204,13 @@ def test_without_operator_nothing_of_it_is_left() -> None:
     assert names(documents, "ClusterRole") == []
     nodes = one(documents, "ConfigMap", "raddle-given-nodes")["data"]
     assert nodes == {"worker-1": "sn0/n00,sn0/n01", "worker-2": "sn0/n02"}
-    agent = environment(one(documents, "DaemonSet", "raddle-agent"))
-    assert agent["RADDLE_AGENT_RANKS"] == "processes"
+    agents = one(documents, "DaemonSet", "raddle-agent")
+    assert environment(agents)["RADDLE_AGENT_RANKS"] == "processes"
+    # Others would wait for a share for ever.
+    assert _required(agents) == [
+        {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [name]}]}
+        for name in nodes
+    ]
     machine = one(documents, "Job", "raddle-supernode")["spec"]["template"]["spec"]
     assert machine["containers"][0]["command"][-2:] == [
         "supernode",
@@ -236,12 +250,24 @@ def test_the_operator_knows_what_agents_tolerate() -> None:
         assert operator["RADDLE_OPERATOR_TOLERATED_TAINTS"] == expected
 
 
+def test_certificates_of_a_release_that_nobody_upgrades_are_renewed() -> None:
+    """By the hook's command, at another time and under another account."""
+    documents = render({})
+    renewal = one(documents, "CronJob", "raddle-renewal")["spec"]
+    pod = renewal["jobTemplate"]["spec"]["template"]["spec"]
+    hook = one(documents, "Job", "raddle-certificates")["spec"]["template"]["spec"]
+    assert renewal["schedule"] == "30 3 * * 0"
+    assert pod == hook | {"serviceAccountName": "raddle-renewal"}
+    assert names(render({"certificates": {"renewalSchedule": ""}}), "CronJob") == []
+
+
 def test_cert_manager_makes_the_same_certificates_as_the_hook() -> None:
     """The same Secrets for the same identities, and no hook."""
     from raddle.cli.certificates.secrets import IDENTITIES, wanted_secrets
 
     documents = render(MATRIX["cert-manager"])
     assert "raddle-certificates" not in names(documents, "Job")
+    assert names(documents, "CronJob") == []
     made = {
         d["spec"]["secretName"]: (d["spec"]["commonName"], set(d["spec"].get("dnsNames", [])))
         for d in documents
@@ -291,9 +317,10 @@ def test_ranks_run_in_pods_unless_they_are_to_run_in_agents() -> None:
 def test_a_real_machine_is_its_labelled_nodes_only() -> None:
     """Agents go to nodes with the label, the operator minds pods of others and asks for devices."""
     documents = render(MATRIX["real machine"])
-    agent = one(documents, "DaemonSet", "raddle-agent")["spec"]["template"]["spec"]
-    text = yaml.safe_dump(agent["affinity"])
-    assert "raddle.dev/node" in text
+    labelled = [{"key": "raddle.dev/node", "operator": "Exists"}]
+    assert _required(one(documents, "DaemonSet", "raddle-agent")) == [
+        {"matchExpressions": labelled}
+    ]
     operator = environment(one(documents, "Deployment", "raddle-operator"))
     assert operator["RADDLE_OPERATOR_SIMULATED"] == "false"
     assert operator["RADDLE_OPERATOR_FOREIGN_PODS"] == "true"
@@ -383,6 +410,15 @@ def test_rights_go_no_further_than_the_served_namespaces() -> None:
         (["raddle-tls-rank", "raddle-tls-frontdoor"], ["get"])
     ]
     assert (NAMESPACE, "secrets", "create") not in served
+    theirs = [
+        (rule.get("resourceNames"), rule["verbs"])
+        for role in two
+        if role["kind"] == "Role" and role["metadata"].get("namespace") == "team-a"
+        for rule in role["rules"]
+        if rule["resources"] == ["secrets"]
+    ]
+    copies = [f"{NAMESPACE}.raddle-tls-rank", f"{NAMESPACE}.raddle-tls-frontdoor"]
+    assert theirs == [(None, ["create"]), (copies, ["get", "patch"])]
     own = _rights(render({}), "raddle-operator")
     assert not [right for right in own if right[1] == "secrets"]
     assert {resource for where, resource, _ in own if where == "*"} == {

@@ -52,10 +52,8 @@ OPERATOR: Rights = EVERYWHERE | {
     ("events", ""): verbs("create"),
 }
 SECRETS = ("ca", "scheduler", "agent", "operator", "admin", "rank", "frontdoor", "etcd")
-CERTIFICATES: Rights = {
-    ("secrets", ""): verbs("create"),
-    **{("secrets", f"raddle-tls-{name}"): verbs("get patch") for name in SECRETS},
-}
+RENEWAL: Rights = {("secrets", f"raddle-tls-{name}"): verbs("get patch") for name in SECRETS}
+CERTIFICATES: Rights = RENEWAL | {("secrets", ""): verbs("create")}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +135,10 @@ def rights_of(server: ApiServer, account: str, namespace: str) -> Rights:
 
 
 def test_each_account_has_the_rights_that_it_needs_and_no_other(server: ApiServer) -> None:
-    """Schedulers, agents and etcd have none; the operator's are these; the hook makes Secrets."""
+    """Schedulers, agents and etcd have none; the operator's are these; the hook makes Secrets.
+
+    The CronJob that stays renews them, and makes none.
+    """
     applied(server, rights({}, NAMESPACE))
     for account in ("raddle-scheduler", "raddle-agent", "raddle-etcd"):
         assert rights_of(server, account, NAMESPACE) == {}
@@ -145,3 +146,5 @@ def test_each_account_has_the_rights_that_it_needs_and_no_other(server: ApiServe
     assert rights_of(server, "raddle-operator", "default") == EVERYWHERE
     assert rights_of(server, "raddle-certificates", NAMESPACE) == CERTIFICATES
     assert rights_of(server, "raddle-certificates", "default") == {}
+    assert rights_of(server, "raddle-renewal", NAMESPACE) == RENEWAL
+    assert rights_of(server, "raddle-renewal", "default") == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,7 @@ from raddle.operator.machine import Machine
 from raddle.operator.names import FINALIZER, MANAGER
 from raddle.operator.scheduler_link import Picture, SchedulerLink
 from raddle.operator.spec import job_message
-from raddle.v1 import job_pb2, scheduler_pb2
+from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank
 from tests.operator.resources import SITE, Object, answer, inference_job, role, seat, stored
 from tests.wire.test_rank_tables import make_table_rank
@@ -36,8 +37,10 @@ class ApiServer:
     async def find(self, kind: str, _namespace: str = "", _selector: str = "") -> list[Object]:
         return [item for (known, _), item in self.items.items() if known == kind]
 
-    async def patch(self, item: Object, change: Object, *, part: str = "") -> Object:
-        found = self.items[item["kind"], item["metadata"]["name"]]
+    async def patch(self, item: Object, change: Object, *, part: str = "") -> Object | None:
+        found = self.items.get((item["kind"], item["metadata"]["name"]))
+        if found is None:
+            return None
         for name, value in change.items():
             found[name] = (found.get(name) or {}) | value
         return found
@@ -283,3 +286,71 @@ async def test_pods_that_wait_are_told_as_long_as_they_are_there() -> None:
     for _ in range(2):
         await jobs.bring("default", "demo")
     assert scheduler.reported == [(0, "ErrImagePull")] * 2
+
+
+async def test_a_pod_of_an_older_job_of_the_name_is_not_taken_for_a_ranks() -> None:
+    """Its starts were counted from one as well: it is deleted, and told while it does not go."""
+    api, scheduler, resource = running_job()
+    labels = {"raddle.dev/job": "demo", "raddle.dev/job-uid": "j-0000000000ff"}
+    labels |= {"app.kubernetes.io/component": "rank"}
+    metadata = {"name": "demo-decode-0-0-1", "namespace": "default", "labels": labels}
+    old = {"kind": "Pod", "metadata": {**metadata, "deletionTimestamp": "2026-01-01T00:00:00Z"}}
+    api.items["Pod", "demo-decode-0-0-1"] = old
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    assert await api.find("Pod") == [old]
+    scheduler.answer.job.state = job_pb2.JOB_STATE_STARTING
+    await jobs.bring("default", "demo")
+    said = {c["type"]: c["message"] for c in resource["status"]["conditions"]}
+    assert "the Pod of an older job demo is not gone yet" in said["Ready"]
+    del old["metadata"]["deletionTimestamp"]  # type: ignore[attr-defined]
+    for _ in range(2):
+        await jobs.bring("default", "demo")
+    (pod,) = await api.find("Pod")
+    assert pod["metadata"]["labels"]["raddle.dev/job-uid"] == scheduler.answer.job.uid
+
+
+async def test_what_a_job_waits_for_is_told_and_its_pods_are_still_reported() -> None:
+    """The certificates of the release are not there: the status says so, and what ended is told."""
+    api, scheduler, resource = running_job()
+    jobs = jobs_of(api, scheduler)
+    await jobs.bring("default", "demo")
+    pod = api.items["Pod", "demo-decode-0-0-1"]
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    pod["status"] = {"containerStatuses": [{"name": "rank", "state": killed}]}
+    resource["metadata"]["namespace"] = pod["metadata"]["namespace"] = "team-a"
+    scheduler.answer.job.state = job_pb2.JOB_STATE_STARTING
+    with pytest.raises(TemporaryError, match="raddle-tls-rank is not there yet"):
+        await jobs.bring("team-a", "demo")
+    said = {c["type"]: c["message"] for c in resource["status"]["conditions"]}
+    assert "default/raddle-tls-rank is not there yet" in said["Ready"]
+    assert scheduler.reported == [(0, "OOMKilled")]
+
+
+async def test_a_resource_that_went_before_it_was_held_makes_no_job() -> None:
+    """Nobody would end what it asked for."""
+    resource = inference_job()
+    resource["metadata"]["resourceVersion"] = "1"
+    api, scheduler = ApiServer(resource), Scheduler("READY")
+
+    async def read_and_gone(kind: str, _namespace: str, name: str) -> Object | None:
+        return api.items.pop((kind, name), None)
+
+    api.get = read_and_gone  # type: ignore[method-assign]
+    assert not await jobs_of(api, scheduler).bring("default", "demo")
+    assert scheduler.calls == []
+    assert api.items == {}
+
+
+@pytest.mark.parametrize(("hours", "events"), [(0, 2), (2, 0)])
+async def test_an_incident_of_yesterday_is_no_news(hours: int, events: int) -> None:
+    """A new leader tells what is newly over, and nothing that was told before Events expired."""
+    api, scheduler, _ = running_job()
+    told = scheduler_pb2.WatchIncidentsResponse(kind=scheduler_pb2.WATCH_KIND_CHANGED)
+    told.incident.id, told.incident.phase = "i-000001", incident_pb2.INCIDENT_PHASE_CLOSED
+    told.incident.end_time.FromDatetime(datetime.now(UTC) - timedelta(hours=hours))
+    told.incident.plans.add(job_uid=scheduler.answer.job.uid)
+    scheduler.incidents.take(told)
+    await jobs_of(api, scheduler).bring("default", "demo")
+    found = [event for event in await api.find("Event") if "i-000001" in event["message"]]
+    assert len(found) == events

@@ -227,6 +227,7 @@ async def test_ranks_are_pods_on_the_kubernetes_node_that_plays_their_node(stage
         node: host
         for host, text in (await stage.data("raddle-nodes")).items()
         for node in text.split(",")
+        if node
     }
     for pod in await stage.cluster.find("Pod", stage.jobs, "raddle.dev/job=served"):
         node = pod["metadata"]["annotations"]["raddle.dev/node"]

@@ -24,7 +24,8 @@ def resource(kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 async def shares(stage: Stage) -> dict[str, list[str]]:
-    return {host: text.split(",") for host, text in (await stage.data("raddle-nodes")).items()}
+    data = await stage.data("raddle-nodes")
+    return {host: text.split(",") for host, text in data.items() if text}
 
 
 async def node_status(stage: Stage, node: str) -> scheduler_pb2.NodeStatus:

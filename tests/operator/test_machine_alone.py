@@ -238,13 +238,39 @@ async def test_of_kubernetes_nodes_with_one_label_one_plays_the_node() -> None:
     api = ApiServer(*nodes, share_map(**{"worker-2": "sn0/n01"}))
     found = machine(api, scheduler, simulated=False)
     await found.bring()
-    shares = {"worker-1": "sn0/n00", "worker-2": "sn0/n01"}
+    shares = {"worker-0": "", "worker-1": "sn0/n00", "worker-2": "sn0/n01"}
     assert api.items["ConfigMap", "raddle-nodes"]["data"] == shares
     assert found.named_twice == {"sn0/n01": ("worker-0", "worker-2")}
     condition = applied("sn0", found.named_twice)
     assert (condition.status, condition.reason) == ("True", OperatorReason.NODE_LABELLED_TWICE)
     assert "worker-0, worker-2 are all labelled as sn0/n01" in condition.message
     assert applied("sn1", found.named_twice).reason is OperatorReason.APPLIED
+
+
+async def test_an_agent_that_shall_serve_nothing_is_told_so() -> None:
+    """It would wait for its share else, and an installation or upgrade for it."""
+    scheduler = Scheduler(n00="ABSENT")
+    scheduler.all_told()
+    api = ApiServer(kubernetes_node("worker-1", pool="x"), kubernetes_node("worker-2", pool="x"))
+    await machine(api, scheduler).bring()
+    shares = {"worker-1": "sn0/n00", "worker-2": ""}
+    assert api.items["ConfigMap", "raddle-nodes"]["data"] == shares
+
+
+async def test_of_a_real_node_that_went_the_witness_is_heard_though_it_is_asked_late() -> None:
+    """Its share stays until the scheduler knows that what ran there is lost."""
+    scheduler = Scheduler(n00="READY")
+    scheduler.all_told()
+    api = ApiServer(share_map(**{"worker-1": "sn0/n00"}))
+    found = machine(api, scheduler, simulated=False)
+    await found.bring()
+    assert scheduler.calls == []
+    scheduler.tell("sn0/n00", "UNKNOWN")
+    await found.bring()
+    assert [method for method, _ in scheduler.calls] == ["DeclareNodeLost"]
+    scheduler.tell("sn0/n00", "LOST")
+    await found.bring()
+    assert api.items["ConfigMap", "raddle-nodes"]["data"] == {}
 
 
 async def test_a_drain_that_was_never_written_down_ends_with_its_resource() -> None:

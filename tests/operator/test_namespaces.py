@@ -118,8 +118,11 @@ async def test_a_namespace_that_is_not_served_is_none_of_its(
     await stage.until_condition("apart", "Placed", "True")
     assert "status" not in await stage.resource("apart", space=space)
     who = f"--as=system:serviceaccount:{stage.space}:raddle-operator"
-    for verb, kind in (("get", "inferencejobs"), ("create", "pods"), ("get", "secrets")):
+    copy = f"secrets/{stage.space}.raddle-tls-rank"
+    for verb, kind in (("get", "inferencejobs"), ("create", "pods"), ("get", copy)):
         assert await stage.kubectl("auth", "can-i", verb, kind, who, "-n", teams[0]) == "yes\n"
         with pytest.raises(CommandError, match="no"):
             await stage.kubectl("auth", "can-i", verb, kind, who, "-n", space)
+    with pytest.raises(CommandError, match="no"):
+        await stage.kubectl("auth", "can-i", "get", "secrets", who, "-n", teams[0])
     await stage.kubectl("delete", "-n", teams[0], "ij", "apart")

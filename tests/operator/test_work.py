@@ -9,14 +9,14 @@ from contextlib import suppress
 import pytest
 
 from raddle.model.errors import PermanentError, Reason, TemporaryError
-from raddle.operator.work import RETRY_S_MAX, Item, Work
+from raddle.operator.work import RETRY_S_MAX, Counts, Item, Work
 from tests.support import eventually
 
 
 async def running(
     do: Callable[[Item], Awaitable[bool]], scenario: Callable[[Work], Awaitable[None]]
 ) -> None:
-    work = Work(do)
+    work = Work(do, Counts())
     task = asyncio.create_task(work.run())
     await scenario(work)
     task.cancel()
@@ -43,7 +43,7 @@ async def test_marks_while_it_waits_or_runs_are_one() -> None:
         for _ in range(10):
             work.mark("job", "a", "b")
         gate.set()
-        await eventually(lambda: work.done == 2, "it is done twice")
+        await eventually(lambda: work.counts.done == 2, "it is done twice")
         assert attempts[0] == 2
 
     await running(do, scenario)
@@ -89,7 +89,7 @@ async def test_what_is_gone_is_not_looked_after_again() -> None:
 
     async def scenario(work: Work) -> None:
         work.mark("job", "a", "b")
-        await eventually(lambda: work.done == 1, "it is done")
+        await eventually(lambda: work.counts.done == 1, "it is done")
         assert work._timers == {}
 
     await running(do, scenario)
@@ -107,6 +107,6 @@ async def test_one_that_fails_does_not_hold_up_the_others() -> None:
     async def scenario(work: Work) -> None:
         work.mark("job", "a", "stuck")
         work.mark("job", "a", "fine")
-        await eventually(lambda: work.done == 1, "the other one is done")
+        await eventually(lambda: work.counts.done == 1, "the other one is done")
 
     await running(do, scenario)

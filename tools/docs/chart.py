@@ -37,9 +37,10 @@ from there to a served job, an upgrade, an etcd of your own and a real machine.
   standard); an init container of the agents, as root with CAP_CHOWN alone, makes that folder
   theirs; and with `devices.podResources` a container of theirs without capabilities opens
   kubelet's socket as root. Agents, schedulers and etcd have no token for the Kubernetes API.
-- **Certificates** are made by a hook before an installation and renewed by each upgrade that comes
-  within `certificates.renewBeforeDays` of their end, or by cert-manager. Nothing is restarted for
-  that: new connections show the new ones. Each identity may do what it needs and no more;
+- **Certificates** are made by a hook before an installation and renewed within
+  `certificates.renewBeforeDays` of their end: by each upgrade, by a CronJob
+  (`certificates.renewalSchedule`), or by cert-manager instead. Nothing is restarted for that: new
+  connections show the new ones. Each identity may do what it needs and no more;
   namespaces of jobs get copies of `<release>-tls-rank` and `<release>-tls-frontdoor` alone, which
   open neither etcd nor jobs and machine at the schedulers.
 - **Upgrades** go one pod at a time: a scheduler gives the lead back when it is told to end, ranks
@@ -47,7 +48,8 @@ from there to a served job, an upgrade, an etcd of your own and a real machine.
 - **Definitions** of the custom resources are templates, so that upgrades upgrade them; an
   uninstallation keeps them and all resources. To take over those that another release left, add
   `--take-ownership`.
-- One release with an operator in a cluster: SuperNodes and Maintenances belong to the whole of it.
+- **Several releases** on one cluster need a namespace each, and `operator.supernodes`: an operator
+  serves all SuperNodes and Maintenances that it finds unless this names its own.
 
 ## Values
 

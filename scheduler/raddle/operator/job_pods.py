@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raddle.model.errors import PermanentError, Reason, TemporaryError
+from raddle.model.errors import ConflictError, PermanentError, RaddleError, Reason, TemporaryError
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
 from raddle.operator.machine import Machine
@@ -22,6 +22,8 @@ from raddle.wire.rank_tables import TableRank
 _RELEASE_NAMESPACE = f"{GROUP}/release-namespace"
 _OURS = ("app.kubernetes.io/managed-by", "app.kubernetes.io/instance", _RELEASE_NAMESPACE)
 _HASH = f"{GROUP}/hash"
+#: Temporary for as long as something else is missing or in the way, which people have to know.
+_LASTING = (Reason.NOT_FOUND, Reason.ALREADY_EXISTS)
 Object = dict[str, Any]
 Answer = scheduler_pb2.GetJobResponse
 
@@ -37,10 +39,17 @@ class Outcome:
     devices: list[Problem] = field(default_factory=list)
     #: Ranks' Pods that ended or do not come up, as the scheduler is told.
     reports: list[scheduler_pb2.PodReport] = field(default_factory=list)
-    failure: PermanentError | None = None
+    failure: RaddleError | None = None
 
-    def failed(self, error: PermanentError) -> Problem:
-        """Note that a part cannot be made."""
+    def failed(self, error: RaddleError) -> Problem:
+        """Note that a part cannot be made.
+
+        Raises:
+            RaddleError: the error itself, where a neighbour's hiccup is all that it tells.
+        """
+        is_lasting = isinstance(error, PermanentError) or error.reason in _LASTING
+        if isinstance(error, ConflictError) or not is_lasting:
+            raise error
         problem = Problem("not done", error.reason, error.message)
         self.problems.insert(0, problem)
         self.failure = error
@@ -75,26 +84,29 @@ class JobPods:
         seats = [seat for seat in pods.seats(answer) if seat.role in roles]
         ranks = [pod for pod in present if _is_rank(pod)]
         wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
+        # Starts of another job of this name are counted from one as well.
+        of_others = {pod["metadata"]["name"] for pod in ranks if not _is_of(pod, answer.job.uid)}
         # What goes does not wait for what cannot be made.
-        await self._delete_ranks(ranks, seats, wanted)
+        await self._delete_ranks(ranks, seats, wanted - of_others)
         try:
             await self._secrets(resource["metadata"]["namespace"])
             await self._rank_tables(roles, answer, ranks, seats)
             outcome.problems += await self._make_ranks(resource, roles, answer, ranks, seats)
-        except PermanentError as error:
+        except RaddleError as error:
             outcome.failed(error)
         if pods.is_served(answer.job):
             outcome.front_door = _front_door_problem(present)
             try:
                 for item in pods.front_door(self._site, answer.job, resource):
                     await self._ensure(item, resource)
-            except PermanentError as error:
+            except RaddleError as error:
                 outcome.front_door = outcome.failed(error)
         outcome.devices = job_status.device_problems(self._machine.wrong_devices(ranks))
-        reports = (pod_report(pod, answer.job.uid) for pod in ranks)
+        its = (pod for pod in ranks if pod["metadata"]["name"] not in of_others)
+        reports = (pod_report(pod, answer.job.uid) for pod in its)
         outcome.reports = [report for report in reports if report is not None]
         for pod in present:
-            is_wanted = pod["metadata"]["name"] in wanted or not _is_rank(pod)
+            is_wanted = pod["metadata"]["name"] in wanted - of_others or not _is_rank(pod)
             problem = pod_problem(pod) if is_wanted else None
             if problem is not None:
                 outcome.problems.append(problem)
@@ -124,15 +136,20 @@ class JobPods:
     ) -> list[Problem]:
         """Pods of seats that have none yet; gives what does not come up."""
         name = answer.job.spec.name
-        there = {pod["metadata"]["name"] for pod in present}
+        there = {pod["metadata"]["name"]: pod for pod in present}
         was_up = pods.started(answer)
         templates = {role["name"]: role.get("template") or {} for role in resource["spec"]["roles"]}
         problems: list[Problem] = []
         making = []
         for seat in seats:
             pod = pods.pod_name(name, seat)
-            if pod in there or pods.seat_key(seat) in was_up:
+            if pods.seat_key(seat) in was_up:
                 # Once started never started again: the scheduler gives another start instead.
+                continue
+            if pod in there:
+                if not _is_of(there[pod], answer.job.uid):
+                    message = f"the Pod of an older job {name} is not gone yet"
+                    problems.append(Problem(f"Pod {pod}", Reason.ALREADY_EXISTS, message))
                 continue
             host = self._machine.host_of(seat.rank.node)
             if host is None:
@@ -257,14 +274,13 @@ def _carries(item: Mapping[str, Any], marks: Mapping[str, str]) -> bool:
 def refuse_foreign(known: Object | None, resource: Mapping[str, Any]) -> None:
     if known is None or known["metadata"].get("deletionTimestamp"):
         return
-    metadata = known["metadata"]
-    if metadata.get("ownerReferences"):
-        # An older resource of the same name; it goes with its owner.
+    metadata, name = known["metadata"], resource["metadata"]["name"]
+    owners = metadata.get("ownerReferences") or ()
+    if any(o["apiVersion"].startswith(f"{GROUP}/") and o["name"] == name for o in owners):
         raise TemporaryError(
             Reason.ALREADY_EXISTS,
             f"{known['kind']} {metadata['name']} belongs to an older resource and goes with it",
         )
-    name = resource["metadata"]["name"]
     raise PermanentError(
         Reason.ALREADY_EXISTS,
         f"{known['kind']} {metadata['name']} is there and is not of InferenceJob {name}:"
@@ -297,6 +313,10 @@ def _table(pod: Mapping[str, Any]) -> tuple[str, str]:
     return metadata["namespace"], pods.table_name(
         metadata["labels"][f"{GROUP}/job"], *_instance(pod)
     )
+
+
+def _is_of(pod: Mapping[str, Any], job_uid: str) -> bool:
+    return bool((pod["metadata"].get("labels") or {}).get(f"{GROUP}/job-uid") == job_uid)
 
 
 def _is_rank(pod: Mapping[str, Any]) -> bool:

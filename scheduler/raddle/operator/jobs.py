@@ -17,9 +17,10 @@ from raddle.model.errors import ConflictError, PermanentError, RaddleError, Reas
 from raddle.operator import job_status, pods
 from raddle.operator.cluster import Cluster
 from raddle.operator.conditions import Condition
+from raddle.operator.finalizers import hold, is_held, let_go
 from raddle.operator.job_pods import JobPods, is_owned, refuse_foreign
 from raddle.operator.machine import Machine
-from raddle.operator.names import FINALIZER, GROUP, MANAGER, role_name
+from raddle.operator.names import GROUP, MANAGER, role_name
 from raddle.operator.pod_problems import pod_report
 from raddle.operator.scheduler_link import SchedulerLink
 from raddle.operator.spec import (
@@ -103,7 +104,8 @@ class Jobs:
         if resource["metadata"].get("deletionTimestamp"):
             await self._let_go(resource)
             return True
-        await self._hold(resource)
+        if not await hold(self._cluster, resource):
+            return False
         try:
             roles = await self._roles(resource)
             sizes = {role["spec"]["role"]: role["spec"]["replicas"] for role in roles.values()}
@@ -145,19 +147,6 @@ class Jobs:
 
     # --- the job in the scheduler ----------------------------------------------------------------
 
-    async def _hold(self, resource: Object) -> None:
-        """The resource must not go before its job has gone."""
-        finalizers = resource["metadata"].get("finalizers") or []
-        if FINALIZER not in finalizers:
-            await self._set_finalizers(resource, [*finalizers, FINALIZER])
-
-    async def _set_finalizers(self, resource: Object, finalizers: list[str]) -> None:
-        version = resource["metadata"]["resourceVersion"]
-        change = {"metadata": {"finalizers": finalizers, "resourceVersion": version}}
-        changed = await self._cluster.patch(resource, change)
-        if changed is not None:
-            resource["metadata"]["resourceVersion"] = changed["metadata"]["resourceVersion"]
-
     async def _find(self, resource: Object) -> Answer | None:
         """The job of this resource's name, whoever made it."""
         metadata = resource["metadata"]
@@ -180,8 +169,7 @@ class Jobs:
 
     async def _let_go(self, resource: Object) -> None:
         """End the job and forget it, then let the resource go."""
-        finalizers = resource["metadata"].get("finalizers") or []
-        if FINALIZER not in finalizers:
+        if not is_held(resource):
             return
         found = await self._find(resource)
         is_ours = found is not None and found.job.managed_by == MANAGER
@@ -192,7 +180,7 @@ class Jobs:
             conditions = job_status.conditions(answer, None, [])
             await self._teller.say(resource, answer, conditions, None, [])
             return
-        await self._set_finalizers(resource, [f for f in finalizers if f != FINALIZER])
+        await let_go(self._cluster, resource)
 
     async def _end(self, job: job_pb2.Job) -> bool:
         """Cancel a job of ours, or delete its record once it has ended; True when it is gone."""

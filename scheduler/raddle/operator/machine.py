@@ -167,12 +167,17 @@ class Machine:
         carriers = {node: host for host, nodes in wanted.items() for node in nodes}
         self._carriers = carriers
         self.holders = self._holders_now()
-        if wanted != now:
-            await self._write_shares(now, wanted)
+        # An agent that shall serve nothing is told so: it waits for no share.
+        told = dict.fromkeys(self._hosts, ()) | wanted
+        if told != now:
+            await self._write_shares(now, told)
         self._is_known = True
         await self._tell_lost(now)
-        await self._order()
+        await self._cordon(OperatorReason.HOST_CORDONED, self._wanted_cordons())
+        await self._drain()
         await self._show()
+        # Last, for it reads all Pods of the cluster.
+        await self._cordon(OperatorReason.HELD_BY_OTHER, await self._wanted_die_holds())
 
     def _holders_now(self) -> dict[str, tuple[str, bool]]:
         found = {
@@ -193,7 +198,7 @@ class Machine:
 
     async def _shares_now(self) -> Shares:
         data = await self._map(self._map_name)
-        return {host: tuple(text.split(",")) for host, text in data.items() if text}
+        return {host: tuple(filter(None, text.split(","))) for host, text in data.items()}
 
     async def _map(self, name: str) -> dict[str, str]:
         """What a ConfigMap of ours has; nothing if it is not there."""
@@ -215,7 +220,7 @@ class Machine:
                 now, {host.name: host.node for host in self._hosts.values()}
             )
             self._note(named_twice)
-            return found
+            return self._leaving(now, found) | found
         silent = {node for node in nodes if self._state(node) in _QUIET}
         # A Kubernetes node that went keeps its share until what ran there is known to be lost.
         leaving = {
@@ -229,6 +234,17 @@ class Machine:
             busy=self._busy(),
             heard=[node for node in nodes if node not in silent],
         )
+
+    def _leaving(self, now: Shares, found: Shares) -> Shares:
+        """Shares of Kubernetes nodes that went, until what ran there is known to be lost."""
+        played = {node for nodes in found.values() for node in nodes}
+        return {
+            host: nodes
+            for host, nodes in now.items()
+            if host not in self._all_hosts
+            and played.isdisjoint(nodes)
+            and any(self._state(node) not in _QUIET for node in nodes)
+        }
 
     def _note(self, named_twice: dict[str, tuple[str, ...]]) -> None:
         if named_twice != self.named_twice:
@@ -295,42 +311,32 @@ class Machine:
                 raise
             log.info("not done", call=method, why=error.message)
 
-    async def _order(self) -> None:
-        """Cordons and drains of Kubernetes nodes, and dies that other Pods hold."""
-        wanted = self._wanted_cordons() | await self._wanted_die_holds()
-        have = self._own_cordons()
-        for subject, (reason, message) in wanted.items():
-            if subject not in have:
-                await self._ask(
-                    "Cordon",
-                    scheduler_pb2.CordonRequest(subject=subject, message=message, reason=reason),
-                )
-        for subject, reason in have.items():
-            if subject not in wanted:
-                request = scheduler_pb2.UncordonRequest(subject=subject, reason=reason)
-                await self._ask("Uncordon", request)
-        await self._drain()
-
-    def _own_cordons(self) -> dict[str, str]:
-        """Subjects that this operator cordoned, with the reason that only it gives."""
-        return {
-            hold.subject: hold.reason
+    async def _cordon(self, reason: OperatorReason, wanted: Mapping[str, str]) -> None:
+        """Let these subjects, with a message each, and no others be cordoned for this reason."""
+        have = {
+            hold.subject
             for message in self._link.nodes.values.values()
             for die in message.dies
             for hold in die.holds
-            if hold.kind == HoldKind.CORDON
-            and hold.reason in (OperatorReason.HELD_BY_OTHER, OperatorReason.HOST_CORDONED)
+            if hold.kind == HoldKind.CORDON and hold.reason == reason
         }
+        for subject, message in wanted.items():
+            if subject not in have:
+                request = scheduler_pb2.CordonRequest(
+                    subject=subject, message=message, reason=reason
+                )
+                await self._ask("Cordon", request)
+        for subject in have - wanted.keys():
+            await self._ask(
+                "Uncordon", scheduler_pb2.UncordonRequest(subject=subject, reason=reason)
+            )
 
-    def _wanted_cordons(self) -> dict[str, tuple[str, str]]:
-        found: dict[str, tuple[str, str]] = {}
-        for node in self._link.nodes.values:
-            host = self.host_of(node)
-            if host is not None and host.cordon:
-                found[node] = (OperatorReason.HOST_CORDONED, host.cordon)
-        return found
+    def _wanted_cordons(self) -> dict[str, str]:
+        """Nodes whose Kubernetes node gets no new work, and why."""
+        hosts = {node: self.host_of(node) for node in self._link.nodes.values}
+        return {node: host.cordon for node, host in hosts.items() if host and host.cordon}
 
-    async def _wanted_die_holds(self) -> dict[str, tuple[str, str]]:
+    async def _wanted_die_holds(self) -> dict[str, str]:
         """Dies that the device plugin gave to Pods of others."""
         if not self._options.foreign_pods:
             return {}
@@ -338,7 +344,7 @@ class Machine:
         for pod in await self._cluster.find("Pod"):
             by_host.setdefault((pod.get("spec") or {}).get("nodeName", ""), []).append(pod)
         return {
-            die: (OperatorReason.HELD_BY_OTHER, f"Pod {pod} holds it")
+            die: f"Pod {pod} holds it"
             for node, host in self._carriers.items()
             if (told := self._link.nodes.values.get(node)) is not None
             for die, pod in foreign_holders(told.dies, by_host.get(host, [])).items()

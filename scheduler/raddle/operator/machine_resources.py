@@ -10,7 +10,7 @@ from raddle.model.errors import PermanentError, RaddleError, Reason, TemporaryEr
 from raddle.model.kinds import NodeState
 from raddle.operator.cluster import Cluster
 from raddle.operator.conditions import FALSE, TRUE, UNKNOWN, Condition
-from raddle.operator.names import FINALIZER
+from raddle.operator.finalizers import hold, is_held, let_go
 from raddle.operator.reasons import OperatorReason, named
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.served import Served
@@ -121,14 +121,13 @@ class MachineResources:
         resource = await self._cluster.get("Maintenance", "", name)
         if resource is None:
             return False
-        finalizers = resource["metadata"].get("finalizers") or []
         if resource["metadata"].get("deletionTimestamp"):
-            if FINALIZER in finalizers:
+            if is_held(resource):
                 await self._cancel(_id(resource) or await self._unwritten(resource))
-                await self._set_finalizers(resource, [f for f in finalizers if f != FINALIZER])
+                await let_go(self._cluster, resource)
             return True
-        if FINALIZER not in finalizers:
-            await self._set_finalizers(resource, [*finalizers, FINALIZER])
+        if not await hold(self._cluster, resource):
+            return False
         try:
             record = await self._record(resource)
         except RaddleError as error:
@@ -205,11 +204,6 @@ class MachineResources:
         except PermanentError as error:
             if error.reason is not Reason.NOT_FOUND:
                 raise
-
-    async def _set_finalizers(self, resource: Object, finalizers: list[str]) -> None:
-        version = resource["metadata"]["resourceVersion"]
-        change = {"metadata": {"finalizers": finalizers, "resourceVersion": version}}
-        await self._cluster.patch(resource, change)
 
 
 def _id(resource: Mapping[str, Any]) -> str:

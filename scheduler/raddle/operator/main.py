@@ -178,11 +178,14 @@ async def serve(settings: Settings) -> None:
 
 
 def _serve_metrics(settings: Settings, lease: Lease, operator: Operator) -> Any:
-    registry = CollectorRegistry()
+    registry, counts = CollectorRegistry(), operator.counts
     numbers = {
         "raddle_operator_leads": ("1 on the operator that acts.", lambda: float(lease.held)),
-        "raddle_operator_work_done": ("Resources looked after so far.", lambda: operator.done),
-        "raddle_operator_work_failed": ("Attempts to be repeated.", lambda: operator.failed),
+        "raddle_operator_work_done": (
+            "Resources looked after so far.",
+            lambda: counts.done,
+        ),
+        "raddle_operator_work_failed": ("Attempts to be repeated.", lambda: counts.failed),
     }
     for name, (text, read) in numbers.items():
         Gauge(name, text, registry=registry).set_function(read)

@@ -20,7 +20,7 @@ from raddle.operator.pods import Site
 from raddle.operator.scheduler_link import SchedulerLink
 from raddle.operator.served import Served
 from raddle.operator.watching import EVERYWHERE, Mark, News, Watch, follow
-from raddle.operator.work import Item, Work
+from raddle.operator.work import Counts, Item, Work
 from raddle.telemetry.tls import TlsFiles
 
 _JOB = "job"
@@ -53,13 +53,12 @@ class Operator:
     def __init__(self, cluster: Cluster, options: Options) -> None:
         self._cluster = cluster
         self._options = options
-        self.done = 0
-        self.failed = 0
+        self.counts = Counts()
 
     async def run(self) -> None:
         """One term, until cancelled."""
         link = SchedulerLink(self._options.site.schedulers, self._options.tls)
-        term = _Term(self._cluster, link, self._options)
+        term = _Term(self._cluster, link, self._options, self.counts)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.run())
@@ -70,15 +69,15 @@ class Operator:
                     foreign = follow(_foreign_watches(term), (EVERYWHERE,), kubeconfig)
                     group.create_task(foreign)
         finally:
-            self.done += term.work.done
-            self.failed += term.work.failed
             await link.close()
 
 
 class _Term:
     """The parts of one term, and what marks what."""
 
-    def __init__(self, cluster: Cluster, link: SchedulerLink, options: Options) -> None:
+    def __init__(
+        self, cluster: Cluster, link: SchedulerLink, options: Options, counts: Counts
+    ) -> None:
         self._link = link
         self._cluster = cluster
         self._given = options.supernode
@@ -90,7 +89,7 @@ class _Term:
         self._resources = MachineResources(
             cluster, link, self.served, lambda: self.machine.named_twice
         )
-        self.work = Work(self._do)
+        self.work = Work(self._do, counts)
         #: InferenceJobs and SuperNodes that the API server told of.
         self._known: set[Item] = set()
         #: Job uid -> (namespace, name), for what speaks of uids.

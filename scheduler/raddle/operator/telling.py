@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from raddle.model.errors import PermanentError, RaddleError
 from raddle.operator import job_status, pods
@@ -20,6 +21,8 @@ _WARNINGS = ("Degraded", "Recovering")
 #: Reasons that are bad news, whatever the condition.
 _BAD_REASONS = (camel(OperatorReason.DEVICE_DIFFERS), camel(OperatorReason.DEVICE_TAKEN))
 _TOLD_MAX = 10_000
+#: For so long an API server keeps Events if nobody sets `--event-ttl`.
+_EVENTS_KEPT_S = 3600.0
 log = structlog.get_logger()
 Object = dict[str, Any]
 Answer = scheduler_pb2.GetJobResponse
@@ -27,6 +30,10 @@ Answer = scheduler_pb2.GetJobResponse
 
 def now_text() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _age_s(time: Timestamp) -> float:
+    return datetime.now(UTC).timestamp() - time.ToNanoseconds() / 1e9
 
 
 async def write_status(
@@ -112,7 +119,12 @@ class Teller:
         await write_status(self._cluster, role, numbers, said)
 
     async def _tell_incident(self, resource: Object, incident: incident_pb2.Incident) -> None:
-        """Its beginning and its end, even if it was over before anybody looked."""
+        """Its beginning and its end, even if it was over before anybody looked.
+
+        One that has been over for longer than the API server keeps Events has had its own.
+        """
+        if job_status.is_closed(incident) and _age_s(incident.end_time) > _EVENTS_KEPT_S:
+            return
         where = f"{incident.id} on {incident.subject_kind} {incident.subject}"
         text = f"{where}: {incident.why.message}"
         await self._tell(

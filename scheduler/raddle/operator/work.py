@@ -31,21 +31,27 @@ class Item:
     name: str
 
 
+@dataclass(slots=True)
+class Counts:
+    """For metrics: what was brought to where it belongs so far, and what failed."""
+
+    done: int = 0
+    failed: int = 0
+
+
 class Work:
     """A queue of items without doubles."""
 
-    def __init__(self, do: Callable[[Item], Awaitable[bool]]) -> None:
+    def __init__(self, do: Callable[[Item], Awaitable[bool]], counts: Counts) -> None:
         """`do` brings an item to where it belongs and says whether it is still there."""
         self._do = do
+        self.counts = counts
         self._queue: asyncio.Queue[Item] = asyncio.Queue()
         self._waiting: set[Item] = set()
         self._running: set[Item] = set()
         self._again: set[Item] = set()
         self._failures: dict[Item, int] = {}
         self._timers: dict[Item, asyncio.TimerHandle] = {}
-        #: For metrics: work done and failed so far.
-        self.done = 0
-        self.failed = 0
 
     def mark(self, kind: str, namespace: str, name: str) -> None:
         """Something about it may have changed."""
@@ -98,7 +104,7 @@ class Work:
             log.exception("failed in an unforeseen way", item=_text(item))
             self._failed(item, 1.0)
         else:
-            self.done += 1
+            self.counts.done += 1
             self._failures.pop(item, None)
             if exists:
                 self._later(item, AGAIN_S * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
@@ -106,7 +112,7 @@ class Work:
                 self._forget_timer(item)
 
     def _failed(self, item: Item, at_least_s: float) -> None:
-        self.failed += 1
+        self.counts.failed += 1
         count = self._failures[item] = self._failures.get(item, 0) + 1
         doubled_s = RETRY_S_MIN * 2.0 ** min(count - 1, 20)
         self._later(item, min(RETRY_S_MAX, max(at_least_s, doubled_s)))
