@@ -82,16 +82,19 @@ class JobPods:
         outcome = Outcome()
         # Somebody may have deleted the InferenceRole of a role that the resource names no more.
         seats = [seat for seat in pods.seats(answer) if seat.role in roles]
+        # An older job's starts were counted from one as well: its Pods may have names of ours.
+        former = [pod for pod in present if _is_rank(pod) and not _is_of(pod, answer.job.uid)]
+        present = [pod for pod in present if pod not in former]
         ranks = [pod for pod in present if _is_rank(pod)]
         wanted = {pods.pod_name(answer.job.spec.name, seat) for seat in seats}
-        # Starts of another job of this name are counted from one as well.
-        of_others = {pod["metadata"]["name"] for pod in ranks if not _is_of(pod, answer.job.uid)}
         # What goes does not wait for what cannot be made.
-        await self._delete_ranks(ranks, seats, wanted - of_others)
+        await self._delete_unasked(former, ranks, seats, wanted)
         try:
             await self._secrets(resource["metadata"]["namespace"])
             await self._rank_tables(roles, answer, ranks, seats)
-            outcome.problems += await self._make_ranks(resource, roles, answer, ranks, seats)
+            outcome.problems += await self._make_ranks(
+                resource, roles, answer, [*former, *ranks], seats
+            )
         except RaddleError as error:
             outcome.failed(error)
         if pods.is_served(answer.job):
@@ -102,26 +105,31 @@ class JobPods:
             except RaddleError as error:
                 outcome.front_door = outcome.failed(error)
         outcome.devices = job_status.device_problems(self._machine.wrong_devices(ranks))
-        its = (pod for pod in ranks if pod["metadata"]["name"] not in of_others)
-        reports = (pod_report(pod, answer.job.uid) for pod in its)
+        reports = (pod_report(pod, answer.job.uid) for pod in ranks)
         outcome.reports = [report for report in reports if report is not None]
         for pod in present:
-            is_wanted = pod["metadata"]["name"] in wanted - of_others or not _is_rank(pod)
+            is_wanted = pod["metadata"]["name"] in wanted or not _is_rank(pod)
             problem = pod_problem(pod) if is_wanted else None
             if problem is not None:
                 outcome.problems.append(problem)
         return outcome
 
-    async def _delete_ranks(
-        self, ranks: list[Object], seats: list[pods.Seat], wanted: set[str]
+    async def _delete_unasked(
+        self,
+        former: list[Object],
+        ranks: list[Object],
+        seats: list[pods.Seat],
+        wanted: set[str],
     ) -> None:
         """Pods that no seat asks for; rank tables of instances that went go with them."""
         instances = {(seat.role, str(seat.instance)) for seat in seats}
-        await self._delete_tables(pod for pod in ranks if _instance(pod) not in instances)
+        await self._delete_tables(
+            pod for pod in [*former, *ranks] if _instance(pod) not in instances
+        )
         await asyncio.gather(
             *(
                 self._cluster.delete(pod)
-                for pod in pods.to_delete(ranks, wanted)
+                for pod in [*former, *pods.to_delete(ranks, wanted)]
                 if not pod["metadata"].get("deletionTimestamp")
             )
         )
