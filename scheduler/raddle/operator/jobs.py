@@ -20,7 +20,7 @@ from raddle.operator.conditions import Condition
 from raddle.operator.finalizers import hold, is_held, let_go
 from raddle.operator.job_pods import JobPods, is_owned, refuse_foreign
 from raddle.operator.machine import Machine
-from raddle.operator.names import GROUP, MANAGER, role_name
+from raddle.operator.names import GROUP, JOB_REPLICAS, MANAGER, role_name
 from raddle.operator.pod_problems import pod_report
 from raddle.operator.scheduler_link import SchedulerLink
 from raddle.operator.spec import (
@@ -38,7 +38,6 @@ from raddle.v1 import incident_pb2, job_pb2, scheduler_pb2
 
 #: Jobs of which Pods that ended are kept.
 _ENDED_PODS_MAX = 1_000
-_JOB_REPLICAS = f"{GROUP}/job-replicas"
 log = structlog.get_logger()
 Object = dict[str, Any]
 Answer = scheduler_pb2.GetJobResponse
@@ -331,9 +330,9 @@ class Jobs:
                 refuse_foreign(known, resource)
                 wanted = pods.role_resource(self._site, resource, role, size)
                 known = await self._cluster.apply(wanted)
-            elif (known["metadata"].get("annotations") or {}).get(_JOB_REPLICAS) != str(size):
+            elif (known["metadata"].get("annotations") or {}).get(JOB_REPLICAS) != str(size):
                 change = {
-                    "metadata": {"annotations": {_JOB_REPLICAS: str(size)}},
+                    "metadata": {"annotations": {JOB_REPLICAS: str(size)}},
                     "spec": {"replicas": size},
                 }
                 known = await self._cluster.patch(known, change) or known

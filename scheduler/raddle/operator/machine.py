@@ -27,7 +27,7 @@ from raddle.operator.hosts import (
     selected,
     wrong_devices,
 )
-from raddle.operator.pods import Site
+from raddle.operator.pods import Site, labels
 from raddle.operator.reasons import OperatorReason
 from raddle.operator.scheduler_link import IDENTITY, SchedulerLink
 from raddle.operator.served import Served
@@ -266,11 +266,7 @@ class Machine:
             "metadata": {
                 "name": name,
                 "namespace": self._site.namespace,
-                "labels": {
-                    "app.kubernetes.io/name": "raddle",
-                    "app.kubernetes.io/instance": self._site.release,
-                    "app.kubernetes.io/managed-by": "raddle-operator",
-                },
+                "labels": labels(self._site),
             },
         }
         if await self._cluster.patch(about, {"data": dict(data)}) is None:

@@ -13,6 +13,8 @@ CATEGORY = "raddle"
 MANAGER = "raddle-operator"
 #: Keeps a resource until the scheduler let go of what it stands for.
 FINALIZER = f"{GROUP}/scheduler"
+#: At an InferenceRole: the size that its job asked for last; people and autoscalers change it.
+JOB_REPLICAS = f"{GROUP}/job-replicas"
 #: On a real machine's Kubernetes node: its position, with a dot for the slash.
 NODE_LABEL = f"{GROUP}/node"
 #: Where Ascend's device plugin names the dies of a Pod.

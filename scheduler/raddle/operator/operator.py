@@ -214,7 +214,7 @@ def _watches(term: _Term) -> list[Watch]:
         ours("InferenceRole", lambda body, _: _role_told(term, body)),
         ours("SuperNode", of_kind(_SUPERNODE, term.served.has_supernode)),
         ours("Maintenance", of_kind(_MAINTENANCE, term.served.has_maintenance)),
-        Watch("", "v1", "nodes", lambda body, what: _node_told(term, body, what)),
+        Watch("", "v1", "nodes", lambda body, what: _host_told(term, body, what)),
         Watch("", "v1", "pods", lambda body, _: _pod_told(term, body)),
     ]
 
@@ -234,7 +234,7 @@ def _role_told(term: _Term, body: Mapping[str, Any]) -> None:
     term.told(_JOB, body["metadata"]["namespace"], body["spec"]["job"])
 
 
-def _node_told(term: _Term, body: Mapping[str, Any], what: str) -> None:
+def _host_told(term: _Term, body: Mapping[str, Any], what: str) -> None:
     """Nodes report often, and mostly nothing that matters here."""
     if what == "DELETED" or term.machine.is_changed(body):
         term.mark_machine()

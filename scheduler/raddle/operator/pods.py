@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from raddle.model.kinds import RoleKind, SeatState
-from raddle.operator.names import API_VERSION, DIE_ANNOTATION, GROUP, role_name, short_name
+from raddle.operator.names import (
+    API_VERSION,
+    DIE_ANNOTATION,
+    GROUP,
+    JOB_REPLICAS,
+    role_name,
+    short_name,
+)
 from raddle.operator.pod_problems import RANK_CONTAINER
 from raddle.v1 import health_pb2, job_pb2, scheduler_pb2
 from raddle.wire.rank_tables import TableRank, table_1_2, table_2_0
@@ -124,14 +131,15 @@ def table_name(job: str, role: str, instance: int | str) -> str:
     return short_name(job, role, instance, "ranktable")
 
 
-def labels(site: Site, component: str, job: job_pb2.Job | None = None) -> dict[str, str]:
+def labels(site: Site, component: str = "", job: job_pb2.Job | None = None) -> dict[str, str]:
     """The labels of everything that belongs to the release, or to one job of it."""
     found = {
         "app.kubernetes.io/name": "raddle",
         "app.kubernetes.io/instance": site.release,
-        "app.kubernetes.io/component": component,
         "app.kubernetes.io/managed-by": "raddle-operator",
     }
+    if component:
+        found["app.kubernetes.io/component"] = component
     if job is not None:
         found |= {f"{GROUP}/job": job.spec.name, f"{GROUP}/job-uid": job.uid}
     return found
@@ -482,13 +490,8 @@ def role_resource(
         "metadata": {
             "name": role_name(job, role["name"]),
             "namespace": resource["metadata"]["namespace"],
-            "labels": {
-                "app.kubernetes.io/name": "raddle",
-                "app.kubernetes.io/instance": site.release,
-                "app.kubernetes.io/managed-by": "raddle-operator",
-                f"{GROUP}/job": job,
-            },
-            "annotations": {f"{GROUP}/job-replicas": str(replicas)},
+            "labels": labels(site) | {f"{GROUP}/job": job},
+            "annotations": {JOB_REPLICAS: str(replicas)},
             "ownerReferences": owner(resource),
         },
         "spec": {"job": job, "role": role["name"], "kind": role["kind"], "replicas": replicas},

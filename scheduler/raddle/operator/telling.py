@@ -67,7 +67,7 @@ class Teller:
         roles: list[Object],
     ) -> None:
         """Write the status of the resource and of its roles, and Events for what turned."""
-        numbers: Object = dict.fromkeys(_has_job_fields(resource))
+        numbers: Object = dict.fromkeys(_job_fields(resource))
         if answer is not None:
             numbers |= job_status.status(answer, incident)
         written = await write_status(self._cluster, resource, numbers, conditions)
@@ -159,7 +159,7 @@ class Teller:
             del self._told[next(iter(self._told))]
 
 
-def _has_job_fields(resource: Mapping[str, Any]) -> list[str]:
+def _job_fields(resource: Mapping[str, Any]) -> list[str]:
     """Fields of the status that speak of a job, to be emptied when there is none."""
     kept = ("conditions", "observedGeneration")
     return [name for name in resource.get("status") or {} if name not in kept]
