@@ -239,12 +239,11 @@ class Stage:
         await self.kubectl("patch", "node", name, "--type=merge", "-p", taint)
 
     async def clear(self) -> None:
-        """Nodes and jobs, which are looked for everywhere: nobody is there who would end them."""
-        for node in await self.cluster.find("Node"):
-            await self.cluster.delete(node)
-        for job in await self.cluster.find("InferenceJob"):
-            await self.cluster.patch(job, {"metadata": {"finalizers": None}})
-            await self.cluster.delete(job)
+        """What is looked for everywhere: nobody is there who would end it."""
+        for kind in ("Node", "InferenceJob", "SuperNode", "Maintenance"):
+            for item in await self.cluster.find(kind):
+                await self.cluster.patch(item, {"metadata": {"finalizers": None}})
+                await self.cluster.delete(item)
 
     async def data(self, name: str) -> dict[str, str]:
         """Of a ConfigMap of the release."""
