@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from raddle.core.events import Woken
-from raddle.model import keys
 from raddle.model.health import EXIT_CODE_UNKNOWN, RankStage
 from tests.core.test_pod_words import incidents
+from tests.core.test_second_faults import exits
 from tests.core.world import World, submit
 
 
@@ -27,13 +24,6 @@ def test_an_end_is_told_as_far_as_it_is_known(
 ) -> None:
     """An exit code, a signal, or the end alone; never a number that means nothing."""
     uid = submit(world)
-    key = keys.acks(world.store[keys.placement(uid)].instances[0].ranks[0].node, uid)
-    acks = world.store[key]
-    first = next(status for status in acks.ranks if (status.role, status.rank) == ("decode", 0))
-    end = replace(first, stage=stage, exit_code=exit_code, message=message)
-    ranks = tuple(end if status == first else status for status in acks.ranks)
-    world.observe(key, replace(acks, ranks=ranks))
-    world.now += 0.02
-    world.handle(Woken())
+    exits(world, uid, 0, stage=stage, exit_code=exit_code, message=message)
     (incident,) = incidents(world)
     assert incident.why.message.startswith(sentence)

@@ -142,14 +142,14 @@ def moves_of(world: World, uid: str) -> dict[tuple[int, int, int], ExpertMove]:
     }
 
 
-def exits(world: World, uid: str, rank: int) -> None:
-    """One process ends, before any other rank acts on what it was told."""
+def exits(world: World, uid: str, rank: int, **said: Any) -> None:
+    """One process ends, before any other rank acts on what it was told; `said` of its end."""
+    end = {"stage": RankStage.EXITED, **said}
     seat = world.store[keys.placement(uid)].instances[0].ranks[rank]
     key = keys.acks(seat.node, uid)
     acks = world.store[key]
     told = tuple(
-        replace(s, stage=RankStage.EXITED) if (s.role, s.rank) == ("decode", rank) else s
-        for s in acks.ranks
+        replace(s, **end) if (s.role, s.rank) == ("decode", rank) else s for s in acks.ranks
     )
     world.observe(key, replace(acks, ranks=told))
     world.now += 0.02

@@ -209,6 +209,10 @@ class Machine:
         message = self._link.nodes.values.get(node)
         return str(message.node.state) if message is not None else NodeState.ABSENT
 
+    def _may_run(self, node: str) -> bool:
+        """Has the scheduler not said that nothing runs there any more?"""
+        return self._state(node) not in _QUIET
+
     def _busy(self) -> set[str]:
         """Nodes with ranks on them."""
         return {name for name, told in self._link.nodes.values.items() if told.node.ranks}
@@ -221,18 +225,15 @@ class Machine:
             )
             self._note(named_twice)
             return self._leaving(now, found) | found
-        silent = {node for node in nodes if self._state(node) in _QUIET}
         # A Kubernetes node that went keeps its share until what ran there is known to be lost.
-        leaving = {
-            host for host, share in now.items() if any(n not in silent for n in share if n in nodes)
-        }
+        leaving = {host for host, share in now.items() if any(map(self._may_run, share))}
         return shares(
             now,
             nodes=sorted(nodes),
             usable=[host.name for host in self._hosts.values() if host.usable],
             present=self._hosts.keys() | leaving,
             busy=self._busy(),
-            heard=[node for node in nodes if node not in silent],
+            heard=[node for node in nodes if self._may_run(node)],
         )
 
     def _leaving(self, now: Shares, found: Shares) -> Shares:
@@ -243,7 +244,7 @@ class Machine:
             for host, nodes in now.items()
             if host not in self._all_hosts
             and played.isdisjoint(nodes)
-            and any(self._state(node) not in _QUIET for node in nodes)
+            and any(map(self._may_run, nodes))
         }
 
     def _note(self, named_twice: dict[str, tuple[str, ...]]) -> None:
